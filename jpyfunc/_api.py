@@ -1,0 +1,369 @@
+"""`py_func` and `numpy_func`: call forms, argument checks, from a call to a bind."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpyfunc import _compat
+from jpyfunc._batching import BATCHERS
+from jpyfunc._body import (
+    Key,
+    Primal,
+    Static,
+    hashable,
+    physical_aval,
+    read_only,
+)
+from jpyfunc._closure import refuse_traced_closure
+from jpyfunc._inference import infer
+from jpyfunc._primitive import Params, bind
+from jpyfunc._spec import Leaf, Template, as_array, check_x64, is_dtype, is_key_dtype, parse
+
+
+class _Inferred:
+    """The default of `Tout`: nothing is declared, everything is inferred."""
+
+    def __repr__(self) -> str:
+        return "<inferred>"
+
+
+INFERRED = _Inferred()
+
+
+def py_func(
+    func: Callable[..., Any] | None = None,
+    inp: Any = None,
+    Tout: Any = INFERRED,  # noqa: N803 - TensorFlow's name
+    name: str | None = None,
+    *,
+    stateful: bool = False,
+    ordered: bool = False,
+    vmap_method: str = "sequential",
+) -> Any:
+    """Run a Python function eagerly, with real values, from inside compiled JAX.
+
+    Under `jax.jit` the function runs on the host at every execution, on `jax.Array`s,
+    with ordinary Python control flow, `float(x)`, NumPy, `print` and `breakpoint()`.
+    Outside any transform it is simply called. It is differentiable to every order,
+    forward and reverse, by running it again under `jax.jvp` and `jax.vjp`.
+
+    Three forms: `py_func(func, [x, y], Tout)` calls at once, as TensorFlow's does;
+    `g = py_func(func, Tout=...)` returns the wrapped function; `@py_func(Tout=...)`
+    and `@py_func` decorate.
+
+    Args:
+        func: what to run. The wrapped function takes what it takes: positional and
+            keyword arguments, each a pytree of arrays and Python scalars, which become
+            `jax.Array`s. Other leaves (strings, callables, enums) reach it unchanged.
+        inp: a list or tuple of arguments, or one array, to call with at once.
+        Tout: what it returns, a pytree. A leaf with `.shape` and `.dtype` is exact; a
+            dtype leaf fixes the dtype, and the shape is inferred; a callable receives
+            the arguments as `jax.ShapeDtypeStruct`s and returns such a pytree; `[]`
+            means nothing. Left out, all is inferred. To infer, the body is run on
+            abstract values while tracing, both ways at each Python branch; a `Tout`
+            with every shape and dtype never runs it.
+        name: its name in errors, profiles and graphs; by default its own.
+        stateful: run exactly once per execution of the program, results used or not.
+            So does a body that returns nothing. Otherwise calls are taken to be pure:
+            unused ones are removed.
+        ordered: run in program order with other ordered calls; implies `stateful`.
+        vmap_method: under `jax.vmap`, in one host call: `"sequential"` runs the body
+            once per element; `"expand_dims"` once in all, with an axis of length 1 on
+            operands that the elements share; `"broadcast_all"` once in all, with these
+            repeated. The meanings are those of `jax.pure_callback`.
+
+    Returns:
+        The results in the structure of `Tout` (the first form), or the wrapped
+        function, or a decorator.
+
+    Raises:
+        TypeError: an argument of the wrong kind; a body that closes over a traced
+            value; a `Tout` that is none.
+        ValueError: an unknown `vmap_method`; 64-bit results while they are off.
+        InferenceError: shapes that cannot be inferred.
+        ResultError: the body returned what `Tout` does not declare.
+        UnsupportedError: `vmap` of an ordered call, or `jax.export` of any.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jpyfunc import py_func
+        >>> @py_func(Tout=jnp.float32)
+        ... def log_huber(x, m):
+        ...     if jnp.abs(x) <= m:
+        ...         return x**2
+        ...     return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
+        >>> print(jax.jit(log_huber)(1.0, 2.0))
+        1.0
+        >>> print(jax.jit(jax.grad(log_huber))(1.0, 2.0))
+        2.0
+
+    Source: `tf.contrib.eager.py_func` of TensorFlow 1, now `tf.py_function`.
+    """
+    options = (Tout, name, stateful, ordered, vmap_method)
+    return _dispatch("py_func", func, inp, *options)
+
+
+def numpy_func(
+    func: Callable[..., Any] | None = None,
+    inp: Any = None,
+    Tout: Any = INFERRED,  # noqa: N803 - TensorFlow's name
+    name: str | None = None,
+    *,
+    stateful: bool = False,
+    ordered: bool = False,
+    vmap_method: str = "sequential",
+) -> Any:
+    """Run a Python function on NumPy arrays from inside compiled JAX.
+
+    As `py_func`, but the function takes and returns NumPy arrays; those that it is
+    given are read-only. JAX cannot differentiate it: where a tangent flows into it, it
+    raises, and where none does, it works inside `jax.grad`. Its shapes cannot be
+    inferred either, so under `jax.jit`, `Tout` must give them.
+
+    Args:
+        func: what to run.
+        inp: as for `py_func`.
+        Tout: as for `py_func`.
+        name: as for `py_func`.
+        stateful: as for `py_func`.
+        ordered: as for `py_func`.
+        vmap_method: as for `py_func`.
+
+    Returns:
+        As `py_func`; the results are `jax.Array`s.
+
+    Raises:
+        NotDifferentiableError: a tangent flows into the call.
+        TypeError: as `py_func`, and for what else it raises.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np
+        >>> from jpyfunc import numpy_func
+        >>> @numpy_func(Tout=jax.ShapeDtypeStruct((3,), jnp.float32))
+        ... def ranks(x):
+        ...     return np.argsort(np.argsort(x)).astype(np.float32)
+        >>> print(jax.jit(ranks)(jnp.array([3.0, 1.0, 2.0])))
+        [2. 0. 1.]
+
+    Source: `tf.numpy_function`.
+    """
+    options = (Tout, name, stateful, ordered, vmap_method)
+    return _dispatch("numpy_func", func, inp, *options)
+
+
+def _dispatch(kind: str, func: Any, inp: Any, *options: Any) -> Any:
+    """Tell the call forms apart."""
+    if func is None:
+        if inp is not None:
+            raise TypeError(
+                f"{kind}: inp is given without func; write {kind}(func, inp, Tout)."
+            )
+        return lambda func: _dispatch(kind, func, None, *options)
+    if not callable(func) or is_dtype(func):
+        raise TypeError(
+            f"{kind}: expected func to be a Python function, got {func!r}; write "
+            f"{kind}(func, inp, Tout), or @{kind}(Tout=...) to decorate."
+        )
+    wrapped = PyFunc(kind, func, *options)
+    if inp is None:
+        return wrapped
+    if isinstance(inp, list | tuple):
+        return wrapped(*inp)
+    if _is_array(inp):
+        return wrapped(inp)
+    raise TypeError(
+        f"{kind} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
+        f"or a single array, got {type(inp).__name__}; write inp=[...]."
+    )
+
+
+class PyFunc:
+    """A function wrapped by `py_func` or `numpy_func`.
+
+    It compares by value: two wraps of one function with the same options are equal, so
+    that `jax.jit` of the second finds what it compiled for the first.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        func: Callable[..., Any],
+        tout: Any,
+        name: str | None,
+        stateful: bool,
+        ordered: bool,
+        vmap_method: str,
+    ) -> None:
+        functools.update_wrapper(self, func)
+        own_name = getattr(func, "__name__", None) or type(func).__name__
+        if isinstance(func, functools.partial):
+            own_name = getattr(func.func, "__name__", own_name)
+        self.__name__ = name or own_name
+        self._where = f"{kind} {self.__name__!r}"
+        if vmap_method not in BATCHERS:
+            raise ValueError(
+                f"{self._where}: expected vmap_method to be one of "
+                f"{', '.join(map(repr, BATCHERS))}, got {vmap_method!r}."
+            )
+        self._numpy = kind == "numpy_func"
+        self._func = func
+        self._callable_tout = tout if callable(tout) and not is_dtype(tout) else None
+        self._template = (
+            parse(tout, self._where)
+            if tout is not INFERRED and self._callable_tout is None
+            else None
+        )
+        self._stateful = stateful or ordered
+        self._ordered = ordered
+        self._vmap_method = vmap_method
+        self._key = (
+            kind,
+            hashable(func),
+            hashable(self._callable_tout),
+            self._template,
+            self.__name__,
+            (self._stateful, ordered, vmap_method),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PyFunc) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"<{self._where}>"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        if _compat.is_eager() and not any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return self._call(leaves, tree)
+        return self._bind(leaves, tree)
+
+    def _call(self, leaves: list[Any], tree: Any) -> Any:
+        """Call the function here and now, with the checks that a bind has."""
+        convert = read_only if self._numpy else jnp.asarray
+        arrays = [
+            convert(self._operand(leaf, tree, i)) if _is_array(leaf) else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        template = self._declared(arrays, tree)
+        args, kwargs = jax.tree.unflatten(tree, arrays)
+        result = self._func(*args, **kwargs)
+        if template is None:
+            values, out_tree = jax.tree.flatten(result)
+            template = Template(out_tree, (Leaf(None, None),) * len(values))
+        # What the body returned on the host becomes an array of the caller's device.
+        outputs = [jnp.asarray(x) for x in template.check(result, self._where)]
+        return jax.tree.unflatten(template.tree, outputs)
+
+    def _bind(self, leaves: list[Any], tree: Any) -> Any:
+        """Make one bind of the primitive."""
+        operands, kinds, avals = [], [], []
+        for i, leaf in enumerate(leaves):
+            if not _is_array(leaf):
+                refuse_traced_closure(leaf, self._where)
+                kinds.append(Static(hashable(leaf)))
+                continue
+            operand = self._operand(leaf, tree, i)
+            aval = jax.typeof(operand)
+            avals.append(jax.core.ShapedArray(aval.shape, aval.dtype, aval.weak_type))
+            is_key = is_key_dtype(aval.dtype)
+            kinds.append(Key(aval.dtype) if is_key else None)
+            operands.append(jax.random.key_data(operand) if is_key else operand)
+        refuse_traced_closure(self._func, self._where)
+        template = self._declared(leaves, tree)
+        if template is None or not template.complete:
+            template = infer(
+                lambda arrays: self._call_abstractly(arrays, leaves, tree),
+                avals,
+                template,
+                self._where,
+            )
+            check_x64(template, self._where)
+        body = Primal(
+            hashable(self._func),
+            self._where,
+            tree,
+            tuple(kinds),
+            template,
+            tuple(physical_aval(a.shape, a.dtype, a.weak_type) for a in avals),
+            self._numpy,
+        )
+        params = Params(
+            body,
+            self._stateful or not template.leaves,
+            self._ordered,
+            self._vmap_method,
+            _compat.current_settings(),
+        )
+        results = [
+            jax.random.wrap_key_data(x, dtype=leaf.dtype) if leaf.is_key else x
+            for x, leaf in zip(bind(operands, params), template.leaves, strict=True)
+        ]
+        return jax.tree.unflatten(template.tree, results)
+
+    def _operand(self, leaf: Any, tree: Any, index: int) -> Any:
+        """An array leaf as a JAX array, or a clear refusal."""
+
+        def where() -> str:
+            numbered = jax.tree.unflatten(tree, range(tree.num_leaves))
+            path, _ = jax.tree_util.tree_flatten_with_path(numbered)[0][index]
+            kind = "argument " if path[0].idx == 0 else "keyword argument "
+            return f"{self._where}: {kind}{jax.tree_util.keystr(path[1:])}"
+
+        if isinstance(leaf, jax.Array):
+            return leaf
+        as_array(leaf, where)
+        try:
+            return jnp.asarray(leaf)
+        except OverflowError as error:
+            raise TypeError(
+                f"{where()}: {leaf!r} does not fit in JAX's default integer; pass an "
+                "array of a wider dtype, or enable 64-bit types."
+            ) from error
+
+    def _declared(self, leaves: list[Any], tree: Any) -> Template | None:
+        """`Tout` for these arguments."""
+        template = self._template
+        if self._callable_tout is not None:
+            structs = [_struct(x) if _is_array(x) else x for x in leaves]
+            args, kwargs = jax.tree.unflatten(tree, structs)
+            template = parse(self._callable_tout(*args, **kwargs), self._where)
+        if template is not None:
+            check_x64(template, self._where)
+        return template
+
+    def _call_abstractly(self, arrays: list[Any], leaves: list[Any], tree: Any) -> Any:
+        rest = iter(arrays)
+        filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(tree, filled)
+        return self._func(*args, **kwargs)
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    aval = jax.typeof(jnp.asarray(leaf))
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf of the arguments crosses to the host as an array."""
+    if isinstance(leaf, jax.Array | np.ndarray):
+        return True
+    # np.str_ is a NumPy scalar too, and an IntEnum an int.
+    if isinstance(leaf, str | bytes | enum.Enum):
+        return False
+    return isinstance(leaf, bool | int | float | complex | np.generic) or hasattr(
+        type(leaf), "__jax_array__"
+    )

@@ -1,0 +1,85 @@
+"""Batching rule, one function per `vmap_method`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jpyfunc._body import Body, Primal, batch_of, widen
+from jpyfunc._errors import UnsupportedError
+from jpyfunc._primitive import Params, bind
+
+Batched = tuple[list[Any], Body]
+
+
+def _py_func_batching(
+    operands: Sequence[Any], dims: Sequence[Any], *, params: Params
+) -> tuple[list[Any], list[int]]:
+    """Make one host call of a whole batch.
+
+    Args:
+        operands: some with a batch axis.
+        dims: where that is, None for an operand that all elements share.
+        params: of the call for one element.
+
+    Returns:
+        The results, and 0 for each: their leading axis is the batch.
+
+    Raises:
+        UnsupportedError: the call is ordered, and a batch has no order.
+    """
+    if params.ordered:
+        raise UnsupportedError(
+            f"py_func {params.name!r} has ordered=True and cannot be used under vmap, "
+            "which defines no order of its elements. Drop ordered=True, or loop with "
+            "jax.lax.map or jax.lax.scan."
+        )
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    batched = tuple(d is not None for d in dims)
+    leading = [
+        x if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(operands, dims, strict=True)
+    ]
+    new_operands, body = BATCHERS[params.vmap_method](params.body, leading, size, batched)
+    results = bind(new_operands, dataclasses.replace(params, body=body))
+    return results, [0] * len(results)
+
+
+def _sequential(
+    body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
+) -> Batched:
+    """Run the body once per element."""
+    return operands, batch_of(body, size, batched)
+
+
+def _expand_dims(
+    body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
+) -> Batched:
+    """Run the body once; an operand that all elements share gets an axis of length 1."""
+    if not isinstance(body, Primal):
+        return _broadcast_all(body, operands, size, batched)
+    expanded = [
+        x if b else jnp.expand_dims(x, 0) for x, b in zip(operands, batched, strict=True)
+    ]
+    return expanded, widen(body, size, batched)
+
+
+def _broadcast_all(
+    body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
+) -> Batched:
+    """Run the body once; an operand that all elements share is repeated for each."""
+    repeated = [
+        x if b else jnp.broadcast_to(x, (size, *jnp.shape(x)))
+        for x, b in zip(operands, batched, strict=True)
+    ]
+    return repeated, widen(body, size, (True,) * len(batched))
+
+
+BATCHERS = {
+    "sequential": _sequential,
+    "expand_dims": _expand_dims,
+    "broadcast_all": _broadcast_all,
+}

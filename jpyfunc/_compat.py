@@ -1,0 +1,228 @@
+"""Every private or version-dependent name of JAX, each with the reason it is needed.
+
+No other module of the package imports from `jax._src`. The range of JAX versions
+that these names were checked on is stated in `pyproject.toml`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import callback as _callback
+from jax._src import config as _config
+from jax._src import core as _core
+from jax._src import dispatch as _dispatch
+from jax._src import effects as _effects
+from jax._src import ffi as _ffi
+from jax._src import mesh as _mesh
+from jax._src.interpreters import mlir as _mlir
+from jax._src.lib import xla_client as _xla_client
+from jax.extend.core import Effect
+from jax.interpreters import mlir
+
+# The settings that change what a body computes. JAX keeps them per thread, so the
+# thread that a callback runs on has none of those that the caller set with a
+# context manager. `jax.config` reads them too, but not at the cost of 60 ns each.
+SETTINGS = (
+    _config.enable_x64,
+    _config.default_matmul_precision,
+    _config.numpy_dtype_promotion,
+    _config.numpy_rank_promotion,
+    _config.debug_nans,
+    _config.debug_infs,
+    _config.debug_key_reuse,
+    _config.default_prng_impl,
+    _config.threefry_partitionable,
+    _config.softmax_custom_jvp,
+    _config.disable_jit,
+    _config.log_compiles,
+)
+
+
+def current_settings() -> tuple[Any, ...]:
+    """Values of `SETTINGS` in force on this thread."""
+    return tuple(state.value for state in SETTINGS)
+
+
+def enter_settings(values: Sequence[Any], device: jax.Device) -> list[Any]:
+    """Put `values` in force on this thread, with `device` as default and no mesh.
+
+    Args:
+        values: one per entry of `SETTINGS`.
+        device: where operations on uncommitted arrays run from now on.
+
+    Returns:
+        The context managers that were entered, for `leave_settings`.
+    """
+    entered = [_config.default_device(device)]
+    for state, value in zip(SETTINGS, values, strict=True):
+        if state.value != value:
+            entered.append(state(value))
+    # A callback may run on the thread that dispatched the program, and a mesh that
+    # is set there does not hold the private device.
+    if not _mesh.get_abstract_mesh().empty or not _mesh.get_concrete_mesh().empty:
+        entered.append(_no_mesh())
+    for manager in entered:
+        manager.__enter__()
+    return entered
+
+
+def leave_settings(entered: list[Any]) -> None:
+    """Undo `enter_settings`."""
+    for manager in reversed(entered):
+        manager.__exit__(None, None, None)
+
+
+class _no_mesh:  # noqa: N801 - a context manager, named like JAX's own
+    def __enter__(self) -> None:
+        self._abstract = _mesh.use_abstract_mesh(_mesh.empty_abstract_mesh)
+        self._abstract.__enter__()
+        self._concrete = _mesh_state.device_context.swap_local(_mesh.empty_concrete_mesh)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _mesh_state.device_context.set_local(self._concrete)
+        self._abstract.__exit__(*exc_info)
+
+
+# JAX 0.12 moved the thread's concrete mesh out of the configuration module.
+_mesh_state: Any = _mesh if hasattr(_mesh, "device_context") else _config
+
+
+@functools.cache
+def private_device() -> jax.Device:
+    """The one device of a CPU client of our own that runs every operation inline.
+
+    JAX has no public way to make a second client. The shared one runs operations on
+    a pool of threads, and a callback that waits for an operation while callbacks
+    hold every thread of that pool waits forever (jax-ml/jax#24255, #25861).
+    """
+    return _xla_client.make_cpu_client(asynchronous=False).local_devices()[0]
+
+
+def put(value: np.ndarray, aval: jax.core.ShapedArray, device: jax.Device) -> jax.Array:
+    """`value` as an uncommitted array on `device`, without a copy where XLA allows.
+
+    `jax.device_put` commits to the device and drops the weak type, and
+    `jnp.asarray` under `jax.default_device` takes ten times as long.
+    """
+    return _xla_client.batched_device_put(
+        aval, _sharding_of(device), [value], [device], False
+    )
+
+
+@functools.cache
+def _sharding_of(device: jax.Device) -> jax.sharding.SingleDeviceSharding:
+    return jax.sharding.SingleDeviceSharding(device)
+
+
+def is_eager() -> bool:
+    """Whether operations run at once on this thread: no transform is tracing."""
+    trace = _core.trace_ctx.trace
+    return trace is None or trace is _core.eval_trace
+
+
+def align_varying(operands: Sequence[Any]) -> list[Any]:
+    """Mark every operand as varying over the manual mesh axes that any varies over.
+
+    Under `jax.shard_map(check_vma=True)` the operands of a primitive must agree.
+    """
+    axes = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    union = frozenset().union(*axes)
+    return [
+        x if own == union else _core.pvary(x, tuple(union - own))
+        for x, own in zip(operands, axes, strict=True)
+    ]
+
+
+def like_operands(
+    aval: jax.core.ShapedArray, operand_avals: Sequence[Any]
+) -> jax.core.ShapedArray:
+    """`aval` in the current mesh, varying over what the (aligned) operands vary over."""
+    varying = _core.standard_vma_rule("py_func", *operand_avals)
+    return aval.update(
+        sharding=_core.get_cur_mesh_sharding(),
+        manual_axis_type=_core.ManualAxisType(varying=varying),
+    )
+
+
+def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:
+    """Let programs hold `effect_type`: when lowered, in control flow, in custom rules."""
+    _effects.lowerable_effects.add_type(effect_type)
+    _effects.control_flow_allowed_effects.add_type(effect_type)
+    _effects.custom_derivatives_allowed_effects.add_type(effect_type)
+    if ordered:
+        _effects.ordered_effects.add_type(effect_type)
+        _effects.shardable_ordered_effects.add_type(effect_type)
+
+
+def lower_with_devices(primitive: Any) -> None:
+    """Ask JAX to tell the lowering rule of `primitive` which devices will run it."""
+    _dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def is_export(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether the program is being lowered by `jax.export`."""
+    return ctx.module_context.lowering_parameters.for_export
+
+
+def emit_host_call(
+    ctx: mlir.LoweringRuleContext,
+    host_call: Any,
+    token: Any,
+    operands: Sequence[Any],
+    *,
+    has_side_effect: bool,
+) -> tuple[list[Any], Any]:
+    """Emit the custom call that runs `host_call` on the host.
+
+    `jax.interpreters.mlir.emit_python_callback` does the same and then checks and
+    canonicalizes every result on the callback's thread, under that thread's own
+    settings; `host_call` has done so under the caller's.
+
+    Args:
+        ctx: the context of the lowering rule.
+        host_call: called with NumPy operands, returns a tuple of NumPy results.
+        token: the token of an ordered effect, or None.
+        operands: lowered operands.
+        has_side_effect: whether the call stays when its results are unused.
+
+    Returns:
+        The lowered results and the new token (None without one).
+    """
+    module = ctx.module_context
+    sharding = _callback._callback_op_sharding(module.axis_context, None, ctx.avals_out)
+    if module.platforms[0] == "tpu":
+        results, token, _ = mlir.emit_python_callback(
+            ctx, host_call, token, list(operands), ctx.avals_in, ctx.avals_out,
+            has_side_effect=has_side_effect, returns_token=token is not None,
+            sharding=sharding,
+        )  # fmt: skip
+        return list(results), token
+    callback = host_call
+    if token is not None:
+        operands = [token, *operands]
+        ctx = ctx.replace(
+            avals_in=[jax.core.AbstractToken(), *ctx.avals_in],
+            avals_out=[jax.core.AbstractToken(), *ctx.avals_out],
+        )
+        callback = _thread_token(host_call)
+        sharding = _callback._callback_op_sharding(module.axis_context, None, ctx.avals_out)
+    module.add_host_callback(callback)
+    kind = "cpu" if module.platforms[0] == "cpu" else "gpu"
+    call = _ffi.build_ffi_lowering_function(
+        f"xla_ffi_python_{kind}_callback", has_side_effect=has_side_effect
+    )(ctx, *operands, index=np.uint64(len(module.host_callbacks) - 1))
+    if sharding is not None:
+        _mlir.set_sharding(module, call, sharding)
+    results = list(call.results)
+    if token is not None:
+        token, *results = results
+    return results, token
+
+
+def _thread_token(host_call: Any) -> Any:
+    return lambda token, *operands: (token, *host_call(*operands))

@@ -1,0 +1,151 @@
+"""Exception classes, and the way back to the exception that a body raised."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+import traceback
+from types import TracebackType
+
+import jax
+
+
+class PyFuncError(Exception):
+    """Base class of the errors that this library raises about a call of its own."""
+
+
+class NotDifferentiableError(PyFuncError, TypeError):
+    """A derivative was asked of a body that JAX cannot differentiate."""
+
+
+class InferenceError(PyFuncError, TypeError):
+    """The shapes of the results cannot be told without running the body on data."""
+
+
+class ResultError(PyFuncError, TypeError):
+    """A body returned something that its `Tout` does not declare."""
+
+
+class UnsupportedError(PyFuncError, NotImplementedError):
+    """A transform that JAX forbids for this call, or a program that cannot be saved."""
+
+
+_MARKER = re.compile(r"<py_func exception (\d+)>")
+
+
+class _Originals:
+    """Exceptions of bodies, kept while some `raise_original` block may ask for them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._kept: dict[int, BaseException] = {}
+        self.blocks = 0
+
+    def enter(self) -> None:
+        with self._lock:
+            self.blocks += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self.blocks -= 1
+            if not self.blocks:
+                self._kept.clear()
+
+    def keep(self, error: BaseException) -> str:
+        with self._lock:
+            number = next(self._numbers)
+            self._kept[number] = error
+        return f"<py_func exception {number}>"
+
+    def find(self, error: BaseException) -> BaseException | None:
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            return None
+        marker = _MARKER.search(str(error))
+        return self._kept.get(int(marker[1])) if marker else None
+
+
+_originals = _Originals()
+
+
+def mark_crossing(error: BaseException) -> None:
+    """Raise in the place of `error` what shows the way back to it, if one may be asked.
+
+    XLA keeps nothing of an exception that leaves a host call but its text. Where a
+    `raise_original` block is open, that text must carry a marker to find `error` by.
+    """
+    if _originals.blocks:
+        original = _originals.find(error) or error
+        text = "".join(traceback.format_exception(original))
+        raise RuntimeError(f"{text}{_originals.keep(original)}") from None
+
+
+class raise_original:  # noqa: N801 - a context manager, named like JAX's own
+    """Make an exception in a body surface as itself, not as JAX's error about it.
+
+    JAX reports an exception in a compiled program's body as a `JaxRuntimeError` whose
+    text has the body's traceback. Inside this context manager the body's own exception
+    object is raised instead, with its type, attributes and traceback. On leaving, it
+    waits for the arrays in flight, so a failure cannot surface after the block.
+
+    Raises:
+        BaseException: whatever the body raised, `KeyboardInterrupt` included.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jpyfunc
+        >>> @jpyfunc.py_func(Tout=jax.ShapeDtypeStruct((), jnp.float32))
+        ... def check(x):
+        ...     if x < 0:
+        ...         raise ValueError(f"negative: {x}")
+        ...     return x
+        >>> try:
+        ...     with jpyfunc.raise_original():
+        ...         jax.jit(check)(-1.0)
+        ... except ValueError as error:
+        ...     print(error)
+        negative: -1.0
+    """
+
+    def __enter__(self) -> None:
+        _originals.enter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            original = _in_flight_failure() if error is None else _originals.find(error)
+        finally:
+            _originals.leave()
+        if original is not None:
+            # `from` what it came from already: else the text of JAX's error, which
+            # repeats this one, would be printed above it.
+            raise original from (original.__cause__ or original.__context__)
+
+
+def _in_flight_failure() -> BaseException | None:
+    """The exception of a body whose program was dispatched but not waited for yet."""
+    # With blocks open on several threads there is no telling whose array it is; then
+    # the failure surfaces as JAX's error where the array is waited for.
+    if _originals.blocks > 1:
+        return None
+    try:
+        jax.effects_barrier()
+    except jax.errors.JaxRuntimeError as error:
+        original = _originals.find(error)
+        if original is None:
+            raise
+        return original
+    for array in jax.live_arrays():
+        try:
+            array.block_until_ready()
+        except jax.errors.JaxRuntimeError as error:
+            original = _originals.find(error)
+            if original is not None:
+                return original
+        except RuntimeError:
+            pass  # deleted or donated since it was listed
+    return None

@@ -1,0 +1,314 @@
+"""What a body returns, found on abstract values: both sides of every Python branch."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import io
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray, Trace, Tracer
+from jax.extend.core import set_current_trace, take_current_trace
+
+from jpyfunc._errors import InferenceError, ResultError
+from jpyfunc._spec import Leaf, Template, as_array, kind_of
+
+# A loop on an abstract condition is one decision per turn, and may never end.
+MAX_DECISIONS = 64
+MAX_RUNS = 32
+
+
+def infer(
+    func: Callable[[list[Any]], Any],
+    avals: list[ShapedArray],
+    template: Template | None,
+    name: str,
+) -> Template:
+    """Complete a template by running a body on abstract values.
+
+    The body sees arrays that have a shape and a dtype and no data. Each truth test of
+    one is a decision; runs follow every sequence of decisions, those with few true
+    ones first, up to `MAX_RUNS` runs of `MAX_DECISIONS` decisions.
+
+    Args:
+        func: the body, called with one array per aval.
+        avals: what the body will be called with.
+        template: what is declared, or None if nothing is.
+        name: the name of the function, for errors.
+
+    Returns:
+        A complete template.
+
+    Raises:
+        InferenceError: the body needs a value, or its branches disagree.
+        ResultError: a branch returns what the template does not allow.
+    """
+    found: Template | None = None
+    failure: Exception | None = None
+    # (number of true decisions, order of discovery, the decisions)
+    queue: list[tuple[int, int, list[bool]]] = [(0, 0, [])]
+    discovered = 0
+    for _ in range(MAX_RUNS):
+        if not queue:
+            break
+        _, _, script = heapq.heappop(queue)
+        trace = _AbstractTrace(script)
+        try:
+            with _quiet(), take_current_trace(), set_current_trace(trace):
+                result = func([_AbstractTracer(trace, aval) for aval in avals])
+                seen = _template_of(result, template, name)
+        except _Undecided:
+            pass
+        except _NeedsValueError as error:
+            raise _needs_value_error(error, str(error), template, name) from None
+        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+            what = str(error).split("\n", 1)[0]
+            raise _needs_value_error(error, what, template, name) from error
+        except (ResultError, InferenceError):
+            raise
+        except Exception as error:  # noqa: BLE001
+            failure = error  # a branch that raises returns nothing to compare
+        else:
+            found = seen if found is None else _join(found, seen, name)
+        for i in range(len(script), len(trace.decisions)):
+            branch = [*trace.decisions[:i], True]
+            discovered += 1
+            heapq.heappush(queue, (sum(branch), discovered, branch))
+    if found is None:
+        reason = (
+            f"it raised {type(failure).__name__}: {failure}"
+            if failure
+            else f"it made more than {MAX_DECISIONS} decisions without returning"
+        )
+        raise InferenceError(
+            f"{name}: the shapes of its results could not be inferred, because on "
+            f"abstract values {reason}. {_remedy(template)}"
+        ) from failure
+    return found
+
+
+def _template_of(result: Any, declared: Template | None, name: str) -> Template:
+    """The template of one run's result, which must satisfy what is declared."""
+    if declared is not None:
+        arrays = declared.check(result, name)
+        return declared.replace_shapes([tuple(a.shape) for a in arrays])
+    values, tree = jax.tree.flatten(result)
+    undeclared = Template(tree, (Leaf(None, None),) * len(values))
+    leaves = []
+    for i, value in enumerate(values):
+        array, weak = as_array(value, lambda i=i: f"{name}: {undeclared.path(i)}")
+        dtype = array.dtype
+        if not isinstance(array, jax.Array):
+            dtype = jnp.asarray(value if weak else array).dtype
+        leaves.append(Leaf(tuple(array.shape), dtype, weak))
+    return Template(tree, tuple(leaves))
+
+
+def _join(first: Template, second: Template, name: str) -> Template:
+    """What holds on both sides of a branch."""
+    if first.tree != second.tree:
+        raise InferenceError(
+            f"{name}: the sides of a branch return different structures, {first.tree} "
+            f"and {second.tree}. Return the same one on every side."
+        )
+    leaves = []
+    for i, (a, b) in enumerate(zip(first.leaves, second.leaves, strict=True)):
+        if a.shape != b.shape or (a.dtype != b.dtype and not (a.weak_type or b.weak_type)):
+            raise InferenceError(
+                f"{name}: the sides of a branch disagree on {first.path(i)}: one returns "
+                f"{a}, another {b}. Return the same on every side, or declare the one "
+                f"meant: Tout=jax.ShapeDtypeStruct({a.shape}, jnp.{a.dtype})."
+            )
+        dtype = a.dtype
+        if a.dtype != b.dtype:
+            dtype = jnp.promote_types(*(_promotable(leaf) for leaf in (a, b)))
+        leaves.append(Leaf(a.shape, dtype, a.weak_type and b.weak_type))
+    return Template(first.tree, tuple(leaves))
+
+
+def _promotable(leaf: Leaf) -> Any:
+    """The dtype, or the Python type that stands for it where it is weak."""
+    python_types = {"b": bool, "u": int, "i": int, "f": float, "c": complex}
+    return python_types[kind_of(leaf.dtype) or ""] if leaf.weak_type else leaf.dtype
+
+
+def _needs_value_error(
+    error: Exception, what: str, template: Template | None, name: str
+) -> InferenceError:
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if not frame.f_globals.get("__name__", "").startswith(
+            ("jax.", "jpyfunc.", "jax._src")
+        ):
+            place = f" at {frame.f_code.co_filename}:{line}"
+    return InferenceError(
+        f"{name}: the shapes of its results cannot be inferred, because the body needs a "
+        f"concrete value{place}: {what}. {_remedy(template)}"
+    )
+
+
+def _remedy(template: Template | None) -> str:
+    dtype = template.leaves[0].dtype if template and template.leaves else "float32"
+    return (
+        "Say what the body returns, and it will not be run to find out: "
+        f"Tout=jax.ShapeDtypeStruct(SHAPE, jnp.{dtype}), with () as the shape of a scalar."
+    )
+
+
+class _Undecided(BaseException):
+    """Too many decisions in one run. No `except Exception` of a body may catch it."""
+
+
+class _NeedsValueError(TypeError):
+    """The body used an abstract value for more than a truth test."""
+
+
+class _AbstractTrace(Trace):
+    """Evaluates operations on avals alone, and answers truth tests from a script."""
+
+    def __init__(self, script: list[bool]) -> None:
+        super().__init__()
+        self.script = script
+        self.decisions: list[bool] = []
+
+    def decide(self) -> bool:
+        n = len(self.decisions)
+        if n >= MAX_DECISIONS:
+            raise _Undecided
+        self.decisions.append(self.script[n] if n < len(self.script) else False)
+        return self.decisions[n]
+
+    def stage_value(self, val: Any) -> Any:
+        return val
+
+    def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
+        avals = [jax.typeof(t) for t in tracers]
+        outs, _ = primitive.abstract_eval(*avals, **params)
+        if primitive.multiple_results:
+            return [_AbstractTracer(self, aval) for aval in outs]
+        return _AbstractTracer(self, outs)
+
+    def process_custom_jvp_call(
+        self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **_: Any
+    ) -> Any:
+        return self._call(fun, tracers)
+
+    def process_custom_vjp_call(
+        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **_: Any
+    ) -> Any:
+        return self._call(fun, tracers)
+
+    def _call(self, fun: Any, tracers: Any) -> Any:
+        with set_current_trace(self):
+            return fun.call_wrapped(*tracers)
+
+
+class _AbstractTracer(Tracer):
+    """An array of which only the aval is known."""
+
+    __slots__ = ("_abstract_aval",)
+
+    def __init__(self, trace: _AbstractTrace, aval: Any) -> None:
+        self._trace = trace
+        self._abstract_aval = aval
+
+    @property
+    def aval(self) -> Any:
+        return self._abstract_aval
+
+    def to_concrete_value(self) -> Any:
+        # Reached through the tracers of `jax.grad` and the like in a body, which ask
+        # their primal for the truth that they are tested for.
+        if self.aval.dtype == jnp.bool_ and self.aval.size == 1:
+            return _UnknownBool(self)
+        return None
+
+    def __bool__(self) -> bool:
+        if self.aval.size != 1:
+            raise ValueError(
+                "The truth value of an array with other than one element is ambiguous. "
+                "Use a.any() or a.all()"
+            )
+        return self._trace.decide()
+
+    def _refuse(self, what: str) -> Any:
+        raise _NeedsValueError(f"{what} of {self.aval.str_short()}")
+
+    def __float__(self) -> Any:
+        self._refuse("float()")
+
+    def __int__(self) -> Any:
+        self._refuse("int()")
+
+    def __complex__(self) -> Any:
+        self._refuse("complex()")
+
+    def __index__(self) -> Any:
+        self._refuse("use as an index or a size")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse("conversion to NumPy")
+
+    def tolist(self) -> Any:
+        self._refuse("tolist()")
+
+    def item(self, *args: Any) -> Any:
+        self._refuse("item()")
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __repr__(self) -> str:
+        return f"Abstract({self.aval.str_short()})"
+
+
+class _UnknownBool:
+    """Stands for the value of an abstract bool: good for a truth test, nothing else."""
+
+    def __init__(self, tracer: _AbstractTracer) -> None:
+        self._tracer = tracer
+
+    def __bool__(self) -> bool:
+        return bool(self._tracer)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._tracer._refuse(f"concrete use ({name})")
+
+
+_quiet_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep this thread's `print` and `breakpoint` still: the body is not being run."""
+    with _quiet_lock:
+        thread, stdout, hook = threading.get_ident(), sys.stdout, sys.breakpointhook
+
+        class Filter(io.TextIOBase):
+            def write(self, text: str) -> int:
+                return (
+                    len(text) if threading.get_ident() == thread else (stdout.write(text))
+                )
+
+            def flush(self) -> None:
+                stdout.flush()
+
+        def breakpointhook(*args: Any, **kwargs: Any) -> Any:
+            return None if threading.get_ident() == thread else hook(*args, **kwargs)
+
+        sys.stdout, sys.breakpointhook = Filter(), breakpointhook
+        try:
+            yield
+        finally:
+            sys.stdout, sys.breakpointhook = stdout, hook
+
+
+def is_abstract(value: Any) -> bool:
+    """Whether `value` is one of the values that `infer` calls a body with."""
+    return isinstance(value, _AbstractTracer)

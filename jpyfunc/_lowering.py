@@ -1,0 +1,90 @@
+"""Lowering rule: a host call in a compiled program, its effects, tokens and shardings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.interpreters import mlir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jpyfunc import _compat
+from jpyfunc._errors import UnsupportedError
+from jpyfunc._executor import HostCall
+from jpyfunc._primitive import ORDERED, Params
+
+
+def _py_func_lowering(
+    ctx: mlir.LoweringRuleContext, *operands: Any, params: Params
+) -> list[Any]:
+    """Emit the host call of one bind.
+
+    Raises:
+        UnsupportedError: the program is exported, is lowered for several platforms at
+            once or for one without host callbacks, or leaves some mesh axes automatic
+            in a `shard_map`.
+    """
+    _check_supported(ctx, params)
+    devices = _automatic_devices(ctx)
+    if devices is not None:
+        operands = _replicated(ctx, operands, ctx.avals_in, devices)
+    token = ctx.tokens_in.get(ORDERED) if params.ordered else None
+    results, token = _compat.emit_host_call(
+        ctx,
+        HostCall(params.body, params.settings),
+        token,
+        operands,
+        has_side_effect=params.stateful,
+    )
+    if token is not None:
+        ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({ORDERED: token})))
+    if devices is not None:
+        # The call runs on one device, and a result that stayed there alone would have
+        # a sharding that no later eager operation accepts.
+        results = _replicated(ctx, results, ctx.avals_out, devices)
+    return list(results)
+
+
+def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
+    platforms = ctx.module_context.platforms
+    if _compat.is_export(ctx):
+        raise UnsupportedError(
+            f"py_func {params.name!r} cannot be exported: its body is a Python function "
+            "of this process and not part of the program. Export what surrounds it, or "
+            "write that part with jax.lax."
+        )
+    if len(platforms) > 1 or platforms[0] not in ("cpu", "cuda", "rocm", "tpu"):
+        raise UnsupportedError(
+            f"py_func {params.name!r} cannot be lowered for {', '.join(platforms)}: "
+            "expected one of cpu, cuda, rocm and tpu. Lower for that one alone."
+        )
+    axes = ctx.module_context.axis_context
+    if isinstance(axes, mlir.SPMDAxisContext):
+        automatic = frozenset(axes.mesh.axis_names) - axes.manual_axes
+        if automatic:
+            raise UnsupportedError(
+                f"py_func {params.name!r} is called in a shard_map that leaves mesh axes "
+                f"{sorted(map(str, automatic))} automatic, where JAX has no host calls. "
+                "Name every axis of the mesh in axis_names."
+            )
+
+
+def _automatic_devices(ctx: mlir.LoweringRuleContext) -> list[jax.Device] | None:
+    """The devices over which XLA partitions this program, if there are several."""
+    axes = ctx.module_context.axis_context
+    if not isinstance(axes, mlir.ShardingContext) or axes.num_devices == 1:
+        return None
+    return list(axes.device_assignment)
+
+
+def _replicated(
+    ctx: mlir.LoweringRuleContext, values: Any, avals: Any, devices: list[jax.Device]
+) -> Any:
+    """Constrain lowered `values` to be whole on every device."""
+    sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
+    constrain = mlir.lower_fun(
+        lambda *xs: [jax.lax.with_sharding_constraint(x, sharding) for x in xs],
+        multiple_results=True,
+    )
+    return constrain(ctx.replace(avals_in=avals, avals_out=avals), *values)

@@ -1,0 +1,115 @@
+"""`py_func_p`: its parameters, its effects, its bind, impl and abstract evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import Effect, Primitive
+
+from jpyfunc import _compat
+from jpyfunc._body import Body
+from jpyfunc._executor import evaluate
+
+py_func_p = Primitive("py_func")
+py_func_p.multiple_results = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Params:
+    """The one parameter of a bind of `py_func_p`.
+
+    Attributes:
+        body: what runs on the host.
+        stateful: whether it runs exactly once per execution, its results used or not.
+        ordered: whether it runs in program order with other ordered calls.
+        vmap_method: `"sequential"`, `"expand_dims"` or `"broadcast_all"`.
+        settings: the caller's, as `_compat.current_settings` gave them.
+    """
+
+    body: Body
+    stateful: bool
+    ordered: bool
+    vmap_method: str
+    settings: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the user's function, for errors."""
+        return self.body.primal.name
+
+    def derived(self, body: Body) -> Params:
+        """Parameters of a call that re-runs this one's body for its derivative.
+
+        It is pure whatever the call was: how often a derivative re-runs the body is
+        the business of the transform, and an unused one should go.
+        """
+        return dataclasses.replace(self, body=body, stateful=False, ordered=False)
+
+    def __repr__(self) -> str:
+        kinds = []
+        body: Any = self.body
+        while hasattr(body, "base"):
+            kinds.append(type(body).__name__.lower())
+            body = body.base
+        return " of ".join([*kinds, self.name])
+
+
+class _StatefulEffect(Effect):
+    # JAX prints an effect where it refuses one, so this is part of an error's text.
+    def __repr__(self) -> str:
+        return (
+            "a py_func with stateful=True or ordered=True, or that returns nothing: it "
+            "must run once, and jax.checkpoint would run it again for the gradient; call "
+            "it outside jax.checkpoint, or make it pure"
+        )
+
+    __str__ = __repr__
+
+
+class _OrderedEffect(_StatefulEffect):
+    pass
+
+
+STATEFUL = _StatefulEffect()
+ORDERED = _OrderedEffect()
+_compat.register_effect(_StatefulEffect, ordered=False)
+_compat.register_effect(_OrderedEffect, ordered=True)
+
+
+def bind(operands: Sequence[Any], params: Params) -> list[Any]:
+    """Bind `py_func_p`: every rule that makes another call makes it here."""
+    return py_func_p.bind(*_compat.align_varying(operands), params=params)
+
+
+def _py_func_abstract_eval(
+    *avals: ShapedArray, params: Params
+) -> tuple[list[ShapedArray], set[Effect]]:
+    """Avals and effects of the results."""
+    effects = {ORDERED} if params.ordered else {STATEFUL} if params.stateful else set()
+    out_avals = [_compat.like_operands(aval, avals) for aval in params.body.out_avals]
+    return out_avals, effects
+
+
+def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
+    """Run the body at once, here: eager calls under a transform come to this."""
+    if params.ordered:
+        jax.effects_barrier()  # what was dispatched before it runs before it
+    device = _default_device()
+    results = evaluate(params.body, [jnp.asarray(x) for x in operands], device)
+    return [
+        result if isinstance(result, jax.Array) else _compat.put(result, aval, device)
+        for result, aval in zip(results, params.body.out_avals, strict=True)
+    ]
+
+
+def _default_device() -> jax.Device:
+    """Where JAX puts an uncommitted array on this thread."""
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device
