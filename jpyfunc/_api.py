@@ -294,7 +294,7 @@ class PyFunc:
             check_x64(template, self._where)
         body = Primal(
             hashable(self._func),
-            self._where,
+            self.__name__,
             tree,
             tuple(kinds),
             template,

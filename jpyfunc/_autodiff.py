@@ -53,7 +53,7 @@ def _py_func_jvp(
     if wrt and of:
         if params.body.primal.numpy:
             raise NotDifferentiableError(
-                f"numpy_func {params.name!r} is not differentiable: JAX cannot see into "
+                f"{params.name} is not differentiable: JAX cannot see into "
                 "NumPy, and a tangent flows into it. Wrap jax.lax.stop_gradient around "
                 "its arguments, or write the body with jax.numpy and use py_func."
             )

@@ -33,7 +33,7 @@ def _py_func_batching(
     """
     if params.ordered:
         raise UnsupportedError(
-            f"py_func {params.name!r} has ordered=True and cannot be used under vmap, "
+            f"{params.name} has ordered=True and cannot be used under vmap, "
             "which defines no order of its elements. Drop ordered=True, or loop with "
             "jax.lax.map or jax.lax.scan."
         )

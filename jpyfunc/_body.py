@@ -90,6 +90,11 @@ class Primal:
     numpy: bool
 
     @property
+    def label(self) -> str:
+        """What errors call the function."""
+        return f"{'numpy_func' if self.numpy else 'py_func'} {self.name!r}"
+
+    @property
     def out_avals(self) -> Avals:
         return tuple(
             physical_aval(leaf.shape, leaf.dtype, leaf.weak_type)
@@ -102,7 +107,7 @@ class Primal:
 
     def __call__(self, operands: Iterable[Any]) -> list[Any]:
         args, kwargs = self.arguments(operands)
-        results = self.template.check(unwrapped(self.func)(*args, **kwargs), self.name)
+        results = self.template.check(unwrapped(self.func)(*args, **kwargs), self.label)
         return [
             jax.random.key_data(result) if leaf.is_key else result
             for leaf, result in zip(self.template.leaves, results, strict=True)

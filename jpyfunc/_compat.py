@@ -19,10 +19,12 @@ from jax._src import dispatch as _dispatch
 from jax._src import effects as _effects
 from jax._src import ffi as _ffi
 from jax._src import mesh as _mesh
+from jax._src import sharding_impls as _sharding_impls
 from jax._src.interpreters import mlir as _mlir
 from jax._src.lib import xla_client as _xla_client
 from jax.extend.core import Effect
 from jax.interpreters import mlir
+from jax.sharding import PartitionSpec
 
 # The settings that change what a body computes. JAX keeps them per thread, so the
 # thread that a callback runs on has none of those that the caller set with a
@@ -125,16 +127,24 @@ def is_eager() -> bool:
     return trace is None or trace is _core.eval_trace
 
 
-def align_varying(operands: Sequence[Any]) -> list[Any]:
-    """Mark every operand as varying over the manual mesh axes that any varies over.
+def align(operands: Sequence[Any]) -> list[Any]:
+    """Make the operands of one call agree on how they lie on the mesh.
 
-    Under `jax.shard_map(check_vma=True)` the operands of a primitive must agree.
+    Over explicit mesh axes each is gathered, because the host call takes it whole. Under
+    `jax.shard_map(check_vma=True)` each is marked as varying over the manual axes that
+    any varies over. Both are JAX operations, which know their own transposes.
     """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    whole = []
+    for operand in operands:
+        sharding = getattr(jax.typeof(operand), "sharding", None)
+        if sharding is not None and any(axes is not None for axes in sharding.spec):
+            operand = jax.sharding.reshard(operand, sharding.update(spec=PartitionSpec()))
+        whole.append(operand)
+    axes = [jax.typeof(x).manual_axis_type.varying for x in whole]
     union = frozenset().union(*axes)
     return [
         x if own == union else _core.pvary(x, tuple(union - own))
-        for x, own in zip(operands, axes, strict=True)
+        for x, own in zip(whole, axes, strict=True)
     ]
 
 
@@ -206,11 +216,17 @@ def emit_host_call(
     if token is not None:
         operands = [token, *operands]
         ctx = ctx.replace(
-            avals_in=[jax.core.AbstractToken(), *ctx.avals_in],
-            avals_out=[jax.core.AbstractToken(), *ctx.avals_out],
+            avals_in=[_core.abstract_token, *ctx.avals_in],
+            avals_out=[_core.abstract_token, *ctx.avals_out],
         )
         callback = _thread_token(host_call)
-        sharding = _callback._callback_op_sharding(module.axis_context, None, ctx.avals_out)
+        if isinstance(sharding, _sharding_impls.SdyArrayList) and ctx.avals_out[1:]:
+            # One annotation per result, and the token is now the first of them.
+            devices = sharding.shardings[0].logical_device_ids
+            of_token = _sharding_impls.SdyArray(
+                mesh_shape=(), dim_shardings=(), logical_device_ids=devices
+            )
+            sharding = _sharding_impls.SdyArrayList((of_token, *sharding.shardings))
     module.add_host_callback(callback)
     kind = "cpu" if module.platforms[0] == "cpu" else "gpu"
     call = _ffi.build_ffi_lowering_function(

@@ -120,7 +120,7 @@ class HostCall:
 
     def __reduce__(self) -> Any:
         raise UnsupportedError(
-            f"py_func {self._body.primal.name!r}: a program that calls it cannot be "
+            f"{self._body.primal.label}: a program that calls it cannot be "
             "pickled or serialized, because its body is a Python function of this "
             "process and not part of the program. Save what the body computes, or the "
             "source, and compile again where it is loaded."

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -37,12 +38,12 @@ def _py_func_lowering(
         operands,
         has_side_effect=params.stateful,
     )
-    if token is not None:
-        ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({ORDERED: token})))
     if devices is not None:
         # The call runs on one device, and a result that stayed there alone would have
         # a sharding that no later eager operation accepts.
         results = _replicated(ctx, results, ctx.avals_out, devices)
+    if token is not None:
+        ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({ORDERED: token})))
     return list(results)
 
 
@@ -50,13 +51,13 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
     platforms = ctx.module_context.platforms
     if _compat.is_export(ctx):
         raise UnsupportedError(
-            f"py_func {params.name!r} cannot be exported: its body is a Python function "
+            f"{params.name} cannot be exported: its body is a Python function "
             "of this process and not part of the program. Export what surrounds it, or "
             "write that part with jax.lax."
         )
     if len(platforms) > 1 or platforms[0] not in ("cpu", "cuda", "rocm", "tpu"):
         raise UnsupportedError(
-            f"py_func {params.name!r} cannot be lowered for {', '.join(platforms)}: "
+            f"{params.name} cannot be lowered for {', '.join(platforms)}: "
             "expected one of cpu, cuda, rocm and tpu. Lower for that one alone."
         )
     axes = ctx.module_context.axis_context
@@ -64,7 +65,7 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
         automatic = frozenset(axes.mesh.axis_names) - axes.manual_axes
         if automatic:
             raise UnsupportedError(
-                f"py_func {params.name!r} is called in a shard_map that leaves mesh axes "
+                f"{params.name} is called in a shard_map that leaves mesh axes "
                 f"{sorted(map(str, automatic))} automatic, where JAX has no host calls. "
                 "Name every axis of the mesh in axis_names."
             )
@@ -83,8 +84,17 @@ def _replicated(
 ) -> Any:
     """Constrain lowered `values` to be whole on every device."""
     sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
-    constrain = mlir.lower_fun(
-        lambda *xs: [jax.lax.with_sharding_constraint(x, sharding) for x in xs],
-        multiple_results=True,
-    )
-    return constrain(ctx.replace(avals_in=avals, avals_out=avals), *values)
+
+    def constrain(*xs: jax.Array) -> list[jax.Array]:
+        # Without the barrier, XLA (of jaxlib 0.12) takes the constraint on the results
+        # as leave to run a call that has several of them on every device.
+        return [
+            jax.lax.with_sharding_constraint(x, sharding)
+            for x in jax.lax.optimization_barrier(xs)
+        ]
+
+    # Avals without the explicit axes of a mesh, on which a constraint is an assertion.
+    avals = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
+    lower = mlir.lower_fun(constrain, multiple_results=True)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return lower(ctx.replace(avals_in=avals, avals_out=avals), *values)

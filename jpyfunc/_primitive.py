@@ -39,8 +39,8 @@ class Params:
 
     @property
     def name(self) -> str:
-        """The name of the user's function, for errors."""
-        return self.body.primal.name
+        """What errors call the user's function."""
+        return self.body.primal.label
 
     def derived(self, body: Body) -> Params:
         """Parameters of a call that re-runs this one's body for its derivative.
@@ -56,7 +56,7 @@ class Params:
         while hasattr(body, "base"):
             kinds.append(type(body).__name__.lower())
             body = body.base
-        return " of ".join([*kinds, self.name])
+        return " of ".join([*kinds, self.body.primal.name])
 
 
 class _StatefulEffect(Effect):
@@ -83,7 +83,7 @@ _compat.register_effect(_OrderedEffect, ordered=True)
 
 def bind(operands: Sequence[Any], params: Params) -> list[Any]:
     """Bind `py_func_p`: every rule that makes another call makes it here."""
-    return py_func_p.bind(*_compat.align_varying(operands), params=params)
+    return py_func_p.bind(*_compat.align(operands), params=params)
 
 
 def _py_func_abstract_eval(
