@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.core import ShapedArray
 
+from jpyfunc._errors import NotDifferentiableError
 from jpyfunc._spec import Template, is_key_dtype
 
 Indices = tuple[int, ...]
@@ -245,7 +246,13 @@ class Transpose:
             jax.ShapeDtypeStruct(aval.shape, aval.dtype)
             for aval in (self.base.in_avals[i] for i in self.wrt)
         ]
-        return list(jax.linear_transpose(func, *linear)(operands[len(others) :]))
+        try:
+            return list(jax.linear_transpose(func, *linear)(operands[len(others) :]))
+        except (AssertionError, NotImplementedError, jax.errors.JAXTypeError) as error:
+            raise NotDifferentiableError(
+                f"{self.primal.label}: jax.linear_transpose needs a body that is linear in "
+                f"its operands and branches on none, and this one is not ({error})."
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -59,26 +59,35 @@ class Params:
         return " of ".join([*kinds, self.body.primal.name])
 
 
-class _StatefulEffect(Effect):
+@dataclasses.dataclass(frozen=True, slots=True)
+class StatefulEffect(Effect):
+    """What keeps a stateful call in a program, however its results are used."""
+
+    name: str
+
     # JAX prints an effect where it refuses one, so this is part of an error's text.
     def __repr__(self) -> str:
         return (
-            "a py_func with stateful=True or ordered=True, or that returns nothing: it "
-            "must run once, and jax.checkpoint would run it again for the gradient; call "
-            "it outside jax.checkpoint, or make it pure"
+            f"{self.name} is stateful (stateful=True, ordered=True or no results) and must "
+            "run once, but jax.checkpoint would run it again for the gradient; call it "
+            "outside jax.checkpoint, or make it pure"
         )
 
     __str__ = __repr__
 
 
-class _OrderedEffect(_StatefulEffect):
-    pass
+class OrderedEffect(Effect):
+    """What keeps ordered calls in program order: one token that all of them pass on."""
+
+    def __repr__(self) -> str:
+        return "the order of calls with ordered=True"
+
+    __str__ = __repr__
 
 
-STATEFUL = _StatefulEffect()
-ORDERED = _OrderedEffect()
-_compat.register_effect(_StatefulEffect, ordered=False)
-_compat.register_effect(_OrderedEffect, ordered=True)
+ORDERED = OrderedEffect()
+_compat.register_effect(StatefulEffect, ordered=False)
+_compat.register_effect(OrderedEffect, ordered=True)
 
 
 def bind(operands: Sequence[Any], params: Params) -> list[Any]:
@@ -90,7 +99,9 @@ def _py_func_abstract_eval(
     *avals: ShapedArray, params: Params
 ) -> tuple[list[ShapedArray], set[Effect]]:
     """Avals and effects of the results."""
-    effects = {ORDERED} if params.ordered else {STATEFUL} if params.stateful else set()
+    effects: set[Effect] = {StatefulEffect(params.name)} if params.stateful else set()
+    if params.ordered:
+        effects.add(ORDERED)
     out_avals = [_compat.like_operands(aval, avals) for aval in params.body.out_avals]
     return out_avals, effects
 

@@ -39,6 +39,12 @@ class Template:
     tree: Any  # PyTreeDef
     leaves: tuple[Leaf, ...]
 
+    @classmethod
+    def undeclared(cls, result: Any) -> Template:
+        """The structure of `result`, with nothing declared of its leaves."""
+        tree = jax.tree.structure(result)
+        return cls(tree, (Leaf(None, None),) * tree.num_leaves)
+
     @property
     def complete(self) -> bool:
         """Whether every shape and dtype is declared, so that nothing is inferred."""
@@ -60,7 +66,7 @@ class Template:
         Raises:
             ResultError: the structures differ.
         """
-        if jax.tree_util.treedef_is_leaf(self.tree):
+        if _is_leaf(self.tree):
             return [result]
         leaves, tree = jax.tree.flatten(result)
         return leaves if tree == self.tree else list(_match(self.tree, result, "", name))
@@ -123,7 +129,7 @@ def parse(tout: Any, name: str) -> Template:
 
 
 def is_dtype(value: Any) -> bool:
-    """Whether `value` names a dtype, and so is a Tout leaf rather than a callable."""
+    """Whether `value` names a dtype."""
     if isinstance(value, np.dtype) or is_key_dtype(value):
         return True
     if isinstance(value, str | type):
@@ -138,13 +144,12 @@ def _parse_leaf(leaf: Any, where: str) -> Leaf:
     if is_dtype(leaf):
         return Leaf(None, _parse_dtype(leaf, where))
     shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-    if shape is None or dtype is None:
+    if isinstance(leaf, type) or shape is None or dtype is None:
         raise TypeError(
             f"{where}: expected a dtype such as jnp.float32, or something with .shape "
             f"and .dtype such as jax.ShapeDtypeStruct((3,), jnp.float32), got {leaf!r}."
         )
-    weak = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and bool(leaf.weak_type)
-    return Leaf(tuple(shape), _parse_dtype(dtype, where), weak)
+    return Leaf(tuple(shape), _parse_dtype(dtype, where), is_weak(leaf))
 
 
 def _parse_dtype(dtype: Any, where: str) -> Any:
@@ -153,7 +158,7 @@ def _parse_dtype(dtype: Any, where: str) -> Any:
     if dtype is int or dtype is float or dtype is complex:  # as jnp.zeros reads them
         return jax.dtypes.canonicalize_dtype(dtype)
     dtype = np.dtype(dtype)
-    if kind_of(dtype) is None:
+    if kind_of(dtype) is None or dtype in _NUMPY_ONLY:
         raise TypeError(
             f"{where}: expected a dtype that JAX has arrays of, got {dtype}; "
             "write jnp.float32, jnp.int32 or jnp.bool_, say."
@@ -165,7 +170,7 @@ def check_x64(template: Template, name: str) -> None:
     """Refuse 64-bit results while they are off, as `jax.pure_callback` does.
 
     Raises:
-        ValueError: a declared dtype needs `jax_enable_x64`.
+        ValueError: a dtype needs `jax_enable_x64`.
     """
     for i, leaf in enumerate(template.leaves):
         if leaf.dtype is None or leaf.is_key:
@@ -173,18 +178,26 @@ def check_x64(template: Template, name: str) -> None:
         available = jax.dtypes.canonicalize_dtype(leaf.dtype)
         if available != leaf.dtype:
             raise ValueError(
-                f"{name}: Tout{template.path(i)[len('result') :]} is {leaf.dtype}, which "
-                f"needs 64-bit types, and jax_enable_x64 is off; write {available}, or "
-                "call it under jax.enable_x64(True)."
+                f"{name}: {template.path(i)} is to be {leaf.dtype}, which needs 64-bit "
+                f"types, and jax_enable_x64 is off; declare {dtype_source(available)} in "
+                "Tout, or call it under jax.enable_x64(True)."
             )
 
 
 def is_key_dtype(dtype: Any) -> bool:
     """Whether `dtype` is that of typed PRNG keys."""
-    try:
-        return jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    except TypeError:
-        return False
+    # `jnp.issubdtype` would raise for what is no dtype, and is on the way of every call.
+    return getattr(dtype, "type", None) is jax.dtypes.prng_key
+
+
+def is_weak(array: Any) -> bool:
+    """Whether an array, or what stands for one, is weakly typed; PRNG keys never are."""
+    return bool(getattr(array, "weak_type", False))
+
+
+def dtype_source(dtype: Any) -> str:
+    """How to write `dtype` in a program, for errors."""
+    return "jax.random.key(0).dtype" if is_key_dtype(dtype) else f"jnp.{dtype}"
 
 
 _KINDS = (
@@ -194,6 +207,8 @@ _KINDS = (
     (np.floating, "f"),
     (np.complexfloating, "c"),
 )
+# Wider than any dtype of JAX, except where they are names of the same width.
+_NUMPY_ONLY = {np.dtype(t) for t in "gG"} - {np.dtype(t) for t in "dD"}
 
 
 def kind_of(dtype: Any) -> str | None:
@@ -207,66 +222,73 @@ def kind_of(dtype: Any) -> str | None:
     return None
 
 
-def _castable(source: Any, target: Any) -> bool:
-    """NumPy's `same_kind` rule, for ml_dtypes too."""
-    source_kind, target_kind = kind_of(source), kind_of(target)
-    if source_kind is None or target_kind is None:
+def _castable(array: Any, weak: bool, target_dtype: Any) -> bool:
+    """NumPy's `same_kind` rule, for ml_dtypes too, and for what Python has no types of."""
+    source, target = kind_of(array.dtype), kind_of(target_dtype)
+    if source is None or target is None:
         return False
+    # A Python int has no sign as a type, and an empty list no type at all.
+    if weak and ((source, target) == ("i", "u") or not array.size):
+        return True
     order = "buifc"
-    return order.index(source_kind) <= order.index(target_kind)
+    return order.index(source) <= order.index(target)
+
+
+def _is_leaf(tree: Any) -> bool:
+    # `jax.tree_util.treedef_is_leaf` takes an empty list for one.
+    return tree.num_nodes == 1 and tree.num_leaves == 1
 
 
 def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
-    if jax.tree_util.treedef_is_leaf(tree):
+    if _is_leaf(tree):
         return [result]
     kind, children = tree.node_data(), tree.children()
-    if kind is None:  # None, which has no leaves
-        if result is not None and result != () and result != []:
-            raise _structure_error(name, path, "None", result)
-        return []
-    sequence = (list, tuple)
-    if kind[0] in sequence:
-        if not children and result is None:
+    sequences = (list, tuple)
+    if kind is None or (kind[0] in sequences and not children):
+        if result is None or (type(result) in sequences and not result):
             return []
-        if type(result) not in sequence or len(result) != len(children):
-            expected = f"a {kind[0].__name__} of {len(children)}"
-            raise _structure_error(name, path, expected, result)
-        parts = [(f"{path}[{i}]", part) for i, part in enumerate(result)]
+        raise _structure_error(name, path, "nothing", result)
+    parts, top = jax.tree_util.tree_flatten_with_path(
+        result, is_leaf=lambda x: x is not result
+    )
+    if kind[0] in sequences:
+        same = type(result) in sequences and len(parts) == len(children)
+        expected = f"{kind[0].__name__} of {len(children)}"
     else:
-        one_level = jax.tree_util.default_registry.flatten_one_level(result)
-        got = jax.tree.structure(result, is_leaf=lambda x: x is not result)
-        if one_level is None or got.node_data() != kind:
-            expected = f"a {kind[0].__name__}" + (
-                f" with keys {kind[1]}" if kind[0] is dict else ""
-            )
-            raise _structure_error(name, path, expected, result)
-        keyed, _ = jax.tree_util.tree_flatten_with_path(
-            result, is_leaf=lambda x: x is not result
-        )
-        parts = [(path + jax.tree_util.keystr(key), part) for key, part in keyed]
+        same = top.node_data() == kind
+        keys = f" with keys {kind[1]}" if kind[0] is dict else ""
+        expected = f"{kind[0].__name__}{keys}"
+    if not same:
+        raise _structure_error(name, path, expected, result)
     return [
         leaf
-        for (part_path, part), child in zip(parts, children, strict=True)
-        for leaf in _match(child, part, part_path, name)
+        for (key, part), child in zip(parts, children, strict=True)
+        for leaf in _match(child, part, path + jax.tree_util.keystr(key), name)
     ]
 
 
 def _structure_error(name: str, path: str, expected: str, got: Any) -> ResultError:
-    size = f" of {len(got)}" if isinstance(got, list | tuple) else ""
-    keys = f" with keys {sorted(map(str, got))}" if isinstance(got, dict) else ""
     return ResultError(
         f"{name}: result{path}: expected {expected}, as Tout declares, got "
-        f"{_type_name(got)}{size}{keys}. Return that, or change Tout."
+        f"{_describe(got)}. Return the one, or declare the other in Tout."
     )
 
 
-def _type_name(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+def _describe(value: Any) -> str:
+    """What `value` is, for errors."""
+    if value is None:
+        return "None"
+    text = type(value).__name__
+    if isinstance(value, dict):
+        return f"{text} with keys {list(value)}"
+    if isinstance(value, list | tuple):
+        return f"{text} of {len(value)}"
+    return f"{text} of dtype {value.dtype}" if hasattr(value, "dtype") else text
 
 
 def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
     """`value` as an array of the declared shape and dtype, if casting allows."""
-    array, weak = as_array(value, where)
+    array, weak = _as_array(value, where)
     if leaf.shape is not None and tuple(array.shape) != leaf.shape:
         raise ResultError(
             f"{where()}: expected shape {leaf.shape}, got {tuple(array.shape)}. Return an "
@@ -276,61 +298,60 @@ def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
         return jnp.asarray(value if weak else array)
     if array.dtype == leaf.dtype:
         return array
-    # A weakly typed integer, such as a Python int, has no sign to lose as a type.
-    unsigned = weak and kind_of(array.dtype) == "i" and kind_of(leaf.dtype) == "u"
-    if leaf.is_key or not (unsigned or _castable(array.dtype, leaf.dtype)):
+    if not _castable(array, weak, leaf.dtype):
+        remedy = "" if leaf.is_key else f" with .astype({dtype_source(leaf.dtype)})"
         raise ResultError(
             f"{where()}: expected {leaf.dtype}, got {array.dtype}, which casting of the "
-            "same kind does not convert. Convert it in the body with "
-            f".astype({leaf.dtype}), or declare {array.dtype} in Tout."
+            f"same kind does not convert. Convert it in the body{remedy}, or declare "
+            f"{dtype_source(array.dtype)} in Tout."
         )
-    if isinstance(array, jax.Array):
-        return array.astype(leaf.dtype)
-    if kind_of(array.dtype) == "i" and kind_of(leaf.dtype) in "ui" and array.size:
-        limits = jnp.iinfo(leaf.dtype)
-        if weak and (array.min() < int(limits.min) or array.max() > int(limits.max)):
-            raise ResultError(
-                f"{where()}: {array.tolist()} does not fit in {leaf.dtype}. Declare a "
-                "wider dtype in Tout."
-            )
+    if weak and isinstance(array, np.ndarray):
+        _check_range(array, leaf.dtype, where)
     return array.astype(leaf.dtype)
 
 
-def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
+def _check_range(array: np.ndarray, dtype: Any, where: Callable[[], str]) -> None:
+    """Refuse Python integers that `dtype` has no room for, as JAX and NumPy do."""
+    if kind_of(dtype) not in ("u", "i") or not array.size:
+        return
+    limits = jnp.iinfo(dtype)
+    if array.min() < int(limits.min) or array.max() > int(limits.max):
+        raise ResultError(
+            f"{where()}: {array.tolist()} does not fit in {dtype}. Declare a wider dtype "
+            "in Tout."
+        )
+
+
+def _as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
     """`value` as a NumPy or JAX array, and whether its dtype is weak.
 
     Raises:
         ResultError: it is not an array of numbers, booleans or PRNG keys.
     """
-    if hasattr(value, "__jax_array__") and not isinstance(value, jax.Array):
+    if hasattr(value, "__jax_array__"):
         value = value.__jax_array__()
     if isinstance(value, jax.Array):
-        return value, value.weak_type
-    weak = isinstance(value, bool | int | float | complex) and not isinstance(
-        value, np.generic
-    )
-    array: Any = None
+        return value, is_weak(value)
+    array, weak = None, False
     if isinstance(value, list | tuple):
-        leaves = jax.tree.leaves(value)
-        weak = all(type(x) in (bool, int, float, complex) for x in leaves)
-        convert = (
-            jnp.asarray if any(isinstance(x, jax.Array) for x in leaves) else (np.asarray)
-        )
+        items = jax.tree.leaves(value)
+        weak = all(type(x) in (bool, int, float, complex) for x in items)
+        stack = jnp.asarray if any(isinstance(x, jax.Array) for x in items) else np.asarray
         try:
-            array = convert(value)
+            array = stack(value)
         except (TypeError, ValueError) as error:
             raise ResultError(
                 f"{where()}: expected an array, got a {type(value).__name__} that does "
                 f"not make one ({error})."
             ) from error
-    elif weak or isinstance(value, np.ndarray | np.generic) or hasattr(value, "__array__"):
+    elif isinstance(value, bool | int | float | complex) or hasattr(value, "__array__"):
+        weak = not hasattr(value, "__array__")  # np.float64 is a float too
         array = np.asarray(value)
-    if array is None or kind_of(array.dtype) is None:
-        got = _type_name(value)
-        if array is not None:
-            got += f" of dtype {array.dtype}"
+    if array is None or (kind_of(array.dtype) is None and not is_key_dtype(array.dtype)):
+        if weak:
+            raise ResultError(f"{where()}: {value} does not fit in 64 bits.")
         raise ResultError(
-            f"{where()}: expected an array of numbers or booleans, got {got}. Return "
-            "arrays, Python scalars or lists of them."
+            f"{where()}: expected an array of numbers or booleans, got {_describe(value)}. "
+            "Return arrays, Python scalars or lists of them."
         )
     return array, weak
