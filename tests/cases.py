@@ -1,0 +1,164 @@
+"""Bodies that the tests of every transform run, and the options they are wrapped with.
+
+The independent answer is the body itself, called in plain eager JAX, which follows
+Python branches on concrete values under `jax.jvp` and `jax.vjp` too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpyfunc import py_func
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A body and arguments, all of them floating: the test differentiates by each."""
+
+    name: str
+    body: Callable[..., Any]
+    args: tuple[Any, ...]
+    Tout: Any = None
+
+    @property
+    def wrapped(self) -> Callable[..., Any]:
+        return py_func(self.body) if self.Tout is None else py_func(self.body, Tout=self.Tout)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def log_huber(x, m):
+    if jnp.abs(x) <= m:
+        return x**2
+    return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
+
+
+def halve_until_small(x):
+    while jnp.linalg.norm(x) > 1.0:
+        x = x / 2 + jnp.sin(x) / 8
+    return x
+
+
+def two_results(x, y):
+    return x * y, x / y
+
+
+def tree(p):
+    if p["w"].sum() > 0:
+        return {"out": jnp.tanh(p["w"] @ p["x"]), "reg": [p["w"].sum() ** 2]}
+    return {"out": p["w"] @ p["x"], "reg": [p["w"].sum()]}
+
+
+def ignores_one(x, y):
+    return jnp.sin(x) + 0 * x, x**3
+
+
+def constant_result(x):
+    return x**2, jnp.ones(3)
+
+
+@jax.custom_vjp
+def doubled_gradient(x):
+    return jnp.sin(x)
+
+
+doubled_gradient.defvjp(
+    lambda x: (jnp.sin(x), x), lambda x, g: (2 * g * jnp.cos(x),)
+)  # fmt: skip
+
+
+@jax.custom_jvp
+def tripled_tangent(x):
+    return jnp.sin(x)
+
+
+@tripled_tangent.defjvp
+def _tripled_tangent_jvp(primals, tangents):
+    return tripled_tangent(*primals), 3 * jnp.cos(primals[0]) * tangents[0]
+
+
+def uses_custom_jvp(x):
+    return tripled_tangent(x) * x if x > 0 else x
+
+
+def uses_custom_vjp(x):
+    return doubled_gradient(x) * x if x > 0 else x
+
+
+@jax.jit
+def _jitted(x):
+    return jnp.cos(x) * x
+
+
+def uses_jit(x):
+    return _jitted(x) if x.sum() > 0 else x
+
+
+def uses_grad(x):
+    return jax.grad(lambda y: jnp.sum(y**3 * jnp.sin(y)))(x)
+
+
+def uses_scan(x):
+    return jax.lax.scan(lambda c, _: (c * jnp.cos(c), c), x, None, length=3)[0]
+
+
+_inner = py_func(log_huber, Tout=jnp.float32)
+
+
+def uses_py_func(x, m):
+    return _inner(x, m) * x if x > 0 else -_inner(x, m)
+
+
+def uses_jitted_py_func(x, m):
+    return jax.jit(_inner)(x, m) * x if x > 0 else x * m
+
+
+x3 = jnp.array([0.3, -1.2, 2.0])
+f32 = jnp.float32
+CASES = (
+    Case("log_huber_inside", log_huber, (1.0, 2.0), f32),
+    Case("log_huber_outside", log_huber, (3.0, 2.0), f32),
+    Case("while", halve_until_small, (x3 * 3,)),
+    Case("two_results", two_results, (1.5, jnp.array([0.5, -2.0])), (f32, f32)),
+    Case("tree", tree, ({"w": jnp.eye(2, 3) + 0.1, "x": x3},)),
+    Case("ignores_one", ignores_one, (0.7, 2.0), [f32, f32]),
+    Case("constant_result", constant_result, (0.7,)),
+    Case("custom_jvp", uses_custom_jvp, (0.7,), jax.ShapeDtypeStruct((), f32)),
+    Case("jit", uses_jit, (x3,)),
+    Case("grad", uses_grad, (x3,)),
+    Case("scan", uses_scan, (x3,)),
+    Case("py_func", uses_py_func, (1.5, 2.0)),
+    Case("jitted_py_func", uses_jitted_py_func, (1.5, 2.0)),
+)
+# Its derivative exists in reverse only, and once.
+CUSTOM_VJP = Case("custom_vjp", uses_custom_vjp, (0.7,), f32)
+
+
+def scalar(function: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """A smooth scalar of every result of `function`, to take gradients of."""
+
+    def summed(*args: Any) -> jax.Array:
+        return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(function(*args)))
+
+    return summed
+
+
+def assert_close(got: Any, want: Any, rtol: float = 2e-4, atol: float = 2e-5) -> None:
+    """Compare pytrees of arrays, structure and dtypes included."""
+    import numpy as np
+
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jnp.result_type(g) == jnp.result_type(w)
+        np.testing.assert_allclose(
+            np.asarray(g).astype(complex) if jnp.iscomplexobj(g) else np.asarray(g, float),
+            np.asarray(w).astype(complex) if jnp.iscomplexobj(w) else np.asarray(w, float),
+            rtol=rtol,
+            atol=atol,
+        )
