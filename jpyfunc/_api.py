@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray, Tracer
 
 from jpyfunc import _compat
 from jpyfunc._batching import BATCHERS
@@ -25,7 +26,7 @@ from jpyfunc._body import (
 from jpyfunc._closure import refuse_traced_closure
 from jpyfunc._inference import infer
 from jpyfunc._primitive import Params, bind
-from jpyfunc._spec import Leaf, Template, as_array, check_x64, is_dtype, is_key_dtype, parse
+from jpyfunc._spec import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
 
 
 class _Inferred:
@@ -125,8 +126,8 @@ def numpy_func(
 
     As `py_func`, but the function takes and returns NumPy arrays; those that it is
     given are read-only. JAX cannot differentiate it: where a tangent flows into it, it
-    raises, and where none does, it works inside `jax.grad`. Its shapes cannot be
-    inferred either, so under `jax.jit`, `Tout` must give them.
+    raises, and where none does, it works inside `jax.grad`. JAX cannot see its shapes
+    either: under `jax.jit`, `Tout` must give them where the body calls NumPy.
 
     Args:
         func: what to run.
@@ -215,7 +216,9 @@ class PyFunc:
             )
         self._numpy = kind == "numpy_func"
         self._func = func
-        self._callable_tout = tout if callable(tout) and not is_dtype(tout) else None
+        # A class is no such callable: it is a dtype, or a mistake.
+        is_function = callable(tout) and not is_dtype(tout) and not isinstance(tout, type)
+        self._callable_tout = tout if is_function else None
         self._template = (
             parse(tout, self._where)
             if tout is not INFERRED and self._callable_tout is None
@@ -247,25 +250,36 @@ class PyFunc:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
-        if _compat.is_eager() and not any(isinstance(x, jax.core.Tracer) for x in leaves):
+        if _compat.is_eager() and not any(isinstance(x, Tracer) for x in leaves):
             return self._call(leaves, tree)
         return self._bind(leaves, tree)
 
     def _call(self, leaves: list[Any], tree: Any) -> Any:
         """Call the function here and now, with the checks that a bind has."""
-        convert = read_only if self._numpy else jnp.asarray
+        if self._ordered:
+            jax.effects_barrier()  # what was dispatched before it runs before it
         arrays = [
-            convert(self._operand(leaf, tree, i)) if _is_array(leaf) else leaf
+            self._operand(leaf, tree, i) if _is_array(leaf) else leaf
             for i, leaf in enumerate(leaves)
         ]
         template = self._declared(arrays, tree)
+        if self._numpy:  # which has no PRNG keys, so they stay what they are
+            arrays = [
+                read_only(x) if _is_array(x) and not is_key_dtype(x.dtype) else x
+                for x in arrays
+            ]
         args, kwargs = jax.tree.unflatten(tree, arrays)
         result = self._func(*args, **kwargs)
         if template is None:
-            values, out_tree = jax.tree.flatten(result)
-            template = Template(out_tree, (Leaf(None, None),) * len(values))
-        # What the body returned on the host becomes an array of the caller's device.
-        outputs = [jnp.asarray(x) for x in template.check(result, self._where)]
+            template = Template.undeclared(result)
+        outputs = [
+            # A declared dtype is a strong one, and what the body returned on the host
+            # becomes an array of the caller's device.
+            jnp.asarray(x, leaf.dtype if is_weak(x) and not leaf.weak_type else None)
+            for x, leaf in zip(
+                template.check(result, self._where), template.leaves, strict=True
+            )
+        ]
         return jax.tree.unflatten(template.tree, outputs)
 
     def _bind(self, leaves: list[Any], tree: Any) -> Any:
@@ -278,7 +292,7 @@ class PyFunc:
                 continue
             operand = self._operand(leaf, tree, i)
             aval = jax.typeof(operand)
-            avals.append(jax.core.ShapedArray(aval.shape, aval.dtype, aval.weak_type))
+            avals.append(ShapedArray(aval.shape, aval.dtype, aval.weak_type))
             is_key = is_key_dtype(aval.dtype)
             kinds.append(Key(aval.dtype) if is_key else None)
             operands.append(jax.random.key_data(operand) if is_key else operand)
@@ -325,13 +339,19 @@ class PyFunc:
 
         if isinstance(leaf, jax.Array):
             return leaf
-        as_array(leaf, where)
         try:
             return jnp.asarray(leaf)
         except OverflowError as error:
             raise TypeError(
                 f"{where()}: {leaf!r} does not fit in JAX's default integer; pass an "
                 "array of a wider dtype, or enable 64-bit types."
+            ) from error
+        except TypeError as error:
+            dtype = getattr(leaf, "dtype", None)
+            raise TypeError(
+                f"{where()}: expected an array of numbers or booleans, got "
+                f"{type(leaf).__name__} of dtype {dtype}; convert it, or give it to the "
+                "body with functools.partial."
             ) from error
 
     def _declared(self, leaves: list[Any], tree: Any) -> Template | None:
