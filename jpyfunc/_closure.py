@@ -23,7 +23,7 @@ def refuse_traced_closure(body: Any, where: str) -> None:
     Raises:
         TypeError: it does; the text says where, and to pass it.
     """
-    for path, value in _held(body, "itself", set()):
+    for path, value in _held(body, "itself", {}):
         if isinstance(value, Tracer) and not is_abstract(value):
             raise TypeError(
                 f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
@@ -32,11 +32,11 @@ def refuse_traced_closure(body: Any, where: str) -> None:
             )
 
 
-def _held(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _held(value: Any, path: str, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
     """What `value` holds, however deep, each with what the user calls it."""
     if id(value) in seen:
         return
-    seen.add(id(value))
+    seen[id(value)] = value  # which keeps it, and so its id
     yield path, value
     for inner, part in _parts(value, path):
         yield from _held(part, inner, seen)

@@ -280,8 +280,8 @@ def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
 
 def _structure_error(name: str, path: str, expected: str, got: Any) -> ResultError:
     return ResultError(
-        f"{name}: result{path}: expected {expected}, as Tout declares, got "
-        f"{_describe(got)}. Return the one, or declare the other in Tout."
+        f"{name}: result{path}: expected {expected}, got {_describe(got)}. Return the "
+        "one, or declare the other in Tout."
     )
 
 
@@ -299,7 +299,7 @@ def _describe(value: Any) -> str:
 
 def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
     """`value` as an array of the declared shape and dtype, if casting allows."""
-    array, weak = _as_array(value, where)
+    array, weak = as_array(value, where)
     if leaf.shape is not None and tuple(array.shape) != leaf.shape:
         raise ResultError(
             f"{where()}: expected shape {leaf.shape}, got {tuple(array.shape)}. Return an "
@@ -318,6 +318,8 @@ def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
         )
     if weak and isinstance(array, np.ndarray):
         _check_range(array, leaf.dtype, where)
+    if isinstance(array, np.ndarray) and not np.can_cast(array.dtype, leaf.dtype, "unsafe"):
+        array = jnp.asarray(array)  # NumPy lacks some casts between ml_dtypes
     return array.astype(leaf.dtype)
 
 
@@ -333,7 +335,7 @@ def _check_range(array: np.ndarray, dtype: Any, where: Callable[[], str]) -> Non
         )
 
 
-def _as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
+def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
     """`value` as a NumPy or JAX array, and whether its dtype is weak.
 
     Raises:
