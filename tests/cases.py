@@ -27,7 +27,9 @@ class Case:
 
     @property
     def wrapped(self) -> Callable[..., Any]:
-        return py_func(self.body) if self.Tout is None else py_func(self.body, Tout=self.Tout)
+        return (
+            py_func(self.body) if self.Tout is None else py_func(self.body, Tout=self.Tout)
+        )
 
     def __repr__(self) -> str:
         return self.name

@@ -47,7 +47,9 @@ DERIVATIVES = {
     "vjp": vjp,
     "linearize": linearize,
     "some_tangents": some_tangents,
-    "value_and_grad": lambda f, args: jax.value_and_grad(scalar(f), everything(f, args))(*args),
+    "value_and_grad": lambda f, args: jax.value_and_grad(scalar(f), everything(f, args))(
+        *args
+    ),
     "jacfwd": lambda f, args: jax.jacfwd(f, everything(f, args))(*args),
     "jacrev": lambda f, args: jax.jacrev(f, everything(f, args))(*args),
     "hessian": lambda f, args: jax.hessian(scalar(f), everything(f, args))(*args),

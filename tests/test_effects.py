@@ -1,0 +1,228 @@
+"""Dead calls, stateful and ordered ones, and control flow around calls."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import log_huber
+
+import jpyfunc
+from jpyfunc import py_func
+
+f32 = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+@pytest.fixture
+def recorder():
+    """Makes bodies that record the values they run on."""
+
+    class Recorder(list):
+        def body(self, name="f", function=jnp.sin, **options):
+            def body(x):
+                if not isinstance(x, jax.core.Tracer):  # as when run for a derivative
+                    self.append((name, round(float(x), 4)))
+                return function(x)
+
+            return py_func(body, Tout=f32, **options)
+
+        def values(self):
+            jax.effects_barrier()
+            return [value for _, value in self]
+
+    return Recorder()
+
+
+def test_dead_pure_calls_are_removed(recorder):
+    f = recorder.body()
+    assert jax.jit(lambda x: (f(x), x)[1])(1.0) == 1.0
+    assert recorder.values() == []
+
+
+@pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
+def test_stateful_calls_run_once_used_or_not(options, recorder, transform):
+    f = recorder.body(**options)
+    transform(lambda x: (f(x), x)[1])(1.0)
+    assert recorder.values() == [1.0]
+    jitted = transform(f)
+    for _ in range(3):
+        np.testing.assert_allclose(jitted(2.0), np.sin(2.0), rtol=1e-6)
+    assert recorder.values() == [1.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("tout", [[], (), None])
+def test_a_body_that_returns_nothing_runs_once(tout, transform):
+    seen = []
+    assert transform(lambda x: py_func(lambda x: seen.append(x), [x], tout))(1.0) == tout
+    jax.effects_barrier()
+    assert len(seen) == 1
+
+
+def test_inferred_to_return_nothing(transform):
+    seen = []
+
+    def body(x):
+        if isinstance(x, jax.core.Tracer):  # while its shapes are inferred
+            return
+        seen.append(float(x))
+
+    assert transform(py_func(body))(1.0) is None
+    jax.effects_barrier()
+    assert seen == [1.0]
+
+
+def test_ordered_calls_run_in_program_order(recorder, transform):
+    fs = [recorder.body(str(i), ordered=True) for i in range(4)]
+
+    def program(x):
+        # The data flows against the program order.
+        results = [f(x + i) for i, f in enumerate(fs)]
+        return results[3] + results[0]
+
+    transform(program)(1.0)
+    assert recorder.values() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_an_eager_ordered_call_waits_for_those_before_it(recorder):
+    f = recorder.body(ordered=True)
+    big = jnp.ones((500, 500))
+    jax.jit(lambda x: f(jnp.dot(x, x).max() / 500))(big + 0)
+    f(2.0)
+    jax.grad(f)(3.0)
+    assert recorder.values()[:2] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
+@pytest.mark.parametrize(
+    ("take", "want"),
+    [
+        (jax.grad, np.cos(1.0)),
+        (jax.jacfwd, np.cos(1.0)),
+        (jax.hessian, -np.sin(1.0)),
+        (lambda f: jax.grad(jax.grad(f)), -np.sin(1.0)),
+    ],
+    ids=["grad", "jacfwd", "hessian", "rev_rev"],
+)
+def test_derivatives_of_stateful_calls(take, want, options, transform):
+    primals = []
+
+    def body(x):
+        if not isinstance(x, jax.core.Tracer):  # a derivative runs it on a tracer
+            primals.append(1)
+        return jnp.sin(x)
+
+    f = py_func(body, Tout=f32, **options)
+    np.testing.assert_allclose(transform(take(f))(1.0), want, rtol=1e-5)
+    jax.effects_barrier()
+    assert len(primals) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"stateful": True}, {"ordered": True}], ids=str)
+class TestControlFlow:
+    """Each against the same loop in Python, forward and differentiated."""
+
+    def compare(self, program, plain, transform):
+        np.testing.assert_allclose(transform(program)(0.7), plain(0.7), rtol=1e-5)
+        np.testing.assert_allclose(
+            transform(jax.grad(program))(0.7), jax.grad(plain)(0.7), rtol=1e-5
+        )
+
+    def test_scan(self, options, recorder, transform):
+        f = recorder.body(**options)
+
+        def program(x):
+            return jax.lax.scan(lambda c, _: (f(c), f(c)), x, None, length=3)[1].sum()
+
+        def plain(x):
+            total = 0.0
+            for _ in range(3):
+                x = jnp.sin(x)
+                total += x
+            return total
+
+        self.compare(program, plain, transform)
+
+    def test_while_loop(self, options, recorder, transform):
+        f = recorder.body(**options)
+        loop = lambda x: jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]  # noqa: E501, E731  # fmt: skip
+        want = np.sin(np.sin(np.sin(0.7)))
+        np.testing.assert_allclose(transform(loop)(0.7), want, rtol=1e-6)
+        np.testing.assert_allclose(
+            recorder.values(), np.round([0.7, np.sin(0.7), np.sin(np.sin(0.7))], 4)
+        )
+        got = transform(lambda x: jax.jvp(loop, (x,), (1.0,))[1])(0.7)
+        want = jax.grad(lambda x: jnp.sin(jnp.sin(jnp.sin(x))))(0.7)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+    def test_fori_loop(self, options, recorder, transform):
+        f = recorder.body(**options)
+        self.compare(
+            lambda x: jax.lax.fori_loop(0, 2, lambda _, c: f(c), x),
+            lambda x: jnp.sin(jnp.sin(x)),
+            transform,
+        )
+
+    @pytest.mark.parametrize("taken", [0, 1])
+    def test_cond_and_switch(self, taken, options, recorder, transform):
+        f = recorder.body(**options)
+        branches = [lambda x: f(x) * 2, lambda x: x * 3]
+        plain = [lambda x: jnp.sin(x) * 2, lambda x: x * 3][taken]
+        self.compare(lambda x: jax.lax.cond(taken == 0, *branches, x), plain, transform)
+        self.compare(lambda x: jax.lax.switch(taken, branches, x), plain, transform)
+        assert bool(recorder.values()) == (taken == 0)
+
+    def test_custom_rules_around_it(self, options, recorder, transform):
+        f = recorder.body(**options)
+        reverse = jax.custom_vjp(lambda x: f(x))
+        reverse.defvjp(lambda x: (f(x), x), lambda x, g: (g * 5 * jnp.cos(x),))
+        np.testing.assert_allclose(
+            transform(jax.grad(reverse))(0.7), 5 * np.cos(0.7), rtol=1e-6
+        )
+        forward = jax.custom_jvp(lambda x: f(x))
+        forward.defjvp(lambda p, t: (f(*p), 7 * t[0]))
+        np.testing.assert_allclose(transform(jax.grad(forward))(0.7), 7, rtol=1e-6)
+
+
+def test_scan_over_a_batch_of_gradients(transform):
+    """vmap of grad of scan, the training loop of a batch of models."""
+    f = py_func(log_huber, Tout=jnp.float32)
+    xs = jnp.linspace(0.5, 3.0, 5)
+
+    def run(function, x):
+        c = x
+        if function is f:
+            return jax.lax.scan(lambda c, _: (f(c, 1.0) * 0.5, None), x, None, length=3)[0]
+        for _ in range(3):
+            c = function(c, 1.0) * 0.5
+        return c
+
+    got = transform(jax.vmap(jax.grad(lambda x: run(f, x))))(xs)
+    want = [jax.grad(lambda x: run(log_huber, x))(x) for x in xs]
+    np.testing.assert_allclose(got, np.array(want), rtol=1e-5)
+
+
+def test_checkpoint_of_pure_calls(recorder, transform):
+    f = recorder.body()
+    got = transform(jax.grad(jax.checkpoint(lambda x: f(f(x)))))(0.7)
+    np.testing.assert_allclose(got, np.cos(np.sin(0.7)) * np.cos(0.7), rtol=1e-6)
+    got = transform(jax.hessian(jax.checkpoint(lambda x: f(x) ** 2)))(0.7)
+    np.testing.assert_allclose(got, 2 * np.cos(1.4), rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
+def test_what_jax_forbids_is_refused_by_name(options, recorder, transform):
+    f = recorder.body(**options)
+    f = py_func(f.__wrapped__, Tout=f32, name="log_step", **options)
+    with pytest.raises(
+        NotImplementedError, match=r"'log_step' is stateful.*jax.checkpoint"
+    ):
+        transform(jax.grad(jax.checkpoint(f)))(1.0)
+    if "ordered" in options:
+        with pytest.raises(
+            jpyfunc.UnsupportedError, match=r"'log_step'.*ordered=True.*vmap"
+        ):
+            transform(jax.vmap(f))(jnp.ones(3))
+    else:
+        np.testing.assert_allclose(
+            transform(jax.vmap(f))(jnp.ones(3)), np.sin(1.0), rtol=1e-6
+        )
+    np.testing.assert_allclose(transform(f)(1.0), np.sin(1.0), rtol=1e-6)

@@ -1,0 +1,189 @@
+"""Exceptions in bodies: what surfaces, eager and under jit, and that all works after."""
+
+import pickle
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import serialize_executable
+
+import jpyfunc
+from jpyfunc import UnsupportedError, py_func, raise_original
+
+f32 = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+class CustomError(Exception):
+    def __init__(self, message, payload):
+        super().__init__(message)
+        self.payload = payload
+
+
+def _inner_frame(x):
+    raise CustomError(f"bad value {x}", payload={"x": x})
+
+
+def fails_when_negative(x):
+    """Fails on what it runs on, values or the tracers of a derivative."""
+    if x < 0:
+        _inner_frame(float(jax.lax.stop_gradient(jnp.asarray(0.0))))
+    return jnp.sin(x)
+
+
+wrapped = py_func(fails_when_negative, Tout=f32)
+nested = py_func(lambda x: wrapped(x) * 2, Tout=f32)
+jit_nested = py_func(lambda x: jax.jit(wrapped)(x) * 2, Tout=f32)
+
+WAYS = {
+    "forward": (wrapped, np.sin(1.0)),
+    "jvp": (lambda x: jax.jvp(wrapped, (x,), (1.0,))[1], np.cos(1.0)),
+    "grad": (jax.grad(wrapped), np.cos(1.0)),
+    "hessian": (jax.hessian(wrapped), -np.sin(1.0)),
+    "vmap": (lambda x: jax.vmap(wrapped)(jnp.stack([abs(x), x]))[0], np.sin(1.0)),
+    "vmap_grad": (lambda x: jax.vmap(jax.grad(wrapped))(jnp.stack([x, x]))[0], np.cos(1.0)),
+    "scan": (
+        lambda x: jax.lax.scan(lambda c, _: (wrapped(c), 0), x, length=1)[0],
+        np.sin(1.0),
+    ),
+    "nested": (nested, 2 * np.sin(1.0)),
+    "nested_in_jit": (jit_nested, 2 * np.sin(1.0)),
+    "nested_grad": (jax.grad(jit_nested), 2 * np.cos(1.0)),
+    "stateful": (py_func(fails_when_negative, Tout=f32, stateful=True), np.sin(1.0)),
+    "ordered": (py_func(fails_when_negative, Tout=f32, ordered=True), np.sin(1.0)),
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return WAYS[request.param]
+
+
+def test_jax_error_has_the_traceback_of_the_body(way):
+    function, want = way
+    jitted = jax.jit(function)
+    for _ in range(2):
+        with pytest.raises(jax.errors.JaxRuntimeError) as info:
+            jax.block_until_ready(jitted(-1.0))
+        for part in ("CustomError: bad value 0.0", "_inner_frame", "fails_when_negative"):
+            assert part in str(info.value)
+        np.testing.assert_allclose(jitted(1.0), want, rtol=1e-5)
+
+
+def test_raise_original(way):
+    """First call and cached calls, and everything works afterwards."""
+    function, want = way
+    jitted = jax.jit(function)
+    for _ in range(3):
+        with pytest.raises(CustomError, match="bad value 0.0") as info, raise_original():
+            jitted(-1.0)
+        assert info.value.payload == {"x": 0.0}
+        assert info.traceback[-1].name == "_inner_frame"
+        with raise_original():
+            np.testing.assert_allclose(jitted(1.0), want, rtol=1e-5)
+    jax.effects_barrier()
+
+
+def test_eager_calls_raise_as_python_does(way):
+    function, want = way
+    if function is jit_nested:
+        return  # the call inside the body is compiled
+    with pytest.raises((CustomError, jax.errors.JaxRuntimeError), match="bad value 0.0"):
+        function(-1.0)
+    np.testing.assert_allclose(function(1.0), want, rtol=1e-5)
+
+
+def test_raise_original_of_a_call_still_in_flight():
+    """The failing body runs on XLA's thread, after the block was left otherwise."""
+    big = jnp.ones((500, 500))
+    f = py_func(fails_when_negative, Tout=f32)
+    jitted = jax.jit(lambda x: f(-jnp.dot(x, x).max()))
+    for _ in range(3):
+        with pytest.raises(CustomError), raise_original():
+            result = jitted(jnp.dot(big, big))
+            assert result.shape == ()
+
+
+def test_raise_original_keeps_the_object_and_its_chain():
+    cause, error = KeyError("cause"), ValueError("boom")
+
+    def body(x):
+        raise error from cause
+
+    with pytest.raises(ValueError, match="boom") as info, raise_original():
+        jax.jit(py_func(body, Tout=f32))(1.0)
+    assert info.value is error
+    assert info.value.__cause__ is cause
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
+def test_no_exception_is_swallowed(kind, transform):
+    def body(x):
+        raise kind("stop")
+
+    f = transform(py_func(body, Tout=f32))
+    with pytest.raises((kind, jax.errors.JaxRuntimeError)) as info:
+        jax.block_until_ready(f(1.0))
+    assert kind.__name__ in repr(info.value) + str(info.value)
+    with pytest.raises(kind), raise_original():
+        f(1.0)
+
+
+def test_raise_original_leaves_other_errors_alone():
+    with pytest.raises(ZeroDivisionError), raise_original():
+        raise ZeroDivisionError
+    failing = jax.jit(lambda x: jax.pure_callback(lambda x: 1 / 0, f32, x))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ZeroDivisionError"):  # noqa: SIM117
+        with raise_original():
+            jax.block_until_ready(failing(1.0))
+
+
+def test_raise_original_on_several_threads_at_once():
+    outcomes = {}
+
+    def work(i):
+        def body(x):
+            if i % 2:
+                raise CustomError(str(i), payload=i)
+            return x * i
+
+        jitted = jax.jit(py_func(body, Tout=f32))
+        try:
+            for _ in range(20):
+                with raise_original():
+                    outcomes[i] = float(jitted(1.0))
+        except CustomError as error:
+            outcomes[i] = error.payload
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == {i: i for i in range(8)}
+
+
+def test_a_wrong_result_is_the_same_error_eager_and_under_jit():
+    f = py_func(lambda x: jnp.ones(3), Tout=f32, name="wrong")
+    texts = []
+    for transform in (lambda f: f, jax.jit):
+        with pytest.raises(jpyfunc.ResultError) as info, raise_original():
+            transform(f)(1.0)
+        texts.append(str(info.value))
+    assert texts[0] == texts[1]
+    assert "py_func 'wrong': result: expected shape (), got (3,)" in texts[0]
+
+
+def test_export_and_serialization_say_why_not():
+    f = py_func(lambda x: x * 2, Tout=f32, name="double")
+    reason = r"'double'.*body is a Python function of this process"
+    for platforms in (["cpu"], ["cpu", "cuda"]):
+        with pytest.raises(UnsupportedError, match=reason):
+            jax.export.export(jax.jit(f), platforms=platforms)(1.0)
+    compiled = jax.jit(f).lower(1.0).compile()
+    with pytest.raises(UnsupportedError, match=reason):
+        serialize_executable.serialize(compiled)
+    with pytest.raises(TypeError, match="pickle"):
+        pickle.dumps(compiled)
+    assert jax.jit(f)(1.0) == 2.0

@@ -1,0 +1,164 @@
+"""Four devices: once per shard under shard_map and pmap, once in all under a sharded jit."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jpyfunc import UnsupportedError, py_func
+
+P = PartitionSpec
+X = jnp.arange(8.0) + 1
+W = jnp.float32(3.0)
+
+
+def body(x, w):
+    return (jnp.sin(x) * w, x.sum() * w) if x.sum() > 0 else (x * w, w)
+
+
+def per_shard(x, w):
+    """What a shard_map over four devices computes, in plain JAX."""
+    parts = [body(part, w) for part in jnp.split(x, 4)]
+    return jnp.concatenate([p[0] for p in parts]), jnp.stack([p[1] for p in parts])
+
+
+@pytest.fixture
+def calls():
+    return []
+
+
+@pytest.fixture(params=[{}, {"stateful": True}, {"ordered": True}], ids=str)
+def options(request):
+    return request.param
+
+
+@pytest.fixture
+def wrapped(calls, options):
+    def counted(x, w):
+        calls.append(x.shape)
+        return body(x, w)
+
+    return py_func(counted, Tout=lambda x, w: (x, w), **options)
+
+
+def count(calls):
+    jax.effects_barrier()
+    shapes = list(calls)
+    calls.clear()
+    return shapes
+
+
+def mesh_of(axis_type):
+    return jax.make_mesh((4,), ("d",), axis_types=(axis_type,))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_jit_runs_once_and_the_result_goes_on(axis_type, wrapped, calls):
+    x = jax.device_put(X, NamedSharding(mesh_of(axis_type), P("d")))
+    got = jax.jit(wrapped)(x, W)
+    assert_close(
+        jax.tree.map(lambda y: y + 1, got), jax.tree.map(lambda y: y + 1, body(X, W))
+    )
+    assert count(calls) == [(8,)]
+    mixed = jax.jit(lambda x, w: wrapped(x * 2, w)[0] * x + jnp.cos(x))(x, W)
+    assert_close(mixed + x, body(X * 2, W)[0] * X + jnp.cos(X) + X)
+    assert count(calls) == [(8,)]
+
+
+def test_sharded_jit_of_a_gradient_runs_once(wrapped, calls):
+    x = jax.device_put(X, NamedSharding(mesh_of(AxisType.Auto), P("d")))
+    loss = lambda f: lambda x, w: f(x, w)[0].sum() + f(x, w)[1] ** 2  # noqa: E731
+    got = jax.jit(jax.grad(lambda x, w: wrapped(x, w)[0].sum(), (0, 1)))(x, W)
+    assert_close(got, jax.grad(lambda x, w: body(x, w)[0].sum(), (0, 1))(X, W))
+    got = jax.jit(jax.hessian(loss(wrapped), (0, 1)))(x, W)
+    assert_close(got, jax.hessian(loss(body), (0, 1))(X, W), rtol=1e-3)
+
+
+def test_a_gradient_with_several_results_runs_its_body_once():
+    """XLA of jaxlib 0.12 runs it on every device if left to choose."""
+    runs = []
+
+    def counted(x, w):
+        runs.append(1)
+        return x * w
+
+    f = py_func(counted, Tout=lambda x, w: x)
+    x = jax.device_put(X, NamedSharding(mesh_of(AxisType.Auto), P("d")))
+    got = jax.jit(jax.grad(lambda x, w: f(x, w).sum(), (0, 1)))(x, W)
+    assert_close(jax.tree.map(lambda y: y * 2, got), (jnp.full(8, 6.0), jnp.float32(72)))
+    assert len(runs) == 1
+
+
+def test_eager_on_sharded_arrays(wrapped, calls):
+    x = jax.device_put(X, NamedSharding(mesh_of(AxisType.Auto), P("d")))
+    assert_close(wrapped(x, W), body(X, W))
+    assert count(calls) == [(8,)]
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(check_vma, wrapped, calls, transform):
+    sharded = functools.partial(
+        jax.shard_map,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(P("d"), P()),
+        out_specs=(P("d"), P("d")),
+        check_vma=check_vma,
+    )
+    f = sharded(lambda x, w: (wrapped(x, w)[0], wrapped(x, w)[1][None]))
+    assert_close(transform(f)(X, W), per_shard(X, W))
+    assert set(count(calls)) == {(2,)}
+    one = sharded(lambda x, w: wrapped(x, w)[0], out_specs=P("d"))
+    assert_close(transform(one)(X, W), per_shard(X, W)[0])
+    assert count(calls) == [(2,)] * 4
+    loss = lambda f: lambda x, w: jnp.sum(f(x, w)[0] ** 2)  # noqa: E731
+    got = transform(jax.grad(loss(f), (0, 1)))(X, W)
+    assert_close(got, jax.grad(loss(per_shard), (0, 1))(X, W))
+
+
+def test_vmap_and_grad_in_shard_map():
+    """The gradient by `w`, which is the same on every shard, is summed over them."""
+
+    def sharded(function):
+        inner = jax.vmap(jax.grad(function, (0, 1)), (0, None))
+        return jax.shard_map(
+            inner, mesh=mesh_of(AxisType.Auto), in_specs=(P("d"), P()), out_specs=P("d")
+        )
+
+    f = py_func(lambda x, w: jnp.sin(x) * w if x > 2 else x * w, Tout=jnp.float32)
+    plain = lambda x, w: jnp.where(x > 2, jnp.sin(x) * w, x * w)  # noqa: E731
+    assert_close(jax.jit(sharded(f))(X, W), jax.jit(sharded(plain))(X, W))
+
+
+def test_pmap(wrapped, calls):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        x = X.reshape(4, 2)
+        got = jax.pmap(wrapped, in_axes=(0, None))(x, W)
+        want = per_shard(X, W)
+        assert_close(got, (want[0].reshape(4, 2), want[1]))
+        assert count(calls) == [(2,)] * 4
+        loss = lambda x: wrapped(x, W)[0].sum()  # noqa: E731
+        got = jax.pmap(jax.grad(loss))(x)
+    assert_close(got, jax.grad(lambda x: per_shard(x, W)[0].sum())(X).reshape(4, 2))
+
+
+def test_partly_automatic_shard_map_is_refused():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+    f = py_func(lambda x: x * 2, Tout=lambda x: x, name="double")
+    sharded = jax.shard_map(
+        f, mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names={"a"}
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"'double'.*axes \['b'\] automatic"):
+        jax.jit(sharded)(X)
+
+
+def test_a_mesh_that_the_caller_set_is_not_in_force_in_the_body():
+    with jax.set_mesh(mesh_of(AxisType.Explicit)):
+        f = py_func(lambda x: jnp.sin(x) @ jax.jit(jnp.cos)(x), Tout=jnp.float32)
+        got = jax.jit(f)(X)
+        assert_close(got + 1, jnp.sin(X) @ jnp.cos(X) + 1)
