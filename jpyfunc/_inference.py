@@ -84,7 +84,7 @@ def infer(
             heapq.heappush(queue, (sum(branch), discovered, branch))
     if found is None:
         reason = (
-            f"it raised {type(failure).__name__}: {failure}"
+            f"it raised {type(failure).__name__}{_place_of(failure)}: {failure}"
             if failure
             else f"it made more than {MAX_DECISIONS} decisions without returning"
         )
@@ -139,12 +139,15 @@ def _promotable(leaf: Leaf) -> Any:
 def _needs_value_error(
     error: Exception, what: str, template: Template | None, name: str
 ) -> InferenceError:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    place = _place(reversed(frames))
     return InferenceError(
         f"{name}: the shapes of its results cannot be inferred, because the body needs a "
-        f"concrete value{place}: {what}. {_remedy(template)}"
+        f"concrete value{_place_of(error)}: {what}. {_remedy(template)}"
     )
+
+
+def _place_of(error: Exception) -> str:
+    """Where the user's code was when it raised."""
+    return _place(reversed(list(traceback.walk_tb(error.__traceback__))))
 
 
 def _place(frames: Iterable[tuple[FrameType, int]]) -> str:
@@ -301,6 +304,10 @@ class _Muted:
         if threading.get_ident() == self._thread:
             return len(text)
         return self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
