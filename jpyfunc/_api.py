@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import functools
 import types
@@ -27,6 +28,7 @@ from jpyfunc._closure import refuse_traced_closure
 from jpyfunc._inference import infer
 from jpyfunc._primitive import Params, bind
 from jpyfunc._spec import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
+from jpyfunc._symbol import Symbol, noting
 
 
 class _Inferred:
@@ -178,7 +180,7 @@ def _dispatch(kind: str, func: Any, inp: Any, *options: Any) -> Any:
         return wrapped
     if isinstance(inp, list | tuple):
         return wrapped(*inp)
-    if _is_array(inp):
+    if _is_array(inp) or isinstance(inp, Symbol):
         return wrapped(inp)
     raise TypeError(
         f"{kind} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
@@ -208,6 +210,7 @@ class PyFunc:
         if isinstance(func, functools.partial):
             own_name = getattr(func.func, "__name__", own_name)
         self.__name__ = name or own_name
+        self.node_name = name
         self._where = f"{kind} {self.__name__!r}"
         if vmap_method not in BATCHERS:
             raise ValueError(
@@ -248,8 +251,22 @@ class PyFunc:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
+    @property
+    def template(self) -> Template | None:
+        """`Tout`, if it is known without the arguments."""
+        return self._template
+
+    def for_node(self, note: str) -> PyFunc:
+        """A copy for a node of a graph: an exception in its body gets `note`."""
+        copied = copy.copy(self)
+        copied._func = noting(self._func, note)
+        return copied
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
+        for leaf in leaves:
+            if isinstance(leaf, Symbol):
+                return leaf.call_py_func(self, args, kwargs)
         if _compat.is_eager() and not any(isinstance(x, Tracer) for x in leaves):
             return self._call(leaves, tree)
         return self._bind(leaves, tree)
