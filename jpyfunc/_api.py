@@ -206,10 +206,10 @@ class PyFunc:
         vmap_method: str,
     ) -> None:
         functools.update_wrapper(self, func)
-        own_name = getattr(func, "__name__", None) or type(func).__name__
-        if isinstance(func, functools.partial):
-            own_name = getattr(func.func, "__name__", own_name)
-        self.__name__ = name or own_name
+        # The documentation of a partial is that of `functools.partial`.
+        inner: Any = func.func if isinstance(func, functools.partial) else func
+        self.__doc__ = inner.__doc__
+        self.__name__ = name or getattr(inner, "__name__", None) or type(inner).__name__
         self.node_name = name
         self._where = f"{kind} {self.__name__!r}"
         if vmap_method not in BATCHERS:

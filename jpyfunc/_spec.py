@@ -294,7 +294,7 @@ def _describe(value: Any) -> str:
         return f"{text} with keys {list(value)}"
     if isinstance(value, list | tuple):
         return f"{text} of {len(value)}"
-    return f"{text} of dtype {value.dtype}" if hasattr(value, "dtype") else text
+    return f"array of dtype {value.dtype}" if hasattr(value, "dtype") else text
 
 
 def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:

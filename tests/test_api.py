@@ -93,7 +93,8 @@ def test_a_wrapped_function_is_like_its_own():
         assert g.__module__ == scale.__module__
         assert inspect.signature(g) == inspect.signature(scale)
     assert py_func(scale, name="other").__name__ == "other"
-    assert py_func(functools.partial(scale, m=1.0)).__name__ == "scale"
+    partial = py_func(functools.partial(scale, m=1.0))
+    assert (partial.__name__, partial.__doc__) == ("scale", "Scale x.")
     assert repr(py_func(scale)) == "<py_func 'scale'>"
     assert Model.wrapped.__doc__ == "Multiply."
     assert list(inspect.signature(Model(1.0).wrapped).parameters) == ["x", "m"]
@@ -238,6 +239,18 @@ def test_refused_arguments(transform, value, text):
             transform(call)(1.0)
         assert f"py_func 'g': {path}: " in str(caught.value)
         assert text in str(caught.value)
+
+
+def test_ordered_eager_calls_wait_for_what_was_dispatched():
+    log = []
+    g = py_func(lambda x, name: log.append(name), Tout=[], ordered=True)
+    compiled = jax.jit(g, static_argnums=1)
+    matrix = jnp.ones((1500, 1500))
+    compiled(matrix[0, 0], "compile")
+    for _ in range(3):
+        compiled((matrix @ matrix)[0, 0], "dispatched")  # its operand is not ready yet
+        g(1.0, "eager")
+    assert log == ["compile"] + ["dispatched", "eager"] * 3
 
 
 def test_wrong_call_of_the_body(transform):
