@@ -192,7 +192,7 @@ class PyFunc:
     """A function wrapped by `py_func` or `numpy_func`.
 
     It compares by value: two wraps of one function with the same options are equal, so
-    that `jax.jit` of the second finds what it compiled for the first.
+    that `jax.jit` of the second finds what it compiled for the first while that lives.
     """
 
     def __init__(

@@ -23,23 +23,22 @@ def refuse_traced_closure(body: Any, where: str) -> None:
     Raises:
         TypeError: it does; the text says where, and to pass it.
     """
-    for path, value in _held(body, "itself", {}):
+    # Not by recursion: what a body holds may be a list of any length, linked by
+    # attributes. `seen` keeps what was searched, so that no other takes its id.
+    seen: dict[int, Any] = {}
+    stack: list[tuple[str, Any]] = [("itself", body)]
+    while stack:
+        path, value = stack.pop()
+        if id(value) in seen or isinstance(value, str | bytes | int | float | complex):
+            continue
+        seen[id(value)] = value
         if isinstance(value, Tracer) and not is_abstract(value):
             raise TypeError(
                 f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
                 f"{path}. It runs outside the transform that traces it, and would get "
                 "neither its value nor its gradient. Pass it as an argument."
             )
-
-
-def _held(value: Any, path: str, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
-    """What `value` holds, however deep, each with what the user calls it."""
-    if id(value) in seen:
-        return
-    seen[id(value)] = value  # which keeps it, and so its id
-    yield path, value
-    for inner, part in _parts(value, path):
-        yield from _held(part, inner, seen)
+        stack.extend(_parts(value, path))
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:

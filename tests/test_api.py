@@ -451,10 +451,13 @@ def test_closures_over_concrete_values_are_not_refused(transform):
     table = {1: np.arange(3.0), "two": [jnp.arange(3.0), None]}
     table["itself"] = table
     model = Model(jnp.float32(2))
+    chain = None
+    for _ in range(10_000):  # deeper than Python recurses
+        chain = Model(chain)
 
     def body(x):
         if x < 0:
-            unbound  # noqa: B018 - a name with an empty cell
+            unbound, chain  # noqa: B018 - one with an empty cell
         return (x * table[1] + table["two"][0]).sum() * model.w
 
     f = transform(lambda x: py_func(body, [x], F32))
