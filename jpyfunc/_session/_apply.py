@@ -14,6 +14,11 @@ from jpyfunc._symbol import Symbol, add_note
 
 Spec = tuple[Any, tuple[int | None, ...] | None]  # dtype and shape, None if unknown
 
+_NEEDS_VALUES = (
+    "A function on graph tensors is traced. If it needs their values, wrap it with "
+    "jpyfunc.py_func."
+)
+
 
 def apply(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
     """Make a node of `func(*args, **kwargs)`, some leaves of which are tensors.
@@ -27,11 +32,12 @@ def apply(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
     Returns:
         Tensors in the structure of what `func` returns.
     """
-    call, inputs = close_over(func, args, kwargs)
+    inputs = tensors_in(args, kwargs)
+    call = close_over(func, args, kwargs)
     try:
         found = infer(call, inputs)
     except Exception as error:
-        add_note(error, f"while adding {name!r} of {_list(inputs)} to the graph")
+        add_note(error, f"while adding {name!r} of {inputs} to the graph")
         raise
     # What works for no shape that was tried is taken to have one result, as nearly all
     # of jax.numpy has; the node checks that when it runs.
@@ -49,11 +55,9 @@ def apply_py_func(func: Any, args: Any, kwargs: Any) -> Any:
         TypeError: `Tout` is left out or is a callable, and the number of results
             depends on shapes that are unknown.
     """
-    _, inputs = close_over(func, args, kwargs)
-    graph = common_graph(inputs)
-    name = graph.unique_name(func.node_name or "PyFunc")
-    func = func.for_node(f"in graph operation {name!r}")
-    call, inputs = close_over(func, args, kwargs)
+    inputs = tensors_in(args, kwargs)
+    name = common_graph(inputs).unique_name(func.node_name or "PyFunc")
+    call = close_over(func.for_node(f"in graph operation {name!r}"), args, kwargs)
     template = func.template
     if template is not None:
         tree = template.tree
@@ -108,13 +112,17 @@ def add_call(
     return jax.tree.unflatten(tree, op.outputs) if op.outputs else op
 
 
+def tensors_in(args: Any, kwargs: Any) -> list[Any]:
+    """The tensors among the arguments of a call."""
+    return [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Symbol)]
+
+
 def close_over(
     func: Callable[..., Any], args: Any, kwargs: Any
-) -> tuple[Callable[[Sequence[Any]], Any], list[Any]]:
-    """A call as a function of the values of its tensors alone, and these tensors."""
+) -> Callable[[Sequence[Any]], Any]:
+    """A call as a function of the values of its tensors alone."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Symbol)]
-    inputs = [leaves[i] for i in positions]
 
     def call(values: Sequence[Any]) -> Any:
         filled = list(leaves)
@@ -123,7 +131,7 @@ def close_over(
         args, kwargs = jax.tree.unflatten(tree, filled)
         return func(*args, **kwargs)
 
-    return call, inputs
+    return call
 
 
 def common_graph(tensors: Iterable[Any]) -> Any:
@@ -160,8 +168,10 @@ def infer(
         try:
             results = jax.eval_shape(call, structs)
         except Exception as error:
-            if known or isinstance(error, jax.errors.ConcretizationTypeError):
-                _advise(error)
+            if isinstance(error, jax.errors.ConcretizationTypeError):
+                add_note(error, _NEEDS_VALUES)
+                raise
+            if known:
                 raise
         else:
             leaves, tree = jax.tree.flatten(results)
@@ -193,16 +203,3 @@ def _structs(inputs: Sequence[Any], size: int, rank: int) -> list[Any]:
         )
         for t in inputs
     ]
-
-
-def _advise(error: Exception) -> None:
-    if isinstance(error, jax.errors.ConcretizationTypeError):
-        add_note(
-            error,
-            "A function on graph tensors is traced. If it needs their values, wrap it "
-            "with jpyfunc.py_func.",
-        )
-
-
-def _list(tensors: Sequence[Any]) -> str:
-    return ", ".join(repr(t) for t in tensors)

@@ -41,11 +41,11 @@ def execute(plan: Plan, values: Iterable[Any]) -> Any:
     try:
         arrays = plan.program(*[arguments[i] for i in plan.order])
         return plan.tree.unflatten([read(arrays[i]) for i, read in plan.reads])
-    except jax.errors.JaxRuntimeError as error:
-        _forget_failure()
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         failure = originals.find(error)
         if failure is None:
             raise
+        _forget_failure()
     finally:
         originals.leave()
     # `from` what it came from already: else the text of JAX's error, which repeats this
@@ -62,8 +62,8 @@ def _fed(tensor: Tensor, value: Any) -> Any:
     elif (
         isinstance(value, jax.Array)
         and value.dtype == dtype
-        and not value.weak_type
         and fits(value.shape, tensor.shape)
+        and not getattr(value, "weak_type", False)  # a PRNG key has none
     ):
         return value
     return convert(value, dtype, tensor.shape, lambda: f"feed of {tensor.name!r}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jpyfunc._session._apply import common_graph
 from jpyfunc._session._nodes import Operation, Tensor
-from jpyfunc._session._values import fits
+from jpyfunc._session._values import convert, fits
 
 
 def gradients(
@@ -185,22 +185,21 @@ def _seed(graph: Any, y: Tensor, seed: Any) -> Tensor:
                 "grad_ys."
             )
         return _like(graph, "ones_like", y, jnp.ones_like)
-    inputs = [y, seed] if isinstance(seed, Tensor) else [y]
-    shape = seed.shape if isinstance(seed, Tensor) else jnp.shape(seed)
+    where = f"gradients: grad_ys of {y.name!r}"
+    if not isinstance(seed, Tensor):
+        seed = convert(seed, y.dtype, y.shape, lambda: where)
 
     def check(shape: Any, expected: Any) -> None:
         if not fits(shape, expected):
-            raise ValueError(
-                f"gradients: grad_ys of {y.name!r}: expected shape {expected}, which it "
-                f"has, got {shape}."
-            )
+            raise ValueError(f"{where}: expected shape {expected}, got {shape}.")
 
     def compute(values: Sequence[Any]) -> list[Any]:
-        given = values[1] if len(values) > 1 else jnp.asarray(seed)
-        check(given.shape, values[0].shape)
-        return [given.astype(values[0].dtype)]
+        value, given = values if len(values) > 1 else (values[0], jnp.asarray(seed))
+        check(given.shape, value.shape)
+        return [given.astype(value.dtype)]
 
-    check(shape, y.shape)
+    check(seed.shape, y.shape)
+    inputs = [y, seed] if isinstance(seed, Tensor) else [y]
     op = graph.create_operation("grad_ys", inputs, compute, [(y.dtype, y.shape)])
     return op.outputs[0]
 

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from jpyfunc._errors import InferenceError
 from jpyfunc._session._nodes import Operation, Tensor
 from jpyfunc._session._pullback import Compute, with_pullback
 from jpyfunc._symbol import add_note
@@ -58,6 +60,9 @@ def lower(
         for op, compute in steps:
             try:
                 results = compute([known[t] for t in op.inputs])
+            except InferenceError as error:
+                own = _own(error, op)
+                raise own from own.__cause__
             except Exception as error:
                 add_note(error, f"in graph operation {op.name!r}")
                 raise
@@ -72,6 +77,18 @@ def lower(
         ]
 
     return session_run
+
+
+def _own(error: InferenceError, op: Operation) -> Exception:
+    """What a body raised on abstract values, whatever those were; else `error`."""
+    cause = error.__cause__
+    add_note(error, f"in graph operation {op.name!r}")
+    # On these two, the body asked for a value, and the advice of `error` applies.
+    needs_value = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
+    if not isinstance(cause, Exception) or isinstance(cause, needs_value):
+        return error
+    add_note(cause, str(error))
+    return cause
 
 
 def _needed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from jpyfunc._session._apply import apply
 from jpyfunc._session._graph import get_default_graph
 from jpyfunc._session._nodes import Tensor
 from jpyfunc._session._values import Shape, convert, fits
-from jpyfunc._spec import Template, check_x64, parse
+from jpyfunc._spec import is_dtype, is_key_dtype, parse
 from jpyfunc._symbol import Symbol
 
 
@@ -86,10 +87,13 @@ def constant(
     )
     if shape is not None:
         sizes = tuple(shape)
-        if array.size == 1:
-            array = jnp.broadcast_to(array.reshape(()), sizes)
-        else:
-            array = array.reshape(sizes)
+        if array.size not in (1, math.prod(sizes)):
+            raise ValueError(
+                f"{where}: expected a scalar or as many elements as shape {sizes} has, got "
+                f"shape {array.shape}."
+            )
+        filled = jnp.broadcast_to(array.reshape(()), sizes) if array.size == 1 else array
+        array = filled.reshape(sizes)
     return _add(name or "Const", [], lambda _: [array], (array.dtype, array.shape))
 
 
@@ -175,11 +179,17 @@ def _add(name: str, inputs: list[Tensor], compute: Any, spec: Any) -> Tensor:
 
 
 def _dtype(dtype: Any, where: str) -> Any:
-    template: Template = parse(dtype, where)
-    leaf = template.leaves[0] if len(template.leaves) == 1 else None
-    if leaf is None or leaf.dtype is None or leaf.shape is not None:
+    if not is_dtype(dtype):
         raise TypeError(f"{where}: expected a dtype such as jnp.float32, got {dtype!r}.")
-    check_x64(template, where)
+    (leaf,) = parse(dtype, where).leaves
+    if is_key_dtype(leaf.dtype):
+        return leaf.dtype
+    available = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if available != leaf.dtype:
+        raise ValueError(
+            f"{where}: {leaf.dtype} needs 64-bit types, and jax_enable_x64 is off; write "
+            f"jnp.{available}, or build and run it under jax.enable_x64(True)."
+        )
     return leaf.dtype
 
 

@@ -94,6 +94,10 @@ class Session:
                 note that names the operation.
         """
         feeds = {} if feed_dict is None else feed_dict
+        if not isinstance(feeds, dict):
+            raise TypeError(
+                f"run: expected feed_dict to be a dict, {{tensor: value}}, got {feeds!r}."
+            )
         leaves, tree = jax.tree.flatten(fetches)
         key = (tree, *leaves, None, *feeds)
         try:
@@ -176,6 +180,11 @@ class Session:
         leaves, tree = jax.tree.flatten(fetches, is_leaf=lambda x: x is None)
         items = [self._element(leaf, "fetch", (Tensor, Operation)) for leaf in leaves]
         fed = tuple(self._element(feed, "feed_dict key", (Tensor,)) for feed in feeds)
+        if len(set(fed)) < len(fed):
+            raise ValueError(
+                f"feeds {[t.name for t in fed]}: expected each tensor once; feed it either "
+                "by itself or by its name."
+            )
         # A run with the same nodes in another order must not trace again.
         order = tuple(sorted(range(len(fed)), key=lambda i: _rank(fed[i])))
         wanted = tuple(sorted(set(items), key=_rank))

@@ -1,0 +1,531 @@
+"""`Session`: what is fed, run, returned, kept and refused."""
+
+import collections
+import gc
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpyfunc as jpf
+
+Pair = collections.namedtuple("Pair", "first second")
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def graph():
+    with jpf.Graph().as_default() as graph:
+        yield graph
+
+
+@pytest.fixture
+def sess(graph):
+    with jpf.Session() as sess:
+        yield sess
+
+
+def log_huber(x, m):
+    if jnp.abs(x) <= m:
+        return x**2
+    return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
+
+
+def test_the_seed_program():
+    x = jpf.placeholder(jnp.float32)
+    m = jpf.placeholder(jnp.float32)
+    y = jpf.py_func(func=log_huber, inp=[x, m], Tout=jnp.float32)
+    dy_dx = jpf.gradients(y, x)[0]
+    with jpf.Session() as sess:
+        inside = sess.run([y, dy_dx], feed_dict={x: 1.0, m: 2.0})
+        outside = sess.run([y, dy_dx], feed_dict={x: 3.0, m: 2.0})
+    assert inside == [1.0, 2.0]
+    np.testing.assert_allclose(outside, [4 * (1 - np.log(4) + np.log(9)), 8 / 3], rtol=1e-6)
+
+
+class TestFetches:
+    def test_any_nesting_keeps_its_structure(self, sess):
+        a, b = jpf.constant(1.0), jpf.constant([2, 3])
+        fetches = {"x": [a, (b, a.name)], "y": Pair(a.op, b), "z": []}
+        result = sess.run(fetches)
+        assert result["x"][0] == 1.0
+        assert type(result["x"][1]) is tuple
+        np.testing.assert_array_equal(result["x"][1][0], [2, 3])
+        assert result["x"][1][1] == 1.0
+        assert result["y"].first is None
+        np.testing.assert_array_equal(result["y"].second, [2, 3])
+        assert result["z"] == []
+
+    def test_results_are_numpy_and_may_be_written_to(self, sess):
+        scalar, array, half = sess.run(
+            [jpf.constant(1.0), jpf.constant([1, 2]), jpf.constant([1], jnp.bfloat16)]
+        )
+        assert type(scalar) is np.float32
+        assert type(array) is np.ndarray
+        array += 1
+        np.testing.assert_array_equal(array, [2, 3])
+        assert half.dtype == jnp.bfloat16
+
+    def test_a_prng_key_stays_one(self, sess):
+        key = jpf.lift(jax.random.key)(jpf.constant(3))
+        draw = jpf.lift(jax.random.normal)(key)
+        got, value = sess.run([key, draw])
+        assert jnp.issubdtype(got.dtype, jax.dtypes.prng_key)
+        assert value == jax.random.normal(jax.random.key(3))
+        other = jax.random.key(4)
+        assert sess.run(draw, {key: other}) == jax.random.normal(other)
+
+    def test_operation_runs_and_gives_none(self, sess):
+        seen = []
+        pure = jpf.py_func(
+            lambda x: (seen.append(float(x)), x)[1], [jpf.constant(2.0)], SCALAR
+        )
+        assert sess.run(pure.op) is None
+        assert seen == [2.0]
+        silent = jpf.py_func(lambda x: seen.append(float(x)), [jpf.constant(3.0)], [])
+        assert isinstance(silent, jpf.Operation)
+        silent.run()
+        assert sess.run([silent, silent.name]) == [None, None]
+        assert seen == [2.0, 3.0, 3.0]
+
+    @pytest.mark.parametrize("fetch", [None, 3, np.ones(2), [None]])
+    def test_no_tensor(self, sess, fetch):
+        with pytest.raises(TypeError, match="expected a graph tensor or operation"):
+            sess.run(fetch)
+
+    def test_unknown_name(self, sess):
+        with pytest.raises(ValueError, match=r"fetch 'nothing'.*no operation of that name"):
+            sess.run("nothing:0")
+
+    def test_another_graph(self, sess, graph):
+        with jpf.Graph().as_default() as other:
+            t = jpf.constant(1.0, name="stranger")
+        with pytest.raises(ValueError, match="fetch 'stranger:0'") as error:
+            sess.run(t)
+        assert repr(graph) in str(error.value)
+        assert repr(other) in str(error.value)
+        with pytest.raises(ValueError, match="feed_dict key 'stranger:0'"):
+            sess.run(jpf.constant(1.0), {t: 1.0})
+
+
+class TestFeeds:
+    @pytest.mark.parametrize(
+        ("dtype", "value"),
+        [
+            (jnp.float32, 1.5),
+            (jnp.float32, 2),
+            (jnp.float32, True),
+            (jnp.float32, [1, 2.5]),
+            (jnp.float32, np.linspace(0, 1, 3)),
+            (jnp.float32, jnp.arange(3)),
+            (jnp.float32, [np.float64(1), jnp.float32(2)]),
+            (jnp.bfloat16, 0.5),
+            (jnp.int32, 7),
+            (jnp.int32, np.array([1, 2], np.int64)),
+            (jnp.uint8, 200),
+            (jnp.bool_, [True, False]),
+            (jnp.complex64, 1.0),
+        ],
+    )
+    def test_same_kind_converts(self, sess, dtype, value):
+        x = jpf.placeholder(dtype)
+        got = sess.run(jpf.lift(lambda x: x)(x), {x: value})
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, np.asarray(value).astype(dtype))
+
+    @pytest.mark.parametrize(
+        ("dtype", "value", "error"),
+        [
+            (jnp.int32, 1.5, TypeError),
+            (jnp.int32, np.zeros(2), TypeError),
+            (jnp.int32, jnp.zeros(2), TypeError),
+            (jnp.float32, 1j, TypeError),
+            (jnp.float32, "one", TypeError),
+            (jnp.float32, [[1], [2, 3]], TypeError),
+            (jnp.bool_, 1, TypeError),
+            (jnp.uint8, np.int32(3), TypeError),
+            (jnp.uint8, -1, ValueError),
+            (jnp.int32, 2**40, ValueError),
+        ],
+    )
+    def test_another_kind_is_refused(self, sess, dtype, value, error):
+        x = jpf.placeholder(dtype, name="x")
+        with pytest.raises(error, match="feed of 'x:0': expected"):
+            sess.run(x, {x: value})
+
+    def test_a_tensor_is_no_value(self, sess):
+        x = jpf.placeholder(jnp.float32, name="x")
+        with pytest.raises(TypeError, match="feed of 'x:0': expected a value, got <Tensor"):
+            sess.run(x, {x: jpf.constant(1.0)})
+
+    @pytest.mark.parametrize("value", [np.zeros((2, 2)), 1.0, jnp.zeros((3, 1)), [1, 2, 3]])
+    def test_another_shape_is_refused(self, sess, value):
+        x = jpf.placeholder(jnp.float32, [None, 3], name="x")
+        with pytest.raises(ValueError, match=r"'x:0': expected shape \(None, 3\), got \("):
+            sess.run(x, {x: value})
+        assert sess.run(x, {x: np.zeros((5, 3))}).shape == (5, 3)
+
+    def test_unfed_placeholder(self, sess):
+        x = jpf.placeholder(jnp.float32, name="x")
+        text = "You must feed a value for placeholder 'x' with dtype float32"
+        for fetch in (x, x + 1, x.op):
+            with pytest.raises(ValueError, match=text):
+                sess.run(fetch)
+        assert sess.run(jpf.constant(1.0) * 2) == 2.0  # x is not needed
+
+    def test_intermediate_tensors_and_constants(self, sess):
+        x = jpf.placeholder(jnp.float32)
+        c = jpf.constant(10.0)
+        h = x * 2
+        y = h + c
+        assert sess.run(y, {h: 5.0}) == 15.0
+        assert sess.run([h, y], {x: 1.0, c: 0.0}) == [2.0, 2.0]
+        assert sess.run(y, {y: -1.0}) == -1.0
+
+    def test_by_name_in_any_order(self, sess):
+        x, m = (
+            jpf.placeholder(jnp.float32, name="x"),
+            jpf.placeholder(jnp.float32, name="m"),
+        )
+        y = x - 2 * m
+        assert sess.run(y, {"x:0": 5.0, "m:0": 1.0}) == 3.0
+        assert sess.run(y, {"m:0": 1.0, x: 5.0}) == 3.0
+        with pytest.raises(ValueError, match="expected each tensor once"):
+            sess.run(y, {x: 1.0, "x:0": 2.0, m: 0.0})
+
+    def test_what_is_no_key(self, sess):
+        x = jpf.placeholder(jnp.float32)
+        with pytest.raises(TypeError, match="feed_dict key 3: expected a graph tensor"):
+            sess.run(x, {3: 1.0})
+        with pytest.raises(TypeError, match="expected feed_dict to be a dict"):
+            sess.run(x, [(x, 1.0)])
+
+
+class TestWhatRuns:
+    def test_only_what_is_needed(self, sess):
+        def fail(x):
+            raise AssertionError
+
+        x = jpf.placeholder(jnp.float32)
+        bad = jpf.py_func(fail, [x], SCALAR, stateful=True)
+        assert sess.run(x + 1, {x: 1.0}) == 2.0
+        assert sess.run(bad * 2, {x: 1.0, bad: 3.0}) == 6.0  # its result is fed
+
+    @pytest.mark.parametrize("kind", ["node", "lifted"])
+    @pytest.mark.parametrize("ordered", [False, True])
+    def test_stateful_runs_once_whatever_is_derived(self, sess, kind, ordered):
+        seen = []
+
+        @jpf.py_func(Tout=SCALAR, stateful=True, ordered=ordered)
+        def count(x):
+            if not isinstance(x, jax.core.Tracer):  # that is for its derivatives
+                seen.append(float(x))
+            return x**3
+
+        func = count if kind == "node" else jpf.lift(lambda x: count(x) * 1.0)
+        x = jpf.placeholder(jnp.float32)
+        y = func(x)
+        (first,) = jpf.gradients(y * y, x)
+        (second,) = jpf.gradients(first, x)
+        (third,) = jpf.gradients(second, x)
+        expected = [2.0**3, 6 * 2.0**5, 30 * 2.0**4, 120 * 2.0**3]
+        np.testing.assert_allclose(sess.run([y, first, second, third], {x: 2.0}), expected)
+        assert seen == [2.0]
+        for fetch in (y, [y, y, y.op], first, [first, y], third):
+            seen.clear()
+            sess.run(fetch, {x: 3.0})
+            assert seen == [3.0]
+        seen.clear()
+        sess.run(x * 2, {x: 3.0})
+        assert seen == []
+
+    def test_the_gradient_is_of_the_value_that_is_returned(self, sess):
+        rng = np.random.default_rng(0)
+
+        def draw(x):
+            return x * jnp.float32(rng.normal())
+
+        x = jpf.placeholder(jnp.float32)
+        y = jpf.py_func(draw, [x], SCALAR, stateful=True)
+        z, dz_dy = y * y, jpf.gradients(y * y, y)[0]
+        value, slope = sess.run([z, dz_dy], {x: 1.0})
+        np.testing.assert_allclose(slope, 2 * np.sign(slope) * np.sqrt(value), rtol=1e-6)
+
+    def test_same_shapes_do_not_trace_again(self, sess):
+        traces = []
+
+        def traced(x, m):
+            traces.append(1)
+            return jnp.sin(x) * m
+
+        x = jpf.placeholder(jnp.float32)
+        m = jpf.placeholder(jnp.float32)
+        y = jpf.lift(traced)(x, m)
+        dy_dx = jpf.gradients(y, x)[0]
+        sess.run([y, dy_dx], {x: 1.0, m: 2.0})
+        traces.clear()
+        for value in (2.0, 3, np.float64(4), np.float32(5), jnp.float32(6), jnp.asarray(7)):
+            sess.run([y, dy_dx], {x: value, m: 2.0})
+            sess.run({"slope": dy_dx, "values": (y, y)}, {m: 2.0, x: value})
+            sess.make_callable([dy_dx, y], [m, x])(2.0, value)
+        assert traces == []
+        sess.run([y, dy_dx], {x: [1.0, 2.0], m: 2.0})
+        assert len(traces) == 1
+
+
+class TestFailure:
+    @pytest.mark.parametrize("ordered", [False, True])
+    def test_surfaces_as_itself_and_names_the_node(self, sess, ordered):
+        class BodyError(Exception):
+            pass
+
+        def check(x):
+            if x < 0:
+                raise BodyError("negative", float(x))
+            return x
+
+        x = jpf.placeholder(jnp.float32)
+        y = jpf.py_func(check, [x], SCALAR, name="checked", ordered=ordered)
+        dy_dx = jpf.gradients(y, x)
+        for fetches in (y, y.op, [y, dy_dx], y):
+            with pytest.raises(BodyError) as error:
+                sess.run(fetches, {x: -1.0})
+            assert error.value.args == ("negative", -1.0)
+            assert error.value.__notes__ == ["in graph operation 'checked'"]
+            assert sess.run([y, dy_dx], {x: 2.0}) == [2.0, [1.0]]
+        assert sess.run(x * 2, {x: -1.0}) == -2.0
+
+    def test_one_that_any_value_meets_with_tout_incomplete(self, sess):
+        def fail(x):
+            raise KeyError("lost")
+
+        x = jpf.placeholder(jnp.float32)
+        with pytest.raises(KeyError, match="lost"):
+            sess.run(jpf.py_func(fail, [x], jnp.float32), {x: 1.0})
+
+    def test_one_object_raised_twice_is_noted_once(self, sess):
+        error = ValueError("the same")
+
+        def fail(x):
+            raise error
+
+        y = jpf.py_func(fail, [jpf.constant(1.0)], SCALAR)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="the same"):
+                sess.run(y)
+        assert error.__notes__ == ["in graph operation 'PyFunc'"]
+
+    def test_shapes_that_only_a_run_knows(self, sess):
+        x, y = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32)
+        product = jpf.numpy.matmul(x, y)
+        with pytest.raises(TypeError) as error:
+            sess.run(product, {x: np.ones((2, 3)), y: np.ones((2, 3))})
+        assert "in graph operation 'matmul'" in error.value.__notes__
+
+    def test_closed(self, graph):
+        t = jpf.constant(1.0)
+        with jpf.Session() as sess:
+            call = sess.make_callable(t)
+            assert call() == 1.0
+        for use in (
+            lambda: sess.run(t),
+            call,
+            sess.__enter__,
+            lambda: sess.make_callable(t),
+        ):
+            with pytest.raises(RuntimeError, match="session is closed"):
+                use()
+        sess.close()
+
+    def test_no_graph(self):
+        with pytest.raises(TypeError, match=r"graph to be a jpyfunc\.Graph"):
+            jpf.Session("graph")
+
+
+class TestThreads:
+    def test_each_gets_its_own_answer_or_exception(self, sess):
+        def check(x):
+            if x < 0:
+                raise ValueError(float(x))
+            return jnp.sqrt(x)
+
+        x = jpf.placeholder(jnp.float32)
+        y = jpf.py_func(check, [x], SCALAR)
+        dy_dx = jpf.gradients(y, x)[0]
+        start = threading.Barrier(8)
+
+        def work(thread):
+            start.wait()
+            for i in range(12):
+                value = float(1 + thread + 8 * i)
+                if (thread + i) % 3:
+                    got = sess.run([y, dy_dx], {x: value})
+                    np.testing.assert_allclose(got, [value**0.5, 0.5 / value**0.5], 1e-6)
+                else:
+                    with pytest.raises(ValueError) as error:  # noqa: PT011
+                        sess.run([y, dy_dx], {x: -value})
+                    assert error.value.args == (-value,)
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(work, range(8)))
+
+    def test_the_first_runs_at_once_share_one_program(self, sess):
+        traces = []
+
+        def traced(x):
+            traces.append(1)
+            return x + 1
+
+        y = jpf.lift(traced)(jpf.constant(1.0))
+        traces.clear()
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda _: sess.run(y), range(8))) == [2.0] * 8
+        assert len(sess._programs) == 1
+
+    def test_defaults_are_the_threads_own(self, sess, graph):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(jpf.get_default_session).result() is None
+            assert pool.submit(jpf.get_default_graph).result() is not graph
+
+
+class TestDefaultSession:
+    def test_eval_and_run(self, graph):
+        x = jpf.placeholder(jnp.float32)
+        y = x + 1
+        with pytest.raises(ValueError, match="no default session"):
+            y.eval({x: 1.0})
+        with pytest.raises(ValueError, match="no default session"):
+            y.op.run({x: 1.0})
+        with jpf.Session() as outer:
+            assert y.eval({x: 1.0}) == 2.0
+            with jpf.Session() as inner:
+                assert jpf.get_default_session() is inner
+            assert jpf.get_default_session() is outer
+            assert y.op.run({x: 1.0}) is None
+        assert y.eval({x: 2.0}, session=jpf.Session()) == 3.0
+
+    def test_a_session_makes_its_graph_the_default(self):
+        graph = jpf.Graph()
+        with jpf.Session(graph) as sess:
+            t = jpf.constant(4.0)
+            assert t.graph is graph is sess.graph
+            assert t.eval() == 4.0
+
+    def test_interactive(self, graph):
+        first = jpf.InteractiveSession()
+        second = jpf.InteractiveSession(jpf.Graph())
+        assert jpf.get_default_session() is second
+        first.close()
+        assert jpf.get_default_session() is second
+        assert jpf.get_default_graph() is second.graph
+        assert jpf.constant(2.0).eval() == 2.0
+        second.close()
+        second.close()
+        assert jpf.get_default_session() is None
+        assert jpf.get_default_graph() is graph
+        with jpf.InteractiveSession() as sess:
+            assert jpf.get_default_session() is sess
+        assert jpf.get_default_session() is None
+
+
+def test_make_callable(sess):
+    x, m = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32, name="m")
+    call = sess.make_callable({"y": x - m}, [x, "m:0"])
+    assert call(3.0, 1) == {"y": 2.0}
+    with pytest.raises(TypeError, match="expected 2 values, one per entry of feed_list"):
+        call(3.0)
+    with pytest.raises(ValueError, match="You must feed a value for placeholder 'm'"):
+        sess.make_callable(x - m, [x])
+
+
+def test_without_jit(sess):
+    x = jpf.placeholder(jnp.float32)
+    slope = jpf.gradients(jpf.py_func(lambda x: x**3, [x], jnp.float32), x)[0]
+    with jax.disable_jit():
+        assert sess.run([slope, *jpf.gradients(slope, x)], {x: 2.0}) == [12.0, 12.0]
+
+
+def test_64_bit():
+    with jax.enable_x64(True), jpf.Session() as sess:
+        x = jpf.placeholder(jnp.float64)
+        value = sess.run(x / 3, {x: 1})
+    assert value.dtype == np.float64
+    assert value == 1 / 3
+
+
+def test_a_regression_is_learned(sess):
+    rng = np.random.default_rng(0)
+    points = rng.uniform(-1, 1, (64, 2))
+    targets = points @ [2.0, -3.0] + 0.5
+
+    def loss(w, b, x, y):
+        residual = jnp.abs(x @ w + b - y)
+        if residual.max() < 1:  # quadratic near the solution, linear far from it
+            return jnp.mean(residual**2)
+        return jnp.mean(residual)
+
+    w, b = jpf.placeholder(jnp.float32, [2]), jpf.placeholder(jnp.float32, [])
+    x, y = jpf.placeholder(jnp.float32, [None, 2]), jpf.placeholder(jnp.float32, [None])
+    cost = jpf.py_func(loss, [w, b, x, y], jnp.float32)
+    step = jpf.gradients(cost, [w, b])
+    weights, bias = np.zeros(2, np.float32), np.float32(0)
+    for _ in range(200):
+        value, (dw, db) = sess.run(
+            [cost, step], {w: weights, b: bias, x: points, y: targets}
+        )
+        weights -= 0.5 * dw
+        bias -= 0.5 * db
+    assert value < 1e-6
+    np.testing.assert_allclose(weights, [2, -3], atol=1e-3)
+    np.testing.assert_allclose(bias, 0.5, atol=1e-3)
+
+
+class TestLargeGraph:
+    def test_nodes_outside_the_fetches_cost_a_run_nothing(self, sess, graph):
+        x = jpf.placeholder(jnp.float32, [])
+        y = x + 1
+
+        def best_of_runs():
+            sess.run(y, {x: 1.0})
+            times = []
+            for _ in range(300):
+                start = time.perf_counter()
+                sess.run(y, {x: 1.0})
+                times.append(time.perf_counter() - start)
+            return min(times)
+
+        alone = best_of_runs()
+        chain, halves = y, []
+        for _ in range(2):
+            start = time.perf_counter()
+            for _ in range(1000):
+                chain = chain * 1.001
+            halves.append(time.perf_counter() - start)
+        assert len(graph.get_operations()) == 2002
+        assert halves[1] < 3 * halves[0]
+        assert best_of_runs() < 3 * alone
+
+    def test_a_long_chain_and_its_gradient_do_not_recurse(self, sess):
+        x = jpf.placeholder(jnp.float32, [])
+        y = x
+        for _ in range(2000):
+            y = y * 1.001
+        slope = jpf.gradients(y, x)[0]
+        np.testing.assert_allclose(sess.run([y, slope], {x: 1.0}), 1.001**2000, rtol=1e-3)
+
+    def test_nothing_of_a_graph_outlives_it(self):
+        with jpf.Graph().as_default() as graph, jpf.Session() as sess:
+            x = jpf.placeholder(jnp.float32)
+            y = jpf.py_func(log_huber, [x, 2.0], jnp.float32)
+            sess.run([y, jpf.gradients(y, x)], {x: 1.0})
+        alive = weakref.ref(graph)
+        del graph, sess, x, y
+        jax.clear_caches()
+        gc.collect()
+        assert alive() is None

@@ -1,0 +1,133 @@
+"""What TensorFlow's own tests ask of the eager `py_func`, against closed forms."""
+
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpyfunc as jpf
+
+close = np.testing.assert_allclose
+
+
+@pytest.fixture(autouse=True)
+def sess():
+    with jpf.Graph().as_default(), jpf.Session() as sess:
+        yield sess
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
+def test_matmul(sess, dtype):
+    a = jpf.constant([[1, 2], [3, 4]], dtype)
+    x = jpf.py_func(jnp.matmul, [a, a], dtype)
+    got = sess.run(x)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, [[7, 10], [15, 22]])
+
+
+def test_list_result(sess):
+    def doubled_and_tripled(x):
+        return [x * 2, x * 3]
+
+    two, three = jpf.py_func(
+        doubled_and_tripled, [jpf.constant([1.0, 2.0])], [jnp.float32] * 2
+    )
+    got = sess.run([two, three])
+    np.testing.assert_array_equal(got, [[2, 4], [3, 6]])
+
+
+def test_no_result(sess):
+    seen = []
+
+    def no_return_value(x):
+        seen.append(int(x))
+
+    assert sess.run(jpf.py_func(no_return_value, [jpf.constant(3)], [])) is None
+    assert seen == [3]
+
+
+def test_no_arguments_but_a_tensor_downstream(sess):
+    five = jpf.py_func(lambda: jnp.float32(5), [], jnp.float32)
+    assert sess.run(jpf.constant(2.0) * five) == 10.0
+
+
+def test_inside_a_compiled_function(sess):
+    f = jpf.py_func(lambda x: x * 2 if x > 0 else x * 3, Tout=jnp.float32)
+    compiled = jax.jit(lambda x: f(x) + f(-x))
+    x = jpf.placeholder(jnp.float32)
+    assert sess.run(jpf.lift(compiled)(x), {x: 2.0}) == 4.0 - 6.0
+
+
+def _inner_frame(kind):
+    raise kind("text of the error")
+
+
+@pytest.mark.parametrize("tout", [jnp.float32, jax.ShapeDtypeStruct((), jnp.float32)])
+@pytest.mark.parametrize(
+    "kind", [ValueError, TypeError, StopIteration, MemoryError, NotImplementedError]
+)
+def test_exceptions_keep_type_and_inner_frames(sess, kind, tout):
+    def outer_frame(x):
+        _inner_frame(kind)
+        return x
+
+    y = jpf.py_func(outer_frame, [jpf.constant(1.0)], tout)
+    with pytest.raises(kind, match="text of the error") as error:
+        sess.run(y)
+    text = "".join(traceback.format_exception(error.value))
+    assert "in outer_frame" in text
+    assert "in _inner_frame" in text
+    assert "in graph operation 'PyFunc'" in text
+
+
+@pytest.mark.parametrize("at", [1.0, 3.0])
+def test_gradient_with_two_outputs(sess, at):
+    x, y = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32)
+    product, ratio = jpf.py_func(lambda x, y: (x * y, x / y), [x, y], (jnp.float32,) * 2)
+    feed = {x: at, y: 2.0}
+    close(sess.run(jpf.gradients(product, [x, y]), feed), [2, at])
+    close(sess.run(jpf.gradients(ratio, [x, y]), feed), [1 / 2, -at / 4])
+    close(sess.run(jpf.gradients([product, ratio], [x, y]), feed), [2.5, at - at / 4])
+
+
+def test_gradient_with_several_arguments(sess):
+    x, y = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32)
+    z = jpf.py_func(lambda x, y: x**2 * y, [x, y], jnp.float32)
+    close(sess.run(jpf.gradients(z, [x, y]), {x: 3.0, y: 5.0}), [30, 9])
+
+
+def test_gradient_of_a_matrix_product(sess):
+    a = np.array([[1, 2], [3, 4]], np.float32)
+    x = jpf.placeholder(jnp.float32, [2, 2])
+    y = jpf.py_func(lambda x: x @ x, [x], jnp.float32)
+    ones = np.ones((2, 2))
+    close(sess.run(jpf.gradients(y, x)[0], {x: a}), ones @ a.T + a.T @ ones)
+
+
+@pytest.mark.parametrize(("x", "m"), [(1.0, 2.0), (-1.5, 2.0), (3.0, 2.0), (-5.0, 1.5)])
+def test_log_huber(sess, x, m):
+    def log_huber(x, m):
+        if jnp.abs(x) <= m:
+            return x**2
+        return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
+
+    inside = abs(x) <= m
+    value = x**2 if inside else m**2 * (1 - 2 * np.log(m) + np.log(x**2))
+    slope = 2 * x if inside else 2 * m**2 / x
+    bend = 2.0 if inside else -2 * m**2 / x**2
+    tx, tm = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32)
+    y = jpf.py_func(log_huber, [tx, tm], jnp.float32)
+    (dy,) = jpf.gradients(y, tx)
+    (d2y,) = jpf.gradients(dy, tx)
+    close(sess.run([y, dy, d2y], {tx: x, tm: m}), [value, slope, bend], rtol=1e-5)
+
+
+def test_no_placement_is_forced(sess):
+    # Left to JAX: what is fed on a device runs there.
+    device = jax.devices()[-1]
+    fed = jax.device_put(jnp.float32(2), device)
+    x = jpf.placeholder(jnp.float32)
+    y = jpf.py_func(lambda x: x * 2, [x], jnp.float32) + 1
+    assert sess.run(y, {x: fed}) == 5.0
