@@ -85,7 +85,8 @@ def py_func(
 
     Returns:
         The results in the structure of `Tout` (the first form), or the wrapped
-        function, or a decorator.
+        function, or a decorator. With graph tensors among the arguments, the results
+        are graph tensors; of a body that returns nothing, its `Operation`.
 
     Raises:
         TypeError: an argument of the wrong kind; a body that closes over a traced

@@ -118,6 +118,8 @@ def test_intermediate_xs_and_fed_ones(sess):
     close(sess.run([y, dy_dh], {h: 2.0}), [8, 12])  # what h is computed from is not needed
     # As in TensorFlow: the fed value in y, and the derivative of h where it is defined.
     close(sess.run(dy_dx, {h: 2.0, x: 0.5}), 12 * np.exp(0.5), rtol=1e-6)
+    (second,) = jpf.gradients(dy_dx, x)
+    close(sess.run(second, {dy_dx: 0.0, x: 0.5}), 9 * np.exp(1.5), rtol=1e-5)
 
 
 def test_y_among_xs(sess):
@@ -186,7 +188,10 @@ def test_several_results_and_a_tensor_used_twice(sess):
     grads = jpf.gradients([out["product"], out["ratio"]], [x, y])
     close(sess.run(grads, {x: 3.0, y: 2.0}), [2 + 1 / 2, 3 - 3 / 4])
     # The result whose cotangent nobody asks for must not spoil the other with 0 * inf.
-    close(sess.run(jpf.gradients(out["product"], [x, y]), {x: 3.0, y: 0.0}), [0, 3])
+    product, ratio = (jpf.gradients(out[k], [x, y]) for k in ("product", "ratio"))
+    close(sess.run(product, {x: 3.0, y: 0.0}), [0, 3])
+    close(sess.run([product, ratio], {x: 3.0, y: 0.0}), [[0, 3], [np.inf, -np.inf]])
+    close(sess.run([product, ratio], {x: 3.0, y: 2.0}), [[2, 3], [0.5, -0.75]])
     both = jpf.py_func(lambda a, b: a**2 * b, [x, x], SCALAR)
     close(sess.run(jpf.gradients(both, x), {x: 2.0}), [12])
 

@@ -1,4 +1,4 @@
-"""Graphs: nodes, their names and operators; `lift`, `jpyfunc.numpy`, `py_func` on tensors."""
+"""Graphs: nodes, names and operators; `lift`, `jpyfunc.numpy` and `py_func` on tensors."""
 
 import operator
 import threading

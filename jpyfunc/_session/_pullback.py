@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import ad
 
 Compute = Callable[[Sequence[Any]], list[Any]]
 Indices = tuple[int, ...]
@@ -40,7 +41,7 @@ class Pullback:
         wrt: indices of inputs.
         of: indices of results.
         inputs: the aval of each of `wrt` that is an array, None for the others.
-        results: avals of the leaves with a tangent of each of `of`.
+        results: tangent avals of the leaves that have one, for each of `of`.
     """
 
     vjp: Any
@@ -62,7 +63,8 @@ class Pullback:
             [
                 jax.tree.leaves(given[i])[: len(avals)]
                 if i in given
-                else [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+                # An array of zeros would reach the body, and 0 * inf is no zero.
+                else [ad.Zero(aval) for aval in avals]
                 for i, avals in zip(self.of, self.results, strict=True)
             ]
         )
@@ -100,7 +102,9 @@ def with_pullback(compute: Compute, wrt: Indices, of: Indices) -> Compute:
             tuple(
                 _aval(inputs[i]) if isinstance(inputs[i], jax.Array) else None for i in wrt
             ),
-            tuple(tuple(map(_aval, group)) for group in leaves),
+            tuple(
+                tuple(jax.typeof(x).to_tangent_aval() for x in group) for group in leaves
+            ),
         )
         return [*results, pullback]
 
