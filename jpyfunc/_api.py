@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import functools
 import types
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray, Tracer
 
 from jpyfunc import _compat
 from jpyfunc._batching import BATCHERS
@@ -25,7 +27,8 @@ from jpyfunc._body import (
 from jpyfunc._closure import refuse_traced_closure
 from jpyfunc._inference import infer
 from jpyfunc._primitive import Params, bind
-from jpyfunc._spec import Leaf, Template, as_array, check_x64, is_dtype, is_key_dtype, parse
+from jpyfunc._spec import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
+from jpyfunc._symbol import Symbol, noting
 
 
 class _Inferred:
@@ -125,8 +128,8 @@ def numpy_func(
 
     As `py_func`, but the function takes and returns NumPy arrays; those that it is
     given are read-only. JAX cannot differentiate it: where a tangent flows into it, it
-    raises, and where none does, it works inside `jax.grad`. Its shapes cannot be
-    inferred either, so under `jax.jit`, `Tout` must give them.
+    raises, and where none does, it works inside `jax.grad`. JAX cannot see its shapes
+    either: under `jax.jit`, `Tout` must give them where the body calls NumPy.
 
     Args:
         func: what to run.
@@ -177,7 +180,7 @@ def _dispatch(kind: str, func: Any, inp: Any, *options: Any) -> Any:
         return wrapped
     if isinstance(inp, list | tuple):
         return wrapped(*inp)
-    if _is_array(inp):
+    if _is_array(inp) or isinstance(inp, Symbol):
         return wrapped(inp)
     raise TypeError(
         f"{kind} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
@@ -189,7 +192,7 @@ class PyFunc:
     """A function wrapped by `py_func` or `numpy_func`.
 
     It compares by value: two wraps of one function with the same options are equal, so
-    that `jax.jit` of the second finds what it compiled for the first.
+    that `jax.jit` of the second finds what it compiled for the first while that lives.
     """
 
     def __init__(
@@ -203,10 +206,11 @@ class PyFunc:
         vmap_method: str,
     ) -> None:
         functools.update_wrapper(self, func)
-        own_name = getattr(func, "__name__", None) or type(func).__name__
-        if isinstance(func, functools.partial):
-            own_name = getattr(func.func, "__name__", own_name)
-        self.__name__ = name or own_name
+        # The documentation of a partial is that of `functools.partial`.
+        inner: Any = func.func if isinstance(func, functools.partial) else func
+        self.__doc__ = inner.__doc__
+        self.__name__ = name or getattr(inner, "__name__", None) or type(inner).__name__
+        self.node_name = name
         self._where = f"{kind} {self.__name__!r}"
         if vmap_method not in BATCHERS:
             raise ValueError(
@@ -215,7 +219,9 @@ class PyFunc:
             )
         self._numpy = kind == "numpy_func"
         self._func = func
-        self._callable_tout = tout if callable(tout) and not is_dtype(tout) else None
+        # A class is no such callable: it is a dtype, or a mistake.
+        is_function = callable(tout) and not is_dtype(tout) and not isinstance(tout, type)
+        self._callable_tout = tout if is_function else None
         self._template = (
             parse(tout, self._where)
             if tout is not INFERRED and self._callable_tout is None
@@ -245,27 +251,52 @@ class PyFunc:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
+    @property
+    def template(self) -> Template | None:
+        """`Tout`, if it is known without the arguments."""
+        return self._template
+
+    def for_node(self, note: str) -> PyFunc:
+        """A copy for a node of a graph: an exception in its body gets `note`."""
+        copied = copy.copy(self)
+        copied._func = noting(self._func, note)
+        return copied
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
-        if _compat.is_eager() and not any(isinstance(x, jax.core.Tracer) for x in leaves):
+        for leaf in leaves:
+            if isinstance(leaf, Symbol):
+                return leaf.call_py_func(self, args, kwargs)
+        if _compat.is_eager() and not any(isinstance(x, Tracer) for x in leaves):
             return self._call(leaves, tree)
         return self._bind(leaves, tree)
 
     def _call(self, leaves: list[Any], tree: Any) -> Any:
         """Call the function here and now, with the checks that a bind has."""
-        convert = read_only if self._numpy else jnp.asarray
+        if self._ordered:
+            jax.effects_barrier()  # what was dispatched before it runs before it
         arrays = [
-            convert(self._operand(leaf, tree, i)) if _is_array(leaf) else leaf
+            self._operand(leaf, tree, i) if _is_array(leaf) else leaf
             for i, leaf in enumerate(leaves)
         ]
         template = self._declared(arrays, tree)
+        if self._numpy:  # which has no PRNG keys, so they stay what they are
+            arrays = [
+                read_only(x) if _is_array(x) and not is_key_dtype(x.dtype) else x
+                for x in arrays
+            ]
         args, kwargs = jax.tree.unflatten(tree, arrays)
         result = self._func(*args, **kwargs)
         if template is None:
-            values, out_tree = jax.tree.flatten(result)
-            template = Template(out_tree, (Leaf(None, None),) * len(values))
-        # What the body returned on the host becomes an array of the caller's device.
-        outputs = [jnp.asarray(x) for x in template.check(result, self._where)]
+            template = Template.undeclared(result)
+        outputs = [
+            # A declared dtype is a strong one, and what the body returned on the host
+            # becomes an array of the caller's device.
+            jnp.asarray(x, leaf.dtype if is_weak(x) and not leaf.weak_type else None)
+            for x, leaf in zip(
+                template.check(result, self._where), template.leaves, strict=True
+            )
+        ]
         return jax.tree.unflatten(template.tree, outputs)
 
     def _bind(self, leaves: list[Any], tree: Any) -> Any:
@@ -278,7 +309,7 @@ class PyFunc:
                 continue
             operand = self._operand(leaf, tree, i)
             aval = jax.typeof(operand)
-            avals.append(jax.core.ShapedArray(aval.shape, aval.dtype, aval.weak_type))
+            avals.append(ShapedArray(aval.shape, aval.dtype, aval.weak_type))
             is_key = is_key_dtype(aval.dtype)
             kinds.append(Key(aval.dtype) if is_key else None)
             operands.append(jax.random.key_data(operand) if is_key else operand)
@@ -325,13 +356,19 @@ class PyFunc:
 
         if isinstance(leaf, jax.Array):
             return leaf
-        as_array(leaf, where)
         try:
             return jnp.asarray(leaf)
         except OverflowError as error:
             raise TypeError(
                 f"{where()}: {leaf!r} does not fit in JAX's default integer; pass an "
                 "array of a wider dtype, or enable 64-bit types."
+            ) from error
+        except TypeError as error:
+            dtype = getattr(leaf, "dtype", None)
+            raise TypeError(
+                f"{where()}: expected an array of numbers or booleans, got "
+                f"{type(leaf).__name__} of dtype {dtype}; convert it, or give it to the "
+                "body with functools.partial."
             ) from error
 
     def _declared(self, leaves: list[Any], tree: Any) -> Template | None:

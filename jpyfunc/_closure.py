@@ -9,62 +9,59 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from jpyfunc._inference import is_abstract
 
 
-def refuse_traced_closure(func: Any, where: str) -> None:
-    """Raise if `func` holds a value that a transform is tracing.
+def refuse_traced_closure(body: Any, where: str) -> None:
+    """Raise if `body` holds a value that a transform is tracing.
 
-    Looks into closures, defaults, `functools.partial`, bound instances and wrapped
-    functions, and into the pytrees and functions that they hold.
+    Looks into closures, defaults, `functools.partial`, methods, wrapped functions and
+    the attributes of objects, and into the containers that these hold.
 
     Raises:
-        TypeError: it does; the text says which variable, and to pass it.
+        TypeError: it does; the text says where, and to pass it.
     """
-    for path, value in _held(func, set()):
-        if isinstance(value, jax.core.Tracer) and not is_abstract(value):
+    # Not by recursion: what a body holds may be a list of any length, linked by
+    # attributes. `seen` keeps what was searched, so that no other takes its id.
+    seen: dict[int, Any] = {}
+    stack: list[tuple[str, Any]] = [("itself", body)]
+    while stack:
+        path, value = stack.pop()
+        if id(value) in seen or isinstance(value, str | bytes | int | float | complex):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tracer) and not is_abstract(value):
             raise TypeError(
                 f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
                 f"{path}. It runs outside the transform that traces it, and would get "
                 "neither its value nor its gradient. Pass it as an argument."
             )
+        stack.extend(_parts(value, path))
 
 
-def _held(value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """The leaves that a callable holds, each with where."""
-    if id(value) in seen or not callable(value):
-        return
-    seen.add(id(value))
-    parts: list[tuple[str, Any]] = []
-    if isinstance(value, functools.partial):
-        parts = [
-            ("an argument of functools.partial", (value.args, value.keywords)),
-            ("", value.func),
-        ]
+def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What `value` holds directly; containers and methods go by the name of their own."""
+    if isinstance(value, dict):
+        yield from ((path, item) for item in value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from ((path, item) for item in value)
+    elif isinstance(value, functools.partial):
+        yield path, value.func
+        yield "an argument of functools.partial", (value.args, value.keywords)
     elif isinstance(value, types.MethodType):
-        parts = [("an attribute of its instance", value.__self__), ("", value.__func__)]
+        yield path, value.__func__
+        yield path, value.__self__
     elif isinstance(value, types.FunctionType):
         names = value.__code__.co_freevars
         for name, cell in zip(names, value.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # a name that is not bound yet
-                parts.append((f"the variable {name!r}", cell.cell_contents))
-        parts.append(("a default", (value.__defaults__, value.__kwdefaults__)))
-    elif hasattr(value, "__wrapped__"):
-        parts = [("", value.__wrapped__)]
-    elif not isinstance(value, type) and hasattr(value, "__dict__"):
-        parts = [("an attribute of its instance", vars(value))]
-    for path, part in parts:
-        for leaf in jax.tree.leaves(part):
-            yield path, leaf
-            if isinstance(leaf, jax.core.Tracer):
-                continue
-            if (
-                not callable(leaf)
-                and path.endswith("instance")
-                and hasattr(leaf, "__dict__")
-            ):
-                for attribute in jax.tree.leaves(vars(leaf)):
-                    yield path, attribute
-            for inner, held in _held(leaf, seen):
-                yield inner or path, held
+                yield f"the variable {name!r}", cell.cell_contents
+        yield "a default", (value.__defaults__, value.__kwdefaults__)
+    elif isinstance(value, type | types.ModuleType | jax.Array):
+        return
+    else:
+        for name, item in getattr(value, "__dict__", {}).items():
+            yield f"the attribute {name!r}", item
+        yield path, getattr(value, "__wrapped__", None)

@@ -60,7 +60,8 @@ class _Originals:
         return f"<py_func exception {number}>"
 
     def find(self, error: BaseException) -> BaseException | None:
-        if not isinstance(error, jax.errors.JaxRuntimeError):
+        # JAX's fast path for a program that ran before raises ValueError of that text.
+        if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
             return None
         marker = _MARKER.search(str(error))
         return self._kept.get(int(marker[1])) if marker else None

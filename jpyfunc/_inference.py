@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import heapq
-import io
+import inspect
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from jax.core import ShapedArray, Trace, Tracer
 from jax.extend.core import set_current_trace, take_current_trace
 
 from jpyfunc._errors import InferenceError, ResultError
-from jpyfunc._spec import Leaf, Template, as_array, kind_of
+from jpyfunc._spec import Leaf, Template, is_weak, kind_of
 
 # A loop on an abstract condition is one decision per turn, and may never end.
 MAX_DECISIONS = 64
@@ -75,14 +77,14 @@ def infer(
         except Exception as error:  # noqa: BLE001
             failure = error  # a branch that raises returns nothing to compare
         else:
-            found = seen if found is None else _join(found, seen, name)
+            found = seen if found is None else _join(found, seen, trace.branch, name)
         for i in range(len(script), len(trace.decisions)):
             branch = [*trace.decisions[:i], True]
             discovered += 1
             heapq.heappush(queue, (sum(branch), discovered, branch))
     if found is None:
         reason = (
-            f"it raised {type(failure).__name__}: {failure}"
+            f"it raised {type(failure).__name__}{_place_of(failure)}: {failure}"
             if failure
             else f"it made more than {MAX_DECISIONS} decisions without returning"
         )
@@ -94,40 +96,36 @@ def infer(
 
 
 def _template_of(result: Any, declared: Template | None, name: str) -> Template:
-    """The template of one run's result, which must satisfy what is declared."""
-    if declared is not None:
-        arrays = declared.check(result, name)
-        return declared.replace_shapes([tuple(a.shape) for a in arrays])
-    values, tree = jax.tree.flatten(result)
-    undeclared = Template(tree, (Leaf(None, None),) * len(values))
-    leaves = []
-    for i, value in enumerate(values):
-        array, weak = as_array(value, lambda i=i: f"{name}: {undeclared.path(i)}")
-        dtype = array.dtype
-        if not isinstance(array, jax.Array):
-            dtype = jnp.asarray(value if weak else array).dtype
-        leaves.append(Leaf(tuple(array.shape), dtype, weak))
-    return Template(tree, tuple(leaves))
+    """The complete template of one run's result, which must satisfy what is declared."""
+    template = declared or Template.undeclared(result)
+    avals = map(jax.typeof, template.check(result, name))
+    leaves = [
+        Leaf(aval.shape, aval.dtype, is_weak(aval))
+        if leaf.dtype is None
+        else dataclasses.replace(leaf, shape=aval.shape)
+        for aval, leaf in zip(avals, template.leaves, strict=True)
+    ]
+    return Template(template.tree, tuple(leaves))
 
 
-def _join(first: Template, second: Template, name: str) -> Template:
-    """What holds on both sides of a branch."""
+def _join(first: Template, second: Template, branch: str, name: str) -> Template:
+    """What holds on both sides of a branch, of which `second` is the true one."""
     if first.tree != second.tree:
         raise InferenceError(
-            f"{name}: the sides of a branch return different structures, {first.tree} "
-            f"and {second.tree}. Return the same one on every side."
+            f"{name}: the sides of {branch} disagree: if true, it returns {second}, else "
+            f"{first}. Return the same structure on every side."
         )
     leaves = []
     for i, (a, b) in enumerate(zip(first.leaves, second.leaves, strict=True)):
         if a.shape != b.shape or (a.dtype != b.dtype and not (a.weak_type or b.weak_type)):
             raise InferenceError(
-                f"{name}: the sides of a branch disagree on {first.path(i)}: one returns "
-                f"{a}, another {b}. Return the same on every side, or declare the one "
-                f"meant: Tout=jax.ShapeDtypeStruct({a.shape}, jnp.{a.dtype})."
+                f"{name}: the sides of {branch} disagree on {first.path(i)}: if true, it "
+                f"is {b}, else {a}. Return the same on every side, or declare the one "
+                f"meant: Tout={first}."
             )
         dtype = a.dtype
         if a.dtype != b.dtype:
-            dtype = jnp.promote_types(*(_promotable(leaf) for leaf in (a, b)))
+            dtype = jnp.result_type(_promotable(a), _promotable(b))
         leaves.append(Leaf(a.shape, dtype, a.weak_type and b.weak_type))
     return Template(first.tree, tuple(leaves))
 
@@ -141,23 +139,31 @@ def _promotable(leaf: Leaf) -> Any:
 def _needs_value_error(
     error: Exception, what: str, template: Template | None, name: str
 ) -> InferenceError:
-    place = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if not frame.f_globals.get("__name__", "").startswith(
-            ("jax.", "jpyfunc.", "jax._src")
-        ):
-            place = f" at {frame.f_code.co_filename}:{line}"
     return InferenceError(
         f"{name}: the shapes of its results cannot be inferred, because the body needs a "
-        f"concrete value{place}: {what}. {_remedy(template)}"
+        f"concrete value{_place_of(error)}: {what}. {_remedy(template)}"
     )
 
 
+def _place_of(error: Exception) -> str:
+    """Where the user's code was when it raised."""
+    return _place(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+
+def _place(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """Where the user's code is in a stack, from the innermost frame out."""
+    for frame, line in frames:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("jax", "jpyfunc", "numpy"):
+            return f" at {frame.f_code.co_filename}:{line}"
+    return ""
+
+
 def _remedy(template: Template | None) -> str:
-    dtype = template.leaves[0].dtype if template and template.leaves else "float32"
+    tout = template or "jax.ShapeDtypeStruct(SHAPE, jnp.float32)"
     return (
         "Say what the body returns, and it will not be run to find out: "
-        f"Tout=jax.ShapeDtypeStruct(SHAPE, jnp.{dtype}), with () as the shape of a scalar."
+        f"Tout={tout}, with () as the shape of a scalar."
     )
 
 
@@ -176,12 +182,20 @@ class _AbstractTrace(Trace):
         super().__init__()
         self.script = script
         self.decisions: list[bool] = []
+        self._places: list[str] = []
+
+    @property
+    def branch(self) -> str:
+        """Where this run left the one that its script was made from."""
+        n = len(self.script)
+        return f"the branch{self._places[n - 1]}" if n <= len(self._places) else "a branch"
 
     def decide(self) -> bool:
         n = len(self.decisions)
         if n >= MAX_DECISIONS:
             raise _Undecided
         self.decisions.append(self.script[n] if n < len(self.script) else False)
+        self._places.append(_place(traceback.walk_stack(inspect.currentframe())))
         return self.decisions[n]
 
     def stage_value(self, val: Any) -> Any:
@@ -212,15 +226,13 @@ class _AbstractTrace(Trace):
 class _AbstractTracer(Tracer):
     """An array of which only the aval is known."""
 
-    __slots__ = ("_abstract_aval",)
+    __slots__ = ("aval",)
+
+    aval: Any
 
     def __init__(self, trace: _AbstractTrace, aval: Any) -> None:
         self._trace = trace
-        self._abstract_aval = aval
-
-    @property
-    def aval(self) -> Any:
-        return self._abstract_aval
+        self.aval = aval
 
     def to_concrete_value(self) -> Any:
         # Reached through the tracers of `jax.grad` and the like in a body, which ask
@@ -281,6 +293,26 @@ class _UnknownBool:
         return self._tracer._refuse(f"concrete use ({name})")
 
 
+class _Muted:
+    """A stream without what one thread writes to it."""
+
+    def __init__(self, stream: Any, thread: int) -> None:
+        self._stream = stream
+        self._thread = thread
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() == self._thread:
+            return len(text)
+        return self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 _quiet_lock = threading.RLock()
 
 
@@ -288,25 +320,20 @@ _quiet_lock = threading.RLock()
 def _quiet() -> Iterator[None]:
     """Keep this thread's `print` and `breakpoint` still: the body is not being run."""
     with _quiet_lock:
-        thread, stdout, hook = threading.get_ident(), sys.stdout, sys.breakpointhook
-
-        class Filter(io.TextIOBase):
-            def write(self, text: str) -> int:
-                return (
-                    len(text) if threading.get_ident() == thread else (stdout.write(text))
-                )
-
-            def flush(self) -> None:
-                stdout.flush()
+        thread = threading.get_ident()
+        replaced: Any = (sys.stdout, sys.stderr, sys.breakpointhook)
+        stdout, stderr, hook = replaced
 
         def breakpointhook(*args: Any, **kwargs: Any) -> Any:
             return None if threading.get_ident() == thread else hook(*args, **kwargs)
 
-        sys.stdout, sys.breakpointhook = Filter(), breakpointhook
+        muted: Any = (_Muted(stdout, thread), _Muted(stderr, thread))
+        sys.stdout, sys.stderr = muted
+        sys.breakpointhook = breakpointhook
         try:
             yield
         finally:
-            sys.stdout, sys.breakpointhook = stdout, hook
+            sys.stdout, sys.stderr, sys.breakpointhook = replaced
 
 
 def is_abstract(value: Any) -> bool:

@@ -15,7 +15,7 @@ from jpyfunc._errors import ResultError
 Shape = tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Leaf:
     """What is declared of one result; `None` stands for what is inferred."""
 
@@ -31,6 +31,10 @@ class Leaf:
         name = "array" if self.dtype is None else str(self.dtype)
         return name if self.shape is None else f"{name}{list(self.shape)}"
 
+    def __repr__(self) -> str:
+        shape = "SHAPE" if self.shape is None else self.shape
+        return f"jax.ShapeDtypeStruct({shape}, {dtype_source(self.dtype)})"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Template:
@@ -44,6 +48,9 @@ class Template:
         """The structure of `result`, with nothing declared of its leaves."""
         tree = jax.tree.structure(result)
         return cls(tree, (Leaf(None, None),) * tree.num_leaves)
+
+    def __str__(self) -> str:
+        return repr(jax.tree.unflatten(self.tree, self.leaves))
 
     @property
     def complete(self) -> bool:
@@ -239,18 +246,22 @@ def _is_leaf(tree: Any) -> bool:
     return tree.num_nodes == 1 and tree.num_leaves == 1
 
 
+def _is_empty(tree: Any) -> bool:
+    return tree.num_nodes == 1 and tree.num_leaves == 0
+
+
 def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
     if _is_leaf(tree):
         return [result]
     kind, children = tree.node_data(), tree.children()
-    sequences = (list, tuple)
-    if kind is None or (kind[0] in sequences and not children):
-        if result is None or (type(result) in sequences and not result):
+    if not children:
+        if _is_empty(jax.tree.structure(result)):
             return []
         raise _structure_error(name, path, "nothing", result)
     parts, top = jax.tree_util.tree_flatten_with_path(
         result, is_leaf=lambda x: x is not result
     )
+    sequences = (list, tuple)
     if kind[0] in sequences:
         same = type(result) in sequences and len(parts) == len(children)
         expected = f"{kind[0].__name__} of {len(children)}"
@@ -269,8 +280,8 @@ def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
 
 def _structure_error(name: str, path: str, expected: str, got: Any) -> ResultError:
     return ResultError(
-        f"{name}: result{path}: expected {expected}, as Tout declares, got "
-        f"{_describe(got)}. Return the one, or declare the other in Tout."
+        f"{name}: result{path}: expected {expected}, got {_describe(got)}. Return the "
+        "one, or declare the other in Tout."
     )
 
 
@@ -283,12 +294,12 @@ def _describe(value: Any) -> str:
         return f"{text} with keys {list(value)}"
     if isinstance(value, list | tuple):
         return f"{text} of {len(value)}"
-    return f"{text} of dtype {value.dtype}" if hasattr(value, "dtype") else text
+    return f"array of dtype {value.dtype}" if hasattr(value, "dtype") else text
 
 
 def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
     """`value` as an array of the declared shape and dtype, if casting allows."""
-    array, weak = _as_array(value, where)
+    array, weak = as_array(value, where)
     if leaf.shape is not None and tuple(array.shape) != leaf.shape:
         raise ResultError(
             f"{where()}: expected shape {leaf.shape}, got {tuple(array.shape)}. Return an "
@@ -307,6 +318,8 @@ def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
         )
     if weak and isinstance(array, np.ndarray):
         _check_range(array, leaf.dtype, where)
+    if isinstance(array, np.ndarray) and not np.can_cast(array.dtype, leaf.dtype, "unsafe"):
+        array = jnp.asarray(array)  # NumPy lacks some casts between ml_dtypes
     return array.astype(leaf.dtype)
 
 
@@ -322,19 +335,19 @@ def _check_range(array: np.ndarray, dtype: Any, where: Callable[[], str]) -> Non
         )
 
 
-def _as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
+def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
     """`value` as a NumPy or JAX array, and whether its dtype is weak.
 
     Raises:
         ResultError: it is not an array of numbers, booleans or PRNG keys.
     """
-    if hasattr(value, "__jax_array__"):
+    if not isinstance(value, jax.Array) and hasattr(value, "__jax_array__"):
         value = value.__jax_array__()
     if isinstance(value, jax.Array):
         return value, is_weak(value)
     array, weak = None, False
     if isinstance(value, list | tuple):
-        items = jax.tree.leaves(value)
+        items = jax.tree.leaves(value, is_leaf=lambda x: x is None)
         weak = all(type(x) in (bool, int, float, complex) for x in items)
         stack = jnp.asarray if any(isinstance(x, jax.Array) for x in items) else np.asarray
         try:
@@ -348,7 +361,7 @@ def _as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
         weak = not hasattr(value, "__array__")  # np.float64 is a float too
         array = np.asarray(value)
     if array is None or (kind_of(array.dtype) is None and not is_key_dtype(array.dtype)):
-        if weak:
+        if isinstance(value, int):
             raise ResultError(f"{where()}: {value} does not fit in 64 bits.")
         raise ResultError(
             f"{where()}: expected an array of numbers or booleans, got {_describe(value)}. "

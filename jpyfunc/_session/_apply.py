@@ -1,0 +1,208 @@
+"""From a call on graph tensors to a node: which function of its inputs it computes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpyfunc._symbol import Symbol, add_note
+
+Spec = tuple[Any, tuple[int | None, ...] | None]  # dtype and shape, None if unknown
+
+
+def apply(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
+    """Make a node of `func(*args, **kwargs)`, some leaves of which are tensors.
+
+    Args:
+        func: a function of JAX.
+        args: positional arguments, pytrees.
+        kwargs: keyword arguments, pytrees.
+        name: of the node.
+
+    Returns:
+        Tensors in the structure of what `func` returns.
+    """
+    call, inputs = close_over(func, args, kwargs)
+    try:
+        found = infer(call, inputs)
+    except Exception as error:
+        add_note(error, f"while adding {name!r} of {_list(inputs)} to the graph")
+        raise
+    # What works for no shape that was tried is taken to have one result, as nearly all
+    # of jax.numpy has; the node checks that when it runs.
+    tree, specs = found or (jax.tree.structure(0), [(None, None)])
+    return add_call(call, inputs, tree, specs, name)
+
+
+def apply_py_func(func: Any, args: Any, kwargs: Any) -> Any:
+    """Make a node of a wrapped function, with tensors in the structure of its `Tout`.
+
+    Returns:
+        The tensors; the operation itself if there are none, as in TensorFlow.
+
+    Raises:
+        TypeError: `Tout` is left out or is a callable, and the number of results
+            depends on shapes that are unknown.
+    """
+    _, inputs = close_over(func, args, kwargs)
+    graph = common_graph(inputs)
+    name = graph.unique_name(func.node_name or "PyFunc")
+    func = func.for_node(f"in graph operation {name!r}")
+    call, inputs = close_over(func, args, kwargs)
+    template = func.template
+    if template is not None:
+        tree = template.tree
+        specs = [(leaf.dtype, leaf.shape) for leaf in template.leaves]
+    else:
+        found = infer(call, inputs)
+        if found is None:
+            unknown = next(t for t in inputs if not is_known(t.shape))
+            raise TypeError(
+                f"{func!r}, graph operation {name!r}: how many results it has cannot be "
+                f"told while the shape of {unknown.name!r} is unknown. Give Tout, "
+                "jnp.float32 for one result, say, or give the placeholders shapes."
+            )
+        tree, specs = found
+    return add_call(call, inputs, tree, specs, name, unique=True)
+
+
+def add_call(
+    call: Callable[[Sequence[Any]], Any],
+    inputs: Sequence[Any],
+    tree: Any,
+    specs: Sequence[Spec],
+    name: str,
+    *,
+    unique: bool = False,
+) -> Any:
+    """Add the node of a call to the graph of its inputs.
+
+    Args:
+        call: the function of the inputs' values.
+        inputs: tensors of one graph.
+        tree: structure of its results.
+        specs: one per result.
+        name: of the node.
+        unique: whether `name` has been made unique already.
+
+    Returns:
+        The results' tensors in the structure of `tree`; without any, the operation.
+    """
+
+    def compute(values: Sequence[Any]) -> list[Any]:
+        results, got = jax.tree.flatten(call(values))
+        if got != tree:
+            raise TypeError(
+                f"expected results in the structure {tree}, as inferred when the graph "
+                f"was built, got {got}. Give the placeholders that it depends on their "
+                "shapes, or for a py_func, give Tout."
+            )
+        return [jnp.asarray(result) for result in results]
+
+    op = common_graph(inputs).create_operation(name, inputs, compute, specs, unique=unique)
+    return jax.tree.unflatten(tree, op.outputs) if op.outputs else op
+
+
+def close_over(
+    func: Callable[..., Any], args: Any, kwargs: Any
+) -> tuple[Callable[[Sequence[Any]], Any], list[Any]]:
+    """A call as a function of the values of its tensors alone, and these tensors."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Symbol)]
+    inputs = [leaves[i] for i in positions]
+
+    def call(values: Sequence[Any]) -> Any:
+        filled = list(leaves)
+        for i, value in zip(positions, values, strict=True):
+            filled[i] = value
+        args, kwargs = jax.tree.unflatten(tree, filled)
+        return func(*args, **kwargs)
+
+    return call, inputs
+
+
+def common_graph(tensors: Iterable[Any]) -> Any:
+    """The graph of tensors that are combined.
+
+    Raises:
+        ValueError: they are of two graphs.
+    """
+    first, *others = tensors
+    for other in others:
+        if other.graph is not first.graph:
+            raise ValueError(
+                f"{first.name!r} is a tensor of {first.graph!r} and {other.name!r} of "
+                f"{other.graph!r}, and a node takes tensors of one graph. Build both "
+                "under the same `with graph.as_default():`."
+            )
+    return first.graph
+
+
+def infer(
+    call: Callable[[Sequence[Any]], Any], inputs: Sequence[Any]
+) -> tuple[Any, list[Spec]] | None:
+    """The structure and the specs of a call's results.
+
+    Where a shape is unknown, shapes that it may have are tried, for the structure and
+    the dtypes, which hardly ever depend on it.
+
+    Returns:
+        None if the call works for none of those that were tried.
+    """
+    known = all(is_known(t.shape) for t in inputs)
+    typed = all(t.dtype is not None for t in inputs)
+    for structs in [_structs(inputs, 1, 0)] if known else _guesses(inputs):
+        try:
+            results = jax.eval_shape(call, structs)
+        except Exception as error:
+            if known or isinstance(error, jax.errors.ConcretizationTypeError):
+                _advise(error)
+                raise
+        else:
+            leaves, tree = jax.tree.flatten(results)
+            return tree, [
+                (x.dtype if typed else None, x.shape if known else None) for x in leaves
+            ]
+    return None
+
+
+def is_known(shape: tuple[int | None, ...] | None) -> bool:
+    """Whether every size in a shape is known."""
+    return shape is not None and None not in shape
+
+
+def _guesses(inputs: Sequence[Any]) -> Iterator[list[Any]]:
+    sizes = {n for t in inputs for n in t.shape or () if n is not None}
+    for size, rank in itertools.product([1, *sorted(sizes - {1})], range(5)):
+        yield _structs(inputs, size, rank)
+
+
+def _structs(inputs: Sequence[Any], size: int, rank: int) -> list[Any]:
+    """Abstract values, with `size` and `rank` for what is unknown."""
+    return [
+        jax.ShapeDtypeStruct(
+            (size,) * rank
+            if t.shape is None
+            else tuple(size if n is None else n for n in t.shape),
+            np.float32 if t.dtype is None else t.dtype,
+        )
+        for t in inputs
+    ]
+
+
+def _advise(error: Exception) -> None:
+    if isinstance(error, jax.errors.ConcretizationTypeError):
+        add_note(
+            error,
+            "A function on graph tensors is traced. If it needs their values, wrap it "
+            "with jpyfunc.py_func.",
+        )
+
+
+def _list(tensors: Sequence[Any]) -> str:
+    return ", ".join(repr(t) for t in tensors)

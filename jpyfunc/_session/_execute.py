@@ -1,0 +1,81 @@
+"""Running a compiled program: values in, results out, a body's exception as itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from jpyfunc._errors import _originals as originals
+from jpyfunc._session._nodes import Tensor
+from jpyfunc._session._values import convert, fits
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """How to run one structure of fetches with one sequence of feeds.
+
+    Attributes:
+        program: the compiled program, shared by all plans for the same nodes.
+        feeds: the tensors that are fed, in the order in which values come.
+        order: which of these values each argument of `program` is.
+        reads: for each fetch, its place among the results of `program` and what to
+            make of them.
+        tree: structure of the fetches.
+    """
+
+    program: Callable[..., list[Any]]
+    feeds: tuple[Tensor, ...]
+    order: tuple[int, ...]
+    reads: tuple[tuple[int, Callable[[Any], Any]], ...]
+    tree: Any
+
+
+def execute(plan: Plan, values: Iterable[Any]) -> Any:
+    """Run a compiled program, and raise what a body raised as itself."""
+    arguments = [_fed(t, value) for t, value in zip(plan.feeds, values, strict=True)]
+    originals.enter()
+    try:
+        arrays = plan.program(*[arguments[i] for i in plan.order])
+        return plan.tree.unflatten([read(arrays[i]) for i, read in plan.reads])
+    except jax.errors.JaxRuntimeError as error:
+        _forget_failure()
+        failure = originals.find(error)
+        if failure is None:
+            raise
+    finally:
+        originals.leave()
+    # `from` what it came from already: else the text of JAX's error, which repeats this
+    # one, would be printed above it.
+    raise failure from (failure.__cause__ or failure.__context__)
+
+
+def _fed(tensor: Tensor, value: Any) -> Any:
+    """`value` as an argument of the program."""
+    dtype = tensor.dtype
+    if type(value) is float and dtype is not None and dtype.kind == "f":
+        if not tensor.shape:
+            return dtype.type(value)
+    elif (
+        isinstance(value, jax.Array)
+        and value.dtype == dtype
+        and not value.weak_type
+        and fits(value.shape, tensor.shape)
+    ):
+        return value
+    return convert(value, dtype, tensor.shape, lambda: f"feed of {tensor.name!r}")
+
+
+def wait(arrays: Any) -> None:
+    """The value of an operation: None, when it has run."""
+    jax.block_until_ready(arrays)
+
+
+def _forget_failure() -> None:
+    # The next program with effects on this thread would wait for the failed one's
+    # tokens, and raise its error once more.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.effects_barrier()

@@ -1,0 +1,218 @@
+"""Graphs: which operations there are, under which names, and which graph is default."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jpyfunc._session._apply import Spec
+from jpyfunc._session._nodes import Operation, Tensor
+from jpyfunc._session._stacks import remove_last, stacks
+
+_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*")
+
+
+class Graph:
+    """A graph of operations, filled under `with graph.as_default():`.
+
+    Building one is for a single thread at a time; running it is not so limited.
+
+    Example:
+        >>> import jpyfunc as jpf
+        >>> graph = jpf.Graph()
+        >>> with graph.as_default():
+        ...     y = jpf.constant(2.0, name="x") + 1
+        >>> print([op.name for op in graph.get_operations()])
+        ['x', 'add']
+        >>> print(jpf.Session(graph).run(y))
+        3.0
+
+    Source: `tf.Graph`.
+    """
+
+    def __init__(self) -> None:
+        self._operations: list[Operation] = []
+        self._by_name: dict[str, Operation] = {}
+        self._names_used: dict[str, int] = {}
+        self._scope = ""
+
+    @contextlib.contextmanager
+    def as_default(self) -> Iterator[Graph]:
+        """Make this the graph that new nodes go to on this thread."""
+        stacks.graphs.append(self)
+        try:
+            yield self
+        finally:
+            remove_last(stacks.graphs, self)
+
+    def get_operations(self) -> list[Operation]:
+        """All operations, in the order of their creation."""
+        return list(self._operations)
+
+    def get_tensor_by_name(self, name: str) -> Tensor:
+        """The tensor called `name`, such as `"Placeholder:0"`.
+
+        Raises:
+            ValueError: `name` is not of that form.
+            KeyError: there is none.
+        """
+        op_name, colon, index = name.rpartition(":")
+        if not colon or not index.isdecimal():
+            raise ValueError(
+                f"expected a tensor's name such as 'add:0', got {name!r}; write "
+                f"{name + ':0'!r} for the first result of an operation."
+            )
+        outputs = self.get_operation_by_name(op_name).outputs
+        if int(index) >= len(outputs):
+            raise KeyError(
+                f"{name!r}: operation {op_name!r} has {len(outputs)} results, numbered "
+                "from 0."
+            )
+        return outputs[int(index)]
+
+    def get_operation_by_name(self, name: str) -> Operation:
+        """The operation called `name`.
+
+        Raises:
+            KeyError: there is none.
+        """
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise KeyError(
+                f"{name!r}: {self!r} has no operation of that name; get_operations() "
+                "lists those that it has."
+            ) from None
+
+    @contextlib.contextmanager
+    def name_scope(self, name: str) -> Iterator[str]:
+        """Put `name` and a slash before the names of new operations.
+
+        Yields:
+            The scope's full name, made unique, with the slash.
+        """
+        outer = self._scope
+        self._scope = f"{self.unique_name(name)}/"
+        try:
+            yield self._scope
+        finally:
+            self._scope = outer
+
+    def unique_name(self, name: str) -> str:
+        """`name` in the current scope, numbered if it is taken; it is taken then.
+
+        Raises:
+            ValueError: not a name that a graph can have.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"expected a name of letters, digits and any of . _ - / that starts with "
+                f"a letter, a digit or a dot, got {name!r}."
+            )
+        name = self._scope + name
+        number = self._names_used.get(name, 0)
+        unique = name
+        while unique in self._names_used:
+            number += 1
+            unique = f"{name}_{number}"
+        self._names_used[name] = number
+        self._names_used.setdefault(unique, 0)
+        return unique
+
+    def create_operation(
+        self,
+        name: str,
+        inputs: Sequence[Tensor],
+        compute: Callable[[Sequence[Any]], list[Any]] | None,
+        specs: Sequence[Spec],
+        *,
+        unique: bool = False,
+        differentiable: bool = True,
+        pull: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    ) -> Operation:
+        """Add an operation; its attributes tell what the arguments are.
+
+        Args:
+            name: its name.
+            inputs: tensors of this graph.
+            compute: what it computes.
+            specs: dtype and shape of each result.
+            unique: whether `name` is one that `unique_name` gave.
+            differentiable: whether `gradients` goes through it.
+            pull: what it asks of a pullback.
+        """
+        name = name if unique else self.unique_name(name)
+        number = len(self._operations)
+        op = Operation(self, number, name, inputs, compute, specs, differentiable, pull)
+        self._operations.append(op)
+        self._by_name[name] = op
+        return op
+
+    def __repr__(self) -> str:
+        return f"<Graph at {id(self):#x}>"
+
+
+_global_graph = Graph()
+
+
+def get_default_graph() -> Graph:
+    """The graph that new nodes go to on this thread.
+
+    Example:
+        >>> import jpyfunc as jpf
+        >>> with jpf.Graph().as_default() as graph:
+        ...     print(jpf.get_default_graph() is graph)
+        True
+
+    Source: `tf.get_default_graph` of TensorFlow 1.
+    """
+    return stacks.graphs[-1] if stacks.graphs else _global_graph
+
+
+def reset_default_graph() -> None:
+    """Start over with an empty default graph, in a notebook, say.
+
+    Raises:
+        RuntimeError: inside `with graph.as_default():` or a session's `with`.
+
+    Example:
+        >>> import jpyfunc as jpf
+        >>> jpf.reset_default_graph()
+        >>> print(jpf.get_default_graph().get_operations())
+        []
+
+    Source: `tf.reset_default_graph` of TensorFlow 1.
+    """
+    global _global_graph
+    if stacks.graphs:
+        raise RuntimeError(
+            "reset_default_graph: the default graph is one that `with "
+            "graph.as_default():`, a session's `with` or an InteractiveSession has set. "
+            "Leave that first, or close the session."
+        )
+    _global_graph = Graph()
+
+
+def name_scope(name: str) -> contextlib.AbstractContextManager[str]:
+    """Put `name` and a slash before the names of new operations of the default graph.
+
+    Args:
+        name: made unique in the graph.
+
+    Returns:
+        A context manager whose value is the scope's full name.
+
+    Raises:
+        ValueError: not a name that a graph can have.
+
+    Example:
+        >>> import jpyfunc as jpf
+        >>> with jpf.Graph().as_default(), jpf.name_scope("layer"):
+        ...     print(jpf.constant(1.0, name="bias").name)
+        layer/bias:0
+
+    Source: `tf.name_scope` of TensorFlow 1.
+    """
+    return get_default_graph().name_scope(name)

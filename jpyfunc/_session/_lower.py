@@ -1,0 +1,112 @@
+"""From the nodes that a run needs to one function of the values that it is fed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jpyfunc._session._nodes import Operation, Tensor
+from jpyfunc._session._pullback import Compute, with_pullback
+from jpyfunc._symbol import add_note
+
+
+@dataclasses.dataclass(slots=True)
+class _Level:
+    """What is asked of one pullback: by all nodes together, so that it is made once."""
+
+    wrt: set[int] = dataclasses.field(default_factory=set)
+    of: set[int] = dataclasses.field(default_factory=set)
+
+
+def lower(
+    fetches: Sequence[Tensor | Operation], feeds: Sequence[Tensor]
+) -> Callable[..., list[Any]]:
+    """One function of the feeds' values that computes the fetches and nothing else.
+
+    Args:
+        fetches: what to compute.
+        feeds: what to take as given.
+
+    Returns:
+        A function of one array per feed, in their order, that `jax.jit` can compile.
+        It returns one array per tensor of `fetches`, and per operation the list of its
+        results; of one that has none, an array that is there when it has run.
+
+    Raises:
+        ValueError: a placeholder is needed and not fed.
+    """
+    fed = frozenset(feeds)
+    needed = _needed(fetches, fed)
+    levels: dict[Operation, dict[int, _Level]] = {op: {} for op in needed}
+    for op in needed:
+        if op.pull is not None:
+            pullback = op.inputs[0]
+            level = levels[pullback.op].setdefault(pullback.level, _Level())
+            level.wrt.update(op.pull[0])
+            level.of.update(op.pull[1])
+    steps = [
+        (op, _with_pullbacks(needed[op], levels[op]))
+        for op in sorted(needed, key=lambda op: op.id)
+    ]
+
+    def session_run(*values: Any) -> list[Any]:
+        known = dict(zip(feeds, map(jnp.asarray, values), strict=True))
+        ran: dict[Operation, list[Any]] = {}
+        for op, compute in steps:
+            try:
+                results = compute([known[t] for t in op.inputs])
+            except Exception as error:
+                add_note(error, f"in graph operation {op.name!r}")
+                raise
+            ran[op] = results
+            for t, value in zip(op.results, results, strict=False):
+                known.setdefault(t, value)
+        return [
+            known[item]
+            if isinstance(item, Tensor)
+            else ran.get(item, [])[: len(item.outputs)] or jnp.zeros(())
+            for item in fetches
+        ]
+
+    return session_run
+
+
+def _needed(
+    fetches: Sequence[Tensor | Operation], fed: frozenset[Tensor]
+) -> dict[Operation, Compute]:
+    stack = [
+        item if isinstance(item, Operation) else item.op
+        for item in fetches
+        if item not in fed
+    ]
+    found: dict[Operation, Compute] = {}
+    while stack:
+        op = stack.pop()
+        if op in found:
+            continue
+        if op.compute is None:
+            if op.outputs[0] in fed:
+                continue
+            raise ValueError(_unfed(op.outputs[0]))
+        found[op] = op.compute
+        stack.extend(t.op for t in op.inputs if t not in fed)
+    return found
+
+
+def _unfed(tensor: Tensor) -> str:
+    shape = "" if tensor.shape is None else f" and shape {tensor.shape}"
+    return (
+        f"You must feed a value for placeholder {tensor.op.name!r} with dtype "
+        f"{tensor.dtype}{shape}: session.run(fetches, {{tensor: value}})."
+    )
+
+
+def _with_pullbacks(compute: Compute, levels: dict[int, _Level]) -> Compute:
+    # Whoever needs one level needs all below it: see `_Sweep`.
+    for number in sorted(levels):
+        level = levels[number]
+        compute = with_pullback(compute, tuple(sorted(level.wrt)), tuple(sorted(level.of)))
+    return compute

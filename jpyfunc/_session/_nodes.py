@@ -1,0 +1,152 @@
+"""The nodes of a graph: operations, and the tensors that they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jpyfunc._session._apply import Spec, apply_py_func
+from jpyfunc._session._operators import Operators
+from jpyfunc._session._stacks import session_for
+
+
+class Tensor(Operators):
+    """A result of an operation of a graph: a value that a session will compute.
+
+    It has Python's operators, `@`, `abs` and indexing, and is taken by `jpyfunc.lift`,
+    `jpyfunc.numpy` and every function wrapped by `py_func` and `numpy_func`.
+
+    Attributes:
+        op: the operation that computes it.
+        dtype: NumPy dtype, or None if it is not known before a run.
+        shape: tuple of int, with None for a size that may be any; or None, for any
+            shape or one that is not known before a run.
+        level: 0, but for the hidden pullbacks of an operation, whose value is none that
+            a session could return.
+    """
+
+    __slots__ = ("__weakref__", "dtype", "index", "level", "op", "shape")
+
+    def __init__(self, op: Operation, index: int, spec: Spec, level: int = 0) -> None:
+        self.op = op
+        self.index = index
+        self.dtype, self.shape = spec
+        self.level = level
+
+    @property
+    def name(self) -> str:
+        """Name of the operation, a colon, and which result this is of it."""
+        return f"{self.op.name}:{self.index}"
+
+    @property
+    def graph(self) -> Any:
+        """The graph it belongs to."""
+        return self.op.graph
+
+    def call_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make a node of a wrapped function in the graph."""
+        return apply_py_func(func, args, kwargs)
+
+    def eval(self, feed_dict: Any = None, session: Any = None) -> Any:
+        """Run it in `session`, by default the default one.
+
+        Args:
+            feed_dict: as for `Session.run`.
+            session: the session to run it in.
+
+        Returns:
+            Its value, a NumPy array or scalar.
+
+        Raises:
+            ValueError: there is no session.
+
+        Example:
+            >>> import jpyfunc as jpf
+            >>> with jpf.Session():
+            ...     print(jpf.constant([1, 2]).eval())
+            [1 2]
+        """
+        return session_for(session, f"{self.name!r}.eval").run(self, feed_dict)
+
+    def __repr__(self) -> str:
+        shape = "unknown" if self.shape is None else self.shape
+        dtype = "unknown" if self.dtype is None else self.dtype
+        return f"<Tensor {self.name!r} shape={shape} dtype={dtype}>"
+
+
+class Operation:
+    """A node of a graph.
+
+    Attributes:
+        graph: the graph it belongs to.
+        name: unique in the graph.
+        inputs: the tensors that it computes from.
+        outputs: the tensors that it computes.
+        id: larger than that of every operation it depends on.
+        compute: from the inputs' values to the outputs'; None for a placeholder.
+        differentiable: whether `gradients` goes through it.
+        pullbacks: hidden results, see `_pullback`.
+        pull: of a node that applies a pullback, which cotangents it asks of it and
+            which it gives: indices of inputs and of results.
+    """
+
+    __slots__ = (
+        "__weakref__", "compute", "differentiable", "graph", "id", "inputs", "name",
+        "outputs", "pull", "pullbacks",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        graph: Any,  # a Graph, which is made of these
+        number: int,
+        name: str,
+        inputs: Sequence[Tensor],
+        compute: Callable[[Sequence[Any]], list[Any]] | None,
+        specs: Sequence[Spec],
+        differentiable: bool,
+        pull: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    ) -> None:
+        self.graph = graph
+        self.name = name
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(Tensor(self, i, spec) for i, spec in enumerate(specs))
+        self.id = number
+        self.compute = compute
+        self.differentiable = differentiable
+        self.pullbacks: list[Tensor] = []
+        self.pull = pull
+
+    @property
+    def results(self) -> list[Tensor]:
+        """Outputs and hidden pullbacks."""
+        return [*self.outputs, *self.pullbacks]
+
+    def pullback(self, level: int) -> Tensor:
+        """The hidden result that is the pullback of all results of lower levels."""
+        while len(self.pullbacks) < level:
+            index = len(self.outputs) + len(self.pullbacks)
+            spec = (None, None)
+            self.pullbacks.append(Tensor(self, index, spec, len(self.pullbacks) + 1))
+        return self.pullbacks[level - 1]
+
+    def run(self, feed_dict: Any = None, session: Any = None) -> None:
+        """Run it in `session`, by default the default one, for its effects.
+
+        Args:
+            feed_dict: as for `Session.run`.
+            session: the session to run it in.
+
+        Raises:
+            ValueError: there is no session.
+
+        Example:
+            >>> import jpyfunc as jpf
+            >>> show = jpf.py_func(lambda x: print(x), [jpf.constant(3)], Tout=[])
+            >>> with jpf.Session():
+            ...     show.run()
+            3
+        """
+        session_for(session, f"{self.name!r}.run").run(self, feed_dict)
+
+    def __repr__(self) -> str:
+        return f"<Operation {self.name!r}>"

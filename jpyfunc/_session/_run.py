@@ -1,0 +1,256 @@
+"""`Session`: which program runs what is asked for, and is kept for the next time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jpyfunc._session._execute import Plan, execute, wait
+from jpyfunc._session._graph import Graph, get_default_graph
+from jpyfunc._session._lower import lower
+from jpyfunc._session._nodes import Operation, Tensor
+from jpyfunc._session._stacks import remove_last, stacks
+from jpyfunc._session._values import to_numpy
+
+
+class Session:
+    """Runs a graph: computes tensors of it, given the values of others.
+
+    What a run needs of the graph is lowered to one function, compiled by `jax.jit`, and
+    kept with the session, so that a run with the same fetches, feeds and shapes of
+    feeds neither traces nor compiles.
+
+    There are no variables, control dependencies or summaries: state is JAX's business,
+    and a training loop feeds its parameters to every run. Effects are those of a
+    stateful `py_func`, which runs exactly once in a run that needs it and not at all
+    in one that does not; its derivatives run its body again.
+
+    A session may be run from several threads at once. Used as a context manager, it
+    and its graph are the default ones, and leaving closes it.
+
+    Args:
+        graph: what to run; by default the default graph.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jpyfunc as jpf
+        >>> def log_huber(x, m):
+        ...     if jnp.abs(x) <= m:
+        ...         return x**2
+        ...     return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
+        >>> x = jpf.placeholder(jnp.float32)
+        >>> m = jpf.placeholder(jnp.float32)
+        >>> y = jpf.py_func(func=log_huber, inp=[x, m], Tout=jnp.float32)
+        >>> dy_dx = jpf.gradients(y, x)[0]
+        >>> with jpf.Session() as sess:
+        ...     y, dy_dx = sess.run([y, dy_dx], feed_dict={x: 1.0, m: 2.0})
+        >>> print(y, dy_dx)
+        1.0 2.0
+
+    Source: `tf.Session` of TensorFlow 1.
+    """
+
+    def __init__(self, graph: Graph | None = None) -> None:
+        if graph is not None and not isinstance(graph, Graph):
+            raise TypeError(
+                f"Session: expected graph to be a jpyfunc.Graph, got {graph!r}."
+            )
+        self._graph = get_default_graph() if graph is None else graph
+        self._plans: dict[Any, Plan] = {}
+        self._programs: dict[Any, Callable[..., list[Any]]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that it runs."""
+        return self._graph
+
+    def run(self, fetches: Any, feed_dict: Any = None) -> Any:
+        """Compute `fetches`, and nothing that they do not need.
+
+        Args:
+            fetches: a tensor, an operation, the name of one, or any nesting of lists,
+                tuples, dicts and namedtuples of these.
+            feed_dict: values of tensors, by the tensor or its name: of placeholders,
+                and of any other tensor in place of what it would be. Arrays, Python
+                scalars and lists of them, which convert to the tensor's dtype as NumPy's
+                `same_kind` rule allows.
+
+        Returns:
+            The values in the structure of `fetches`: a NumPy array or scalar for a
+            tensor, None for an operation.
+
+        Raises:
+            ValueError: a placeholder that is needed and not fed; a value of another
+                shape; a tensor of another graph, or the name of none.
+            TypeError: a value whose dtype does not convert; a fetch or feed that is
+                none.
+            RuntimeError: the session is closed.
+            BaseException: what the body of a `py_func` raised, as it raised it, with a
+                note that names the operation.
+        """
+        feeds = {} if feed_dict is None else feed_dict
+        leaves, tree = jax.tree.flatten(fetches)
+        key = (tree, *leaves, None, *feeds)
+        try:
+            plan = self._plans.get(key)
+        except TypeError:  # a fetch that cannot be hashed: `_make_plan` refuses it
+            plan = None
+        if plan is None or self._closed:
+            plan = self._make_plan(key, fetches, list(feeds))
+        return execute(plan, feeds.values())
+
+    def make_callable(
+        self, fetches: Any, feed_list: Sequence[Any] | None = None
+    ) -> Callable[..., Any]:
+        """A function that runs `fetches`, called with the values of `feed_list`.
+
+        Args:
+            fetches: as for `run`.
+            feed_list: tensors to feed, or their names.
+
+        Returns:
+            A function of one positional argument per entry of `feed_list`, which
+            returns what `run` would.
+
+        Raises:
+            ValueError: as `run`, for what does not depend on the values.
+            TypeError: as `run`, for what does not depend on the values.
+            RuntimeError: the session is closed.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import jpyfunc as jpf
+            >>> x = jpf.placeholder(jnp.float32)
+            >>> with jpf.Session() as sess:
+            ...     square = sess.make_callable(x * x, [x])
+            ...     print(square(3.0))
+            9.0
+        """
+        names = list(feed_list or ())
+        leaves, tree = jax.tree.flatten(fetches)
+        plan = self._make_plan((tree, *leaves, None, *names), fetches, names)
+
+        def run(*values: Any) -> Any:
+            if len(values) != len(names):
+                raise TypeError(
+                    f"expected {len(names)} values, one per entry of feed_list, got "
+                    f"{len(values)}."
+                )
+            self._check_open()
+            return execute(plan, values)
+
+        return run
+
+    def close(self) -> None:
+        """Forget the compiled programs; a run then raises RuntimeError."""
+        with self._lock:
+            self._closed = True
+            self._plans.clear()
+            self._programs.clear()
+
+    def __enter__(self) -> Session:
+        self._check_open()
+        stacks.sessions.append(self)
+        stacks.graphs.append(self._graph)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        remove_last(stacks.sessions, self)
+        remove_last(stacks.graphs, self._graph)
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(
+                "This session is closed, by close() or on leaving its `with`. Make a new "
+                "one: jpyfunc.Session()."
+            )
+
+    def _make_plan(self, key: Any, fetches: Any, feeds: list[Any]) -> Plan:
+        self._check_open()
+        leaves, tree = jax.tree.flatten(fetches, is_leaf=lambda x: x is None)
+        items = [self._element(leaf, "fetch", (Tensor, Operation)) for leaf in leaves]
+        fed = tuple(self._element(feed, "feed_dict key", (Tensor,)) for feed in feeds)
+        # A run with the same nodes in another order must not trace again.
+        order = tuple(sorted(range(len(fed)), key=lambda i: _rank(fed[i])))
+        wanted = tuple(sorted(set(items), key=_rank))
+        nodes = (wanted, tuple(fed[i] for i in order))
+        with self._lock:
+            self._check_open()
+            program = self._programs.get(nodes)
+            if program is None:
+                program = self._programs[nodes] = jax.jit(lower(*nodes))
+            place = {item: i for i, item in enumerate(wanted)}
+            reads = tuple(
+                (place[x], to_numpy if isinstance(x, Tensor) else wait) for x in items
+            )
+            plan = self._plans[key] = Plan(program, fed, order, reads, tree)
+        return plan
+
+    def _element(self, item: Any, what: str, kinds: tuple[type, ...]) -> Any:
+        """The tensor or operation of this graph that `item` is or names."""
+        if isinstance(item, str):
+            graph = self._graph
+            find = graph.get_tensor_by_name if ":" in item else graph.get_operation_by_name
+            try:
+                item = find(item)
+            except KeyError as error:
+                raise ValueError(f"{what} {error.args[0]}") from None
+        if not isinstance(item, kinds):
+            expected = " or ".join(f"{kind.__name__.lower()}" for kind in kinds)
+            raise TypeError(
+                f"{what} {item!r}: expected a graph {expected}, or the name of one, got "
+                f"{type(item).__name__}."
+            )
+        if item.graph is not self._graph:
+            raise ValueError(
+                f"{what} {item.name!r} is of {item.graph!r}, and this session runs "
+                f"{self._graph!r}; write jpyfunc.Session(graph=...) with the other."
+            )
+        return item
+
+
+class InteractiveSession(Session):
+    """A session that is the default one from its making until it is closed.
+
+    In a notebook, `tensor.eval(...)` in a later cell then finds it.
+
+    Args:
+        graph: what to run; by default the default graph.
+
+    Example:
+        >>> import jpyfunc as jpf
+        >>> sess = jpf.InteractiveSession()
+        >>> print((jpf.constant(2) * 3).eval())
+        6
+        >>> sess.close()
+
+    Source: `tf.InteractiveSession` of TensorFlow 1.
+    """
+
+    def __init__(self, graph: Graph | None = None) -> None:
+        super().__init__(graph)
+        super().__enter__()
+
+    def __enter__(self) -> InteractiveSession:
+        self._check_open()
+        return self
+
+    def close(self) -> None:
+        """Forget the compiled programs, and be the default session no more."""
+        if not self._closed:
+            remove_last(stacks.sessions, self)
+            remove_last(stacks.graphs, self._graph)
+        super().close()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _rank(item: Tensor | Operation) -> tuple[int, int]:
+    return (item.op.id, item.index) if isinstance(item, Tensor) else (item.id, -1)

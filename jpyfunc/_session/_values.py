@@ -1,0 +1,103 @@
+"""Values in and out of a graph: what may be fed for a tensor, what a run returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpyfunc._spec import is_key_dtype, kind_of
+from jpyfunc._symbol import Symbol
+
+Shape = tuple[int | None, ...]
+
+_KINDS = "buifc"  # in which each converts to those after it, as NumPy's "same_kind"
+
+
+def fits(shape: Shape | None, expected: Shape | None) -> bool:
+    """Whether a shape, in which all may be unknown, can be one that is expected."""
+    if shape is None or expected is None:
+        return True
+    return len(shape) == len(expected) and all(
+        a is None or b is None or a == b for a, b in zip(shape, expected, strict=True)
+    )
+
+
+def convert(value: Any, dtype: Any, shape: Shape | None, where: Callable[[], str]) -> Any:
+    """`value` as an array of a dtype and a shape.
+
+    Args:
+        value: array, Python scalar or nested list of these.
+        dtype: what to convert to, as NumPy's `same_kind` allows; None for any.
+        shape: what it must have; None, or None for some sizes, allows any.
+        where: what it is for, for errors.
+
+    Returns:
+        A NumPy or JAX array, or a NumPy scalar.
+
+    Raises:
+        TypeError: no array, or of a dtype that does not convert.
+        ValueError: of another shape.
+    """
+    if isinstance(value, Symbol):
+        raise TypeError(
+            f"{where()}: expected a value, got {value!r}; get its value with session.run "
+            "first."
+        )
+    array = value if isinstance(value, jax.Array) else _read(value, where)
+    if not fits(array.shape, shape):
+        raise ValueError(
+            f"{where()}: expected shape {shape}, got {array.shape}; reshape the value, or "
+            "declare None for a size that may be any."
+        )
+    if dtype is None:
+        return jnp.asarray(value)
+    if array.dtype == dtype and not getattr(array, "weak_type", False):
+        return array
+    source, target = kind_of(array.dtype), kind_of(dtype)
+    # A Python int has no sign to lose as a type.
+    from_int = source == "i" and target == "u" and not hasattr(value, "dtype")
+    if source is None or target is None or not (
+        from_int or _KINDS.index(source) <= _KINDS.index(target)
+    ):  # fmt: skip
+        raise TypeError(
+            f"{where()}: expected {dtype}, got {array.dtype}, which does not convert to "
+            f"it without loss of kind; convert the value with .astype({dtype}), or "
+            f"declare {array.dtype}."
+        )
+    if target in "ui" and source in "ui" and array.size:
+        limits = jnp.iinfo(dtype)
+        if int(array.min()) < int(limits.min) or int(array.max()) > int(limits.max):
+            raise ValueError(
+                f"{where()}: expected values of {dtype}, from {limits.min} to "
+                f"{limits.max}, got {array.min()} to {array.max()}; declare a wider dtype."
+            )
+    return (
+        jnp.asarray(array, dtype) if isinstance(array, jax.Array) else array.astype(dtype)
+    )
+
+
+def _read(value: Any, where: Callable[[], str]) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{where()}: expected an array, got a {type(value).__name__} that does not "
+            f"make one ({error})."
+        ) from error
+    if kind_of(array.dtype) is None:
+        raise TypeError(
+            f"{where()}: expected an array of numbers or booleans, got "
+            f"{type(value).__name__} of dtype {array.dtype}."
+        )
+    return array
+
+
+def to_numpy(array: Any) -> Any:
+    """The value of a JAX array as a NumPy array that may be written to, or a scalar."""
+    if array.ndim == 0:
+        return array if is_key_dtype(array.dtype) else np.asarray(array)[()]
+    return array if is_key_dtype(array.dtype) else np.array(array)

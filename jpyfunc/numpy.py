@@ -1,0 +1,51 @@
+"""All of `jax.numpy`, over graph tensors: `jpyfunc.numpy.sin(t)` is a node.
+
+Every function is that of `jax.numpy`, lifted as `jpyfunc.lift` does it; called without
+a tensor among its arguments, it is that function. Dtypes and constants are those of
+`jax.numpy`, and `linalg` and `fft` are lifted likewise.
+
+Example:
+    >>> import jax.numpy as jnp
+    >>> import jpyfunc as jpf
+    >>> x = jpf.placeholder(jnp.float32, [2, 2])
+    >>> with jpf.Session() as sess:
+    ...     print(sess.run(jpf.numpy.linalg.det(x), {x: [[2, 0], [0, 3]]}))
+    6.0
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import jax.numpy
+
+from jpyfunc._session._ops import lift
+
+
+class _Lifted(types.ModuleType):
+    """A module of `jax.numpy`, its functions lifted."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        super().__init__(module.__name__, module.__doc__)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return _lifted(getattr(self._module, name))
+
+    def __dir__(self) -> list[str]:
+        return dir(self._module)
+
+
+def _lifted(value: Any) -> Any:
+    if isinstance(value, types.ModuleType):
+        return _Lifted(value)
+    return lift(value) if callable(value) and not isinstance(value, type) else value
+
+
+def __getattr__(name: str) -> Any:
+    return _lifted(getattr(jax.numpy, name))
+
+
+def __dir__() -> list[str]:
+    return dir(jax.numpy)

@@ -1,0 +1,465 @@
+"""Call forms, arguments, what a wrapped function is, misuse, traced closures."""
+
+import enum
+import functools
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpyfunc import numpy_func, py_func, raise_original
+
+Struct = jax.ShapeDtypeStruct
+F32 = Struct((), jnp.float32)
+
+
+def scale(x, m=3.0):
+    """Scale x."""
+    return x * m
+
+
+@py_func
+def bare(x, m=3.0):
+    return x * m
+
+
+@py_func(Tout=jnp.float32)
+def decorated(x, m=3.0):
+    return x * m
+
+
+class Model:
+    def __init__(self, w):
+        self.w = w
+
+    def plain(self, x):
+        return self.w * x
+
+    @py_func(Tout=jnp.float32)
+    def wrapped(self, x, m=1.0):
+        """Multiply."""
+        return self.w * x * m
+
+    @staticmethod
+    @py_func
+    def static(x):
+        return 3 * x
+
+
+FORMS = {
+    "in place": lambda x: py_func(scale, [x, 3.0], jnp.float32),
+    "in place, tuple": lambda x: py_func(scale, (x, 3.0), jnp.float32),
+    "in place, single array": lambda x: py_func(scale, jnp.asarray(x), jnp.float32),
+    "in place, NumPy scalar": lambda x: py_func(lambda n: n * x0, np.float32(3)),
+    "in place, inferred": lambda x: py_func(scale, [x, 3.0]),
+    "in place, by keyword": lambda x: py_func(func=scale, inp=[x], Tout=jnp.float32),
+    "wrapped": py_func(scale, Tout=jnp.float32),
+    "decorator": decorated,
+    "bare": bare,
+    "method": lambda x: Model(3.0).wrapped(x),
+    "static method": Model.static,
+    "bound method": py_func(Model(3.0).plain, Tout=F32),
+    "partial": py_func(functools.partial(scale, m=3.0), Tout=F32),
+    "keyword": lambda x: bare(m=3.0, x=x),
+    "jitted function": py_func(jax.jit(scale), Tout=F32),
+    "JAX function": lambda x: py_func(jnp.multiply, [x, 3.0], F32),
+    "twice": py_func(py_func(scale, Tout=F32), Tout=F32),
+}
+x0 = 2.0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_call_forms(transform, form):
+    y = transform(FORMS[form])(x0)
+    assert isinstance(y, jax.Array)
+    assert (y.shape, y.dtype) == ((), jnp.float32)
+    assert y == 6
+
+
+def test_no_arguments(transform):
+    # `inp=[]` calls, and an `inp` that is left out does not.
+    assert transform(lambda: py_func(lambda: 5.0, [], jnp.float32))() == 5
+    assert transform(py_func(lambda: 5.0, Tout=jnp.float32))() == 5
+
+
+def test_a_wrapped_function_is_like_its_own():
+    for g in (py_func(scale), py_func(Tout=jnp.float32)(scale)):
+        assert g.__name__ == "scale"
+        assert g.__doc__ == "Scale x."
+        assert g.__wrapped__ is scale
+        assert g.__module__ == scale.__module__
+        assert inspect.signature(g) == inspect.signature(scale)
+    assert py_func(scale, name="other").__name__ == "other"
+    partial = py_func(functools.partial(scale, m=1.0))
+    assert (partial.__name__, partial.__doc__) == ("scale", "Scale x.")
+    assert repr(py_func(scale)) == "<py_func 'scale'>"
+    assert Model.wrapped.__doc__ == "Multiply."
+    assert list(inspect.signature(Model(1.0).wrapped).parameters) == ["x", "m"]
+
+
+def test_arguments_are_pytrees_of_arrays(transform):
+    seen = {}
+
+    def body(tree, *rest, scale=1, **more):
+        seen.update(tree=tree, rest=rest, scale=scale, more=more)
+        return tree["a"][0] * scale + rest[0] + more["z"]
+
+    g = transform(py_func(body, Tout=F32))
+    args = ({"a": [np.float32(2), True]}, 1.5)
+    kwargs = {"scale": 3, "z": np.ones((), np.int8)}
+    assert g(*args, **kwargs) == 2 * 3 + 1.5 + 1
+    expected = {"tree": args[0], "rest": args[1:], "scale": 3, "more": {"z": kwargs["z"]}}
+    assert jax.tree.structure(seen) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(seen), jax.tree.leaves(expected), strict=True):
+        assert isinstance(got, jax.Array)
+        assert got.dtype == jnp.asarray(want).dtype
+        assert got == want
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class Other(enum.IntEnum):
+    ONE = 1
+
+
+class Word(enum.StrEnum):
+    A = "a"
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+
+STATIC = [
+    "text", b"bytes", Color.RED, Level.LOW, Word.A, np.str_("text"), len, jnp.sin, object(),
+    Unhashable(), Model(2.0), jnp.float32, np.dtype("int8"), slice(1, 2), {1, 2}, range(3),
+    ...,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("leaf", STATIC, ids=lambda leaf: type(leaf).__name__)
+def test_static_leaves_reach_the_body_unchanged(transform, leaf):
+    seen = []
+
+    @py_func(Tout=F32)
+    def body(x, tree, *, option):
+        seen.extend([tree["leaf"], option, tree["none"]])
+        return x
+
+    tree = {"leaf": leaf, "none": None}
+    assert transform(lambda x: body(x, tree, option=leaf))(2.0) == 2
+    assert seen[0] is leaf
+    assert seen[1] is leaf
+    assert seen[2] is None
+
+
+@pytest.mark.parametrize(("first", "second"), [(Level.LOW, Other.ONE), (Word.A, "a")])
+def test_static_leaves_that_compare_equal_are_not_mixed_up(transform, first, second):
+    body = py_func(lambda x, leaf: x if type(leaf) is type(first) else -x, Tout=F32)
+    f = transform(lambda x: (body(x, first), body(x, second), body(x, first)))
+    assert f(1.0) == (1, -1, 1)
+
+
+def test_operands_are_what_plain_jax_takes(transform):
+    # As in `jnp.multiply(x, x)`: 64 bits are off, and NumPy dtypes are canonical.
+    for x in (2, 2.0, True, 1j, np.float64(2), np.arange(3), np.ones(2, np.float16)):
+        y = transform(py_func(lambda x: x))(x)
+        plain = jax.jit(lambda x: x)(x)
+        assert (y.shape, y.dtype, y.weak_type) == (
+            plain.shape,
+            plain.dtype,
+            plain.weak_type,
+        )
+        np.testing.assert_array_equal(y, plain)
+
+
+class Operand:
+    def __jax_array__(self):
+        return jnp.arange(3.0)
+
+
+def test_objects_with_a_jax_array(transform):
+    assert transform(lambda: py_func(jnp.sum, [Operand()], F32))() == 3
+
+
+MISUSE = {
+    "py_func: inp is given without func": lambda: py_func(inp=[1.0]),
+    "py_func: expected func to be a Python function, got 3": lambda: py_func(3),
+    "expected func to be a Python function, got <class 'jax.numpy.float32'>": (
+        lambda: py_func(jnp.float32)
+    ),
+    "numpy_func: expected func to be a Python function": lambda: numpy_func(1),
+    "py_func 'scale': expected inp to be a list or tuple of arguments, or a single array, "
+    "got dict; write inp=[...]": lambda: py_func(scale, {"x": 1.0}),
+    "or a single array, got str": lambda: py_func(scale, "x"),
+}
+
+
+@pytest.mark.parametrize("text", MISUSE)
+def test_misuse(text):
+    with pytest.raises(TypeError, match=re.escape(text)):
+        MISUSE[text]()
+
+
+def test_unknown_vmap_method():
+    text = "'scale': expected vmap_method to be one of 'sequential', .*, got 'fast'"
+    with pytest.raises(ValueError, match=text):
+        py_func(scale, vmap_method="fast")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (
+            np.array(["a"]),
+            "expected an array of numbers or booleans, got ndarray of dtype <U1",
+        ),
+        (np.array([object()]), "got ndarray of dtype object"),
+        (np.datetime64("2000-01-01"), "got datetime64 of dtype datetime64[D]"),
+        (np.zeros(2, "f4,i4"), "got ndarray of dtype [('f0'"),
+        (2**40, f"{2**40} does not fit in JAX's default integer"),
+    ],
+)
+def test_refused_arguments(transform, value, text):
+    g = py_func(lambda *args, **kwargs: 1.0, Tout=F32, name="g")
+    for call, path in (
+        (lambda x: g(x, [value]), "argument [1][0]"),
+        (lambda x: g(x, k={"a": value}), "keyword argument ['k']['a']"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            transform(call)(1.0)
+        assert f"py_func 'g': {path}: " in str(caught.value)
+        assert text in str(caught.value)
+
+
+def test_ordered_eager_calls_wait_for_what_was_dispatched():
+    log = []
+    g = py_func(lambda x, name: log.append(name), Tout=[], ordered=True)
+    compiled = jax.jit(g, static_argnums=1)
+    matrix = jnp.ones((1500, 1500))
+    compiled(matrix[0, 0], "compile")
+    for _ in range(3):
+        compiled((matrix @ matrix)[0, 0], "dispatched")  # its operand is not ready yet
+        g(1.0, "eager")
+    assert log == ["compile"] + ["dispatched", "eager"] * 3
+
+
+def test_wrong_call_of_the_body(transform):
+    g = transform(py_func(lambda x: x, Tout=F32))
+    with pytest.raises(TypeError, match="positional argument"), raise_original():
+        g(1.0, 2.0)
+
+
+def test_equality_of_wraps():
+    def key(tout=F32, **options):
+        return py_func(scale, Tout=tout, **options)
+
+    assert key() == key()
+    assert hash(key()) == hash(key())
+    assert key(jnp.float32) == key(np.dtype("float32"))
+    assert key({"a": [F32]}) == key({"a": [Struct((), np.float32)]})
+    different = [
+        key(), key(jnp.float32), key([F32]), key((F32,)), key(Struct((), jnp.int32)),
+        key(name="other"), key(stateful=True), key(ordered=True),
+        key(vmap_method="expand_dims"), py_func(scale), numpy_func(scale, Tout=F32),
+        py_func(bare, Tout=F32), py_func(lambda x: x, Tout=F32),
+        py_func(lambda x: x, Tout=F32), scale,
+    ]  # fmt: skip
+    assert len(set(different)) == len(different)
+
+
+@pytest.fixture
+def compiles():
+    """Names of the events of compilation, as they happen."""
+    events = []
+
+    def listen(name, _, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_wrapping_or_calling_again_does_not_compile_again(compiles):
+    traced = []
+
+    def tout(x):
+        traced.append(x)
+        return Struct(x.shape, x.dtype)
+
+    def double(x):
+        return x * np.float32(2)
+
+    x = jnp.ones(5)
+    wraps = [py_func(double, Tout=tout) for _ in range(3)]
+    for g in wraps:
+        for _ in range(2):
+            assert jax.jit(g)(x)[0] == 2
+            if g is wraps[0]:
+                after_first = len(compiles)
+    assert len(traced) == 1
+    assert after_first > 0
+    assert len(compiles) == after_first
+    # The counts do count: another function is another program.
+    jax.jit(py_func(lambda x: x * np.float32(2), Tout=tout))(x)
+    assert len(traced) == 2
+    assert len(compiles) == after_first + 1
+
+
+def test_calls_with_equal_static_leaves_do_not_compile_again(compiles):
+    body = py_func(lambda x, mode: x * np.float32(2), Tout=lambda x, mode: x)
+    f = jax.jit(lambda x, mode: body(x, mode), static_argnums=1)
+    x = jnp.ones(6)
+    f(x, "fast")
+    after_first = len(compiles)
+    f(x, "".join(["fa", "st"]))
+    assert len(compiles) == after_first
+    f(x, "slow")
+    assert len(compiles) == after_first + 1
+
+
+def test_equal_calls_are_equal_in_a_jaxpr():
+    def params(body, x):
+        (equation,) = jax.make_jaxpr(lambda x: py_func(body, [x, "s"], F32))(x).eqns
+        return equation.params
+
+    def body(x, s):
+        return x
+
+    assert params(body, 1.0) == params(body, 1.0)
+    assert hash(params(body, 1.0)["params"]) == hash(params(body, 1.0)["params"])
+    assert params(body, 1.0) != params(lambda x, s: x, 1.0)
+    assert params(body, 1.0) != params(body, jnp.ones(2))
+
+
+# Bodies that hold a traced w; each is refused where it is called.
+def closure(w):
+    return lambda x: w * x
+
+
+def nested(w):
+    def inner(x):
+        return w * x
+
+    return lambda x: inner(x)
+
+
+def late(w):
+    def body(x):
+        return holder["w"] * x
+
+    holder = {"w": w}
+    return body
+
+
+def default(w):
+    return lambda x, w=w: w * x
+
+
+def keyword_default(w):
+    def body(x, *, w=w):
+        return w * x
+
+    return body
+
+
+def container(w):
+    unsortable = {1: [None, (w,)], "a": 2}
+    return lambda x: unsortable[1][1][0] * x
+
+
+def instance(w):
+    model = Model(w)
+    return lambda x: model.w * x
+
+
+def inner_instance(w):
+    model = Model(Model(w))
+    return lambda x: model.w.w * x
+
+
+def callable_instance(w):
+    class Body:
+        def __init__(self):
+            self.w = w
+
+        def __call__(self, x):
+            return self.w * x
+
+    return Body()
+
+
+HOLDERS = {
+    "the variable 'w'": [closure, nested, lambda w: jax.jit(closure(w)),
+                         lambda w: py_func(closure(w), Tout=F32),
+                         lambda w: functools.partial(closure(w)),
+                         lambda w: functools.wraps(scale)(closure(w))],
+    "the variable 'holder'": [late],
+    "the variable 'unsortable'": [container],
+    "a default": [default, keyword_default],
+    "an argument of functools.partial": [
+        lambda w: functools.partial(jnp.multiply, w),
+        lambda w: functools.partial(functools.partial(lambda x, w: w * x, w=w)),
+    ],
+    "the attribute 'w'": [instance, inner_instance, callable_instance,
+                          lambda w: Model(w).plain, lambda w: Model(w).wrapped],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", HOLDERS)
+@pytest.mark.parametrize(
+    "trace", [jax.jit, jax.grad, jax.vmap], ids=["jit", "grad", "vmap"]
+)
+def test_traced_closures_are_refused(path, trace):
+    for make in HOLDERS[path]:
+        ran = []
+
+        def f(w, make=make, ran=ran):
+            held = make(w)
+            return py_func(lambda x: ran.append(x) or held(x), [2.0], F32, name="g")
+
+        w = jnp.ones(3) if trace is jax.vmap else 3.0
+        with pytest.raises(TypeError) as caught:
+            trace(f)(w)
+        assert f"py_func 'g': the body holds a traced value, float32[], as {path}. " in str(
+            caught.value
+        )
+        assert "Pass it as an argument." in str(caught.value)
+        assert not ran
+
+
+def test_a_traced_value_in_a_static_argument_is_refused():
+    body = py_func(lambda x, f: f(x), Tout=F32, name="g")
+    with pytest.raises(TypeError, match="'g': the body holds a traced value"):
+        jax.jit(lambda w: body(2.0, closure(w)))(3.0)
+    with pytest.raises(TypeError, match=r"'wrapped': .* as the attribute 'w'"):
+        jax.jit(lambda w: Model(w).wrapped(2.0))(3.0)
+
+
+def test_closures_over_concrete_values_are_not_refused(transform):
+    table = {1: np.arange(3.0), "two": [jnp.arange(3.0), None]}
+    table["itself"] = table
+    model = Model(jnp.float32(2))
+    chain = None
+    for _ in range(10_000):  # deeper than Python recurses
+        chain = Model(chain)
+
+    def body(x):
+        if x < 0:
+            unbound, chain  # noqa: B018 - one with an empty cell
+        return (x * table[1] + table["two"][0]).sum() * model.w
+
+    f = transform(lambda x: py_func(body, [x], F32))
+    assert f(2.0) == (2 * 3 + 3) * 2
+    unbound = 1

@@ -1,0 +1,453 @@
+"""Shapes and dtypes inferred on abstract values, against what eager JAX returns."""
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpyfunc import InferenceError, ResultError, py_func
+
+V = jnp.arange(1.0, 4.0)
+
+
+def log_huber(x, m):
+    if jnp.abs(x) <= m:
+        return x**2
+    return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
+
+
+def nested(x):
+    if x.sum() > 0:
+        if x[0] > 1 and not x[1] < 0:
+            return x * 2, 1
+        elif x[2] == 5 or x[2] == 6:
+            return x - 1, 2
+        return x, 3
+    return -x, 4
+
+
+def early_loop(x):
+    for i in range(3):
+        if x[i] > 2:
+            return x[i]
+    return x.sum()
+
+
+def halve(x):
+    while jnp.linalg.norm(x) > 1:
+        x = x / 2
+    return x
+
+
+def collatz(n):
+    steps = 0
+    while n > 1:
+        n = n // 2 if n % 2 == 0 else 3 * n + 1
+        steps += 1
+    return steps
+
+
+def grows_in_a_loop(x):
+    rows = [row for row in x if row > 1]
+    return jnp.stack([x[0], *rows]).max()
+
+
+def biggest(x, y):
+    return max(x, y)
+
+
+def raises_on_one_side(x):
+    if x < 0:
+        raise ValueError("negative")
+    return x
+
+
+def asserts(x):
+    assert (x > 0).all()
+    return x
+
+
+def uses_jit(x):
+    y = jax.jit(lambda x: x * 2)(x)
+    return y if y.sum() > 0 else x
+
+
+def uses_grad(x):
+    slope = jax.grad(lambda x: x**3 if x > 0 else x)(x[0])
+    return slope if slope > 1 else x[0]
+
+
+def uses_vmap(x):
+    return jax.vmap(lambda a, b: a * b)(x, x[::-1])
+
+
+def uses_scan(x):
+    return jax.lax.scan(lambda c, a: (c + a, c * a), x[0], x)
+
+
+def uses_cond(x):
+    return jax.lax.cond(x[0] > 0, lambda x: x, lambda x: -x, x)
+
+
+def uses_while_loop(x):
+    return jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: x / 2, x)
+
+
+def uses_custom_jvp(x):
+    return jax.nn.relu(x)[:2] if x[0] > 0 else jax.nn.softplus(x)[1:]
+
+
+@jax.custom_vjp
+def clipped(x):
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1, 1),))
+
+
+def uses_custom_vjp(x):
+    return jax.grad(lambda x: (3 * clipped(x)).sum())(x)
+
+
+def uses_py_func(x):
+    inner = py_func(log_huber)
+    return inner(x[0], 2.0) + inner(x[1], 2.0)
+
+
+def uses_py_func_under_grad(x):
+    return jax.grad(py_func(log_huber))(x[0], 2.0)
+
+
+def uses_linalg(x):
+    return jnp.linalg.solve(jnp.diag(x), x), jnp.sort(x), jnp.linalg.svd(jnp.diag(x))[1]
+
+
+def uses_random(x):
+    return jax.random.normal(jax.random.key(0), x.shape) + x
+
+
+def uses_indices(x):
+    return x.at[0].set(5.0), x[jnp.argmax(x)], x[1:], x[None], len(x), x.shape[0]
+
+
+def uses_weak_types(x):
+    return x[0] * 2, 2, 2.0, True, jnp.asarray(2), 2j
+
+
+def uses_numpy_constants(x):
+    return x * np.arange(3), np.arange(3), np.float64(2), [1, 2]
+
+
+def uses_types(x):
+    return x.astype(jnp.bfloat16), x > 1, x.astype(int), jnp.fft.fft(x)
+
+
+def uses_keys(key):
+    return jax.random.split(key), jax.random.normal(key, (2,))
+
+
+CASES = [
+    (log_huber, (3.0, 2.0)), (log_huber, (1.0, 2.0)), (log_huber, (jnp.float32(3), 2)),
+    (nested, (V,)), (nested, (-V,)), (nested, (jnp.array([0.5, 1, 5]),)),
+    (early_loop, (V,)), (early_loop, (-V,)), (halve, (V,)), (collatz, (np.int32(7),)),
+    (grows_in_a_loop, (V,)), (biggest, (V[0], V[1])), (biggest, (V[1], V[0])),
+    (raises_on_one_side, (1.0,)), (asserts, (V,)),
+    (uses_jit, (V,)), (uses_grad, (V,)), (uses_vmap, (V,)), (uses_scan, (V,)),
+    (uses_cond, (V,)), (uses_while_loop, (V,)), (uses_custom_jvp, (V,)),
+    (uses_custom_vjp, (V,)), (uses_py_func, (V,)), (uses_py_func_under_grad, (V,)),
+    (uses_linalg, (V,)), (uses_random, (V,)), (uses_indices, (V,)),
+    (uses_weak_types, (V,)), (uses_numpy_constants, (V,)), (uses_types, (V,)),
+    (uses_keys, (jax.random.key(3),)),
+]  # fmt: skip
+
+
+def check_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        b = jnp.asarray(b)
+        assert isinstance(a, jax.Array)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_allclose(
+            np.asarray(a, np.complex64), np.asarray(b, np.complex64), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("body", "args"), CASES)
+def test_infers_what_the_body_returns(transform, body, args):
+    check_same(transform(py_func(body))(*args), body(*args))
+
+
+def test_weak_types_are_those_of_plain_jax(transform):
+    got = transform(py_func(uses_weak_types))(V)
+    expected = jax.jit(uses_weak_types)(V)
+    assert [y.weak_type for y in got] == [jnp.asarray(y).weak_type for y in expected]
+    for body in (lambda x: x * 2, lambda x: x + 0.5, lambda x: x + np.float32(1)):
+        for x in (1.0, 2, jnp.float32(1)):
+            y, plain = transform(py_func(body))(x), jax.jit(body)(x)
+            assert (y.dtype, y.weak_type) == (plain.dtype, plain.weak_type)
+
+
+def sides(true, false):
+    def body(x):
+        return true(x) if x > 0 else false(x)
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("true", "false", "dtype"),
+    [
+        (lambda x: 0.0, lambda x: x, "bfloat16"),
+        (lambda x: x, lambda x: 0, "bfloat16"),
+        (lambda x: 1.5, lambda x: 0, "float32"),
+        (lambda x: x.astype("int8"), lambda x: 0, "int8"),
+        (lambda x: x.astype("uint8"), lambda x: 0, "uint8"),
+        (lambda x: x.astype("int32"), lambda x: 0.5, "float32"),
+        (lambda x: x > 1, lambda x: True, "bool"),
+        (lambda x: 1j, lambda x: x.astype("float32"), "complex64"),
+    ],
+)
+def test_a_python_scalar_on_one_side_takes_the_dtype_of_the_other(true, false, dtype):
+    f = jax.jit(py_func(sides(true, false)))
+    for value in (2, -2):
+        x = jnp.asarray(value, jnp.bfloat16)
+        assert f(x).dtype == jnp.dtype(dtype)
+        assert f(x) == complex(sides(true, false)(x))
+
+
+def test_with_64_bits():
+    with jax.enable_x64(True):
+        for body in (
+            lambda x: x * 2,
+            lambda x: (1, 1.5, 2j),
+            sides(lambda x: x, lambda x: 0),
+        ):
+            check_same(jax.jit(py_func(body))(np.float64(0.1)), body(np.float64(0.1)))
+
+
+def line(body, offset):
+    return re.escape(f"{__file__}:{body.__code__.co_firstlineno + offset}")
+
+
+def test_sides_that_disagree_on_a_shape():
+    def body(x):
+        if x[0] > 0:  # agrees
+            x = x * 2
+        if x.sum() > 0:
+            return {"y": x[:2]}
+        return {"y": x}
+
+    text = (
+        f"py_func 'body': the sides of the branch at {line(body, 3)} disagree on "
+        + re.escape(
+            "result['y']: if true, it is float32[2], else float32[3]. Return the same on "
+            "every side, or declare the one meant: "
+            "Tout={'y': jax.ShapeDtypeStruct((3,), jnp.float32)}."
+        )
+    )
+    with pytest.raises(InferenceError, match=text):
+        jax.jit(py_func(body))(V)
+
+
+@pytest.mark.parametrize(
+    ("true", "false", "text"),
+    [
+        (
+            lambda x: x.astype("int32"),
+            lambda x: x,
+            "if true, it is int32[], else float32[]",
+        ),
+        (lambda x: (x, x), lambda x: x, "if true, it returns (jax.ShapeDtypeStruct((), "),
+        (lambda x: [x], lambda x: (x,), "disagree: if true"),
+        (lambda x: None, lambda x: x, "if true, it returns None, else jax.Shape"),
+    ],
+)
+def test_sides_that_disagree_otherwise(true, false, text):
+    with pytest.raises(InferenceError, match=re.escape(text)):
+        jax.jit(py_func(sides(true, false)))(jnp.float32(1))
+
+
+def test_what_to_write_when_sides_disagree_works():
+    body = sides(lambda x: x.astype("float16"), lambda x: x)
+    with pytest.raises(InferenceError) as caught:
+        jax.jit(py_func(body))(jnp.float32(1))
+    (tout,) = re.findall(r"Tout=(.*)\.$", str(caught.value))
+    assert tout == "jax.ShapeDtypeStruct((), jnp.float32)"
+    f = jax.jit(py_func(body, Tout=jax.ShapeDtypeStruct((), jnp.float32)))
+    assert (f(jnp.float32(1)), f(jnp.float32(-1))) == (1, -1)
+
+
+# Each with what the error names; on the line after `def`.
+NEEDS_A_VALUE = {
+    "float() of float32[]": lambda x: float(x[0]),
+    "int() of float32[]": lambda x: int(x[0]),
+    "complex() of float32[]": lambda x: complex(x[0]).real,
+    "item() of float32[]": lambda x: x[0].item(),
+    "tolist() of float32[3]": lambda x: x.tolist(),
+    "conversion to NumPy of float32[3]": lambda x: np.sin(x),
+    "use as an index or a size of int32[]": lambda x: range(x.astype(int)[0]),
+    "Array boolean indices must be concrete": lambda x: x[x > 0],
+    "Abstract tracer value encountered": lambda x: jnp.arange(x[0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NEEDS_A_VALUE)
+def test_a_body_that_needs_a_value_says_where(what):
+    needs = NEEDS_A_VALUE[what]
+
+    def body(x):
+        return jnp.asarray(needs(x), jnp.float32)
+
+    f = py_func(body)
+    f(V)  # eager calls need no inference
+    with pytest.raises(InferenceError) as caught:
+        jax.jit(f)(V)
+    text = str(caught.value)
+    assert text.startswith(
+        "py_func 'body': the shapes of its results cannot be inferred, because the body "
+        f"needs a concrete value at {__file__}:{needs.__code__.co_firstlineno}: "
+    )
+    assert what in text
+    assert "Tout=jax.ShapeDtypeStruct(SHAPE, jnp.float32), with () as the shape" in text
+
+
+def test_what_to_write_has_the_declared_structure_and_dtypes():
+    f = py_func(lambda x: (float(x), x), Tout={"a": jnp.int8, "b": [jnp.bool_]})
+    with pytest.raises(InferenceError) as caught:
+        jax.jit(f)(1.0)
+    assert (
+        "Tout={'a': jax.ShapeDtypeStruct(SHAPE, jnp.int8), "
+        "'b': [jax.ShapeDtypeStruct(SHAPE, jnp.bool)]}"
+    ) in str(caught.value)
+
+
+def test_a_loop_that_never_ends_on_abstract_values():
+    def body(x):
+        while not x > 1:
+            pass
+        return x
+
+    # Few true answers first: the run where the loop ends at once is found.
+    assert jax.jit(py_func(body))(2.0) == 2
+
+    def never(x):
+        while True:
+            x = x + 1 if x > 0 else x
+
+    with pytest.raises(InferenceError, match="more than 64 decisions without returning"):
+        jax.jit(py_func(never))(2.0)
+
+
+def test_a_body_that_always_raises():
+    def body(x):
+        raise KeyError("missing")
+
+    with pytest.raises(
+        InferenceError,
+        match=rf"'body': .* it raised KeyError at {line(body, 1)}: 'missing'",
+    ):
+        jax.jit(py_func(body))(2.0)
+
+
+def test_truth_of_many_elements_is_ambiguous():
+    with pytest.raises(InferenceError, match="truth value of an array"):
+        jax.jit(py_func(lambda x: x if x > 0 else -x))(V)
+
+
+def test_a_declared_dtype_is_checked_on_every_side():
+    body = sides(lambda x: x, lambda x: x * 1j)
+    with pytest.raises(ResultError, match="expected float32, got complex64"):
+        jax.jit(py_func(body, Tout=jnp.float32))(1.0)
+
+
+def test_a_body_that_tells_another_shape_at_run_time_is_caught():
+    shapes = iter([(2,), (3,)])
+    f = jax.jit(py_func(lambda x: jnp.zeros(next(shapes))))
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=r"expected shape \(2,\), got \(3,\)"
+    ):
+        f(1.0).block_until_ready()
+
+
+def test_full_tout_never_runs_the_body_while_tracing():
+    runs = []
+
+    def body(x):
+        runs.append(type(x))
+        return float(x)
+
+    def nothing(x):
+        runs.append(type(x))
+
+    full = jax.ShapeDtypeStruct((), jnp.float32)
+    for func, tout in ((body, full), (body, lambda x: x), (nothing, []), (nothing, None)):
+        f = py_func(func, Tout=tout, stateful=True)
+        lowered = jax.jit(f).lower(2.0)
+        assert not runs
+        lowered.compile()(2.0)
+        jax.effects_barrier()
+        assert len(runs) == 1
+        runs.clear()
+
+
+def test_no_data_is_used_while_tracing():
+    values = []
+
+    def body(x):
+        values.append(x)
+        return x[0] if x.sum() > 0 else x[1]
+
+    jax.jit(py_func(body)).lower(V)
+    assert len(values) == 2  # both sides
+    for value in values:
+        assert isinstance(value, jax.core.Tracer)
+        with pytest.raises(TypeError, match="conversion to NumPy"):
+            np.asarray(value)
+
+
+def test_prints_and_breakpoints_are_silent_while_tracing(capsys, monkeypatch):
+    stops = []
+    monkeypatch.setattr(sys, "breakpointhook", lambda: stops.append(1))
+
+    def body(x):
+        print(
+            "out",
+            x.shape,
+            f"{x:.3}" if not isinstance(x, jax.core.Tracer) else "",
+            flush=True,
+        )
+        print("err", file=sys.stderr)
+        sys.stdout.writelines(["more\n"])
+        assert sys.stdout.isatty() is False
+        breakpoint()
+        return x
+
+    f = jax.jit(py_func(body))
+    lowered = f.lower(2.0)
+    assert capsys.readouterr() == ("", "")
+    assert not stops
+    lowered.compile()(2.0).block_until_ready()
+    assert capsys.readouterr() == ("out () 2.0\nmore\n", "err\n")
+    assert stops == [1]
+
+
+def test_streams_are_restored_when_inference_fails():
+    before = sys.stdout, sys.stderr, sys.breakpointhook
+    with pytest.raises(InferenceError):
+        jax.jit(py_func(lambda x: float(x)))(1.0)
+    assert (sys.stdout, sys.stderr, sys.breakpointhook) == before
+
+
+def test_tracing_works_after_inference_failed():
+    def f(x):
+        with pytest.raises(InferenceError):
+            py_func(lambda x: float(x), [x])
+        return py_func(lambda x: x * 2, [x]) + x
+
+    assert jax.jit(f)(2.0) == 6
+    assert jax.grad(f)(2.0) == 3

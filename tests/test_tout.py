@@ -1,0 +1,275 @@
+"""`Tout`: its forms, the structure of the results, the check of what a body returns."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jpyfunc import ResultError, py_func, raise_original
+
+Struct = jax.ShapeDtypeStruct
+F32 = Struct((), jnp.float32)
+Pair = collections.namedtuple("Pair", "low high")
+X = jnp.arange(3.0)
+
+# What the body returns for X, the Tout, and the independent answer.
+FORMS = {
+    "exact": (lambda x: 2 * x, Struct((3,), jnp.float32), 2 * np.arange(3)),
+    "like an array": (lambda x: 2 * x, jnp.zeros(3), 2 * np.arange(3)),
+    "like a NumPy array": (lambda x: x, np.zeros(3, np.float32), np.arange(3)),
+    "dtype": (lambda x: x.sum(), jnp.float32, 3),
+    "np.dtype": (lambda x: x.sum(), np.dtype("float32"), 3),
+    "name of a dtype": (lambda x: x.sum(), "bfloat16", 3),
+    "Python type": (lambda x: x.sum(), float, 3),
+    "callable": (lambda x: 2 * x, lambda x: Struct(x.shape, x.dtype), 2 * np.arange(3)),
+    "callable, dtype": (lambda x: 2 * x, lambda x: x.dtype, 2 * np.arange(3)),
+    "list": (lambda x: [x.min(), x], [jnp.float32, jnp.float32], [0, np.arange(3)]),
+    "list of one": (lambda x: [x], [jnp.float32], [np.arange(3)]),
+    "tuple of one": (lambda x: (x,), (jnp.float32,), (np.arange(3),)),
+    "tuple for list": (lambda x: (x.min(), x.max()), [F32, F32], [0, 2]),
+    "list for tuple": (lambda x: [x.min(), x.max()], (F32, F32), (0, 2)),
+    "interchanged inside": (
+        lambda x: {"a": (x.min(), [x.max()])},
+        {"a": [F32, (F32,)]},
+        {"a": [0, (2,)]},
+    ),
+    "dict": (lambda x: {"b": x[2], "a": 1}, {"a": jnp.int32, "b": F32}, {"a": 1, "b": 2}),
+    "namedtuple": (lambda x: Pair(x.min(), x.max()), Pair(F32, F32), Pair(0, 2)),
+    "None inside": (lambda x: (x.min(), None), (F32, None), (0, None)),
+    "nothing": (lambda x: None, [], []),
+    "nothing as a tuple": (lambda x: [], (), ()),
+    "None": (lambda x: None, None, None),
+    "nothing inside": (lambda x: (x.min(), None), [F32, []], [0, []]),
+    "list as an array": (lambda x: [[1], [3]], Struct((2, 1), jnp.int32), [[1], [3]]),
+    "arrays as an array": (lambda x: [x[0], 5.0], Struct((2,), jnp.float32), [0, 5]),
+    "empty list as an array": (lambda x: [], Struct((0,), jnp.int32), np.zeros(0)),
+}  # fmt: skip
+
+
+def check_tree(got, expected, is_leaf=None):
+    assert jax.tree.structure(got) == jax.tree.structure(expected, is_leaf=is_leaf)
+    for a, b in zip(
+        jax.tree.leaves(got), jax.tree.leaves(expected, is_leaf=is_leaf), strict=True
+    ):
+        assert isinstance(a, jax.Array)
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_result_has_the_structure_of_tout(transform, form):
+    body, tout, expected = FORMS[form]
+    as_array = (lambda x: isinstance(x, list)) if "as an array" in form else None
+    check_tree(transform(py_func(body, Tout=tout))(X), expected, as_array)
+    check_tree(transform(lambda x: py_func(body, [x], tout))(X), expected, as_array)
+
+
+def test_dtype_of_the_result_is_declared_and_strong(transform):
+    for dtype in ("bfloat16", "float16", "float32", "complex64"):
+        y = transform(py_func(lambda x: x, Tout=jnp.dtype(dtype)))(1.0)
+        assert (y.dtype, y.weak_type) == (jnp.dtype(dtype), False)
+
+
+def test_callable_tout_gets_structs_and_static_arguments(transform):
+    seen = []
+
+    def tout(x, tree, *, mode):
+        seen.append((x, tree, mode))
+        return Struct((*tree["n"].shape, 2), x.dtype)
+
+    @py_func(Tout=tout)
+    def body(x, tree, *, mode):
+        return jnp.full((*tree["n"].shape, 2), x)
+
+    y = transform(lambda x, n: body(x, {"n": n}, mode="fast"))(X[1], np.zeros((4, 1)))
+    np.testing.assert_array_equal(y, np.ones((4, 1, 2)))
+    (x, tree, mode), *_ = seen
+    assert isinstance(x, Struct)
+    assert (x.shape, x.dtype) == ((), jnp.float32)
+    assert (tree["n"].shape, tree["n"].dtype) == ((4, 1), jnp.float32)
+    assert mode == "fast"
+
+
+def test_arguments_of_callable_tout_keep_weak_types(transform):
+    weak = []
+    body = py_func(lambda x: x, Tout=lambda x: weak.append(x.weak_type) or F32)
+    transform(body)(1.0)
+    transform(body)(jnp.float32(1))
+    assert weak == [True, False]
+
+
+# Casting: the rows are dtypes of a result, the columns what Tout declares. This is the
+# answer of np.can_cast(..., "same_kind"), with ml_dtypes put beside their NumPy kin.
+KIN = {
+    "bool": "bool", "uint4": "uint8", "uint8": "uint8", "uint32": "uint32",
+    "int4": "int8", "int8": "int8", "int32": "int32",
+    "float8_e4m3fn": "float16", "bfloat16": "float16", "float16": "float16",
+    "float32": "float32", "complex64": "complex64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", KIN)
+@pytest.mark.parametrize("make", [np.ones, jnp.ones], ids=["numpy", "jax"])
+def test_same_kind_casting(make, target):
+    for source in KIN:
+        allowed = np.can_cast(KIN[source], KIN[target], "same_kind")
+        g = py_func(lambda x, s=source: make(2, dtype=jnp.dtype(s)), Tout=jnp.dtype(target))
+        if allowed:
+            y = g(1.0)
+            assert y.dtype == jnp.dtype(target), source
+            np.testing.assert_array_equal(np.asarray(y, np.complex64), [1, 1])
+        else:
+            with pytest.raises(ResultError, match=f"expected {target}, got {source}"):
+                g(1.0)
+
+
+@pytest.mark.parametrize("target", ["bool", "uint8", "int32", "float16", "complex64"])
+def test_casting_is_the_same_under_jit(target):
+    for source in ("bool", "uint32", "int8", "float32", "complex64"):
+        g = py_func(lambda x, s=source: np.ones(2, s), Tout=Struct((2,), jnp.dtype(target)))
+        if np.can_cast(source, target, "same_kind"):
+            np.testing.assert_array_equal(jax.jit(g)(1.0), g(1.0))
+            assert jax.jit(g)(1.0).dtype == target
+        else:
+            with pytest.raises(ResultError, match=target), raise_original():
+                jax.jit(g)(1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (True, "int32"), (3, "uint8"), (3, "int4"), (3, "float16"), (3, "complex64"),
+        (-3, "int8"), (255, "uint8"), (2.5, "bfloat16"), (2.5, "complex64"),
+        (1 + 2j, "complex64"), ([1, 2], "uint8"), ([1.5, 2], "float32"),
+        ([[True], [False]], "bool"), (np.float64(2.5), "float32"), (np.int64(7), "int8"),
+        (ml_dtypes.bfloat16(1.5), "float32"), (jnp.asarray(3), "uint8"), (2**31, "uint32"),
+    ],
+)  # fmt: skip
+def test_what_python_and_numpy_make_is_converted(transform, value, dtype):
+    tout = Struct(np.shape(value), jnp.dtype(dtype))
+    y = transform(lambda x: py_func(lambda _: value, [x], tout))(1.0)
+    assert y.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(
+        np.asarray(y, np.complex128), np.asarray(value, np.complex128)
+    )
+
+
+class Sealed:
+    pass
+
+
+def refused(value, tout, text):
+    return pytest.param(value, tout, text, id=text)
+
+
+REFUSED = [
+    refused(1.5, Struct((), jnp.int32), "result: expected int32, got float"),
+    refused(1j, F32, "result: expected float32, got complex"),
+    refused(1, Struct((), jnp.bool_), "result: expected bool, got int"),
+    refused([0.5], Struct((1,), jnp.int32), "result: expected int32, got float64"),
+    refused(np.int32(1), Struct((), jnp.uint32), "result: expected uint32, got int32"),
+    refused([F32, 1.5], [F32, jnp.int32], "result[0]: expected an array"),
+    refused({"a": 1.5}, {"a": Struct((), jnp.int32)}, "result['a']: expected int32"),
+    refused((1.0, [2.0, 3j]), (F32, [F32, F32]), "result[1][1]: expected float32"),
+    refused(Pair(1.0, 3j), Pair(F32, F32), "result.high: expected float32"),
+    refused(np.ones((2, 3)), Struct((3, 2), jnp.float32), "shape (3, 2), got (2, 3)"),
+    refused(1.0, Struct((1,), jnp.float32), "expected shape (1,), got ()"),
+    refused({"a": 1.0}, F32, "got dict with keys ['a']"),
+    refused("1.0", F32, "got str"),
+    refused(None, F32, "got None"),
+    refused([None, 1.0], Struct((2,), jnp.float32), "got list of 2"),
+    refused(["a"], Struct((1,), jnp.float32), "got list of 1"),
+    refused([[1.0], [1.0, 2.0]], Struct((2, 2), jnp.float32), "list that does not make"),
+    refused(Sealed(), F32, "got Sealed"),
+    refused(np.array([Sealed()]), Struct((1,), jnp.float32), "got array of dtype object"),
+    refused(np.zeros(2, "f4,i4"), Struct((2,), jnp.float32), "got array of dtype [('f0'"),
+    refused(np.zeros(1, "M8[s]"), Struct((1,), jnp.float32), "of dtype datetime64[s]"),
+    refused((1.0, 2.0, 3.0), [F32, F32], "result: expected list of 2, got tuple of 3"),
+    refused(1.0, [F32, F32], "expected list of 2, got float"),
+    refused([], [F32], "expected list of 1, got list of 0"),
+    refused(None, [F32], "expected list of 1, got None"),
+    refused((1.0, (2.0,)), (F32, [F32, F32]), "result[1]: expected list of 2"),
+    refused({"a": 1.0}, {"b": F32}, "keys ['b'], got dict with keys ['a']"),
+    refused({"a": 1.0}, [F32], "expected list of 1, got dict"),
+    refused([1.0], {"a": F32}, "expected dict with keys ['a'], got list of 1"),
+    refused((1.0, 2.0), Pair(F32, F32), "expected Pair, got tuple of 2"),
+    refused(np.ones(3), [], "expected nothing, got array"),
+    refused(1.0, None, "expected nothing, got float"),
+    refused((1.0, 2.0), (F32, None), "result[1]: expected nothing"),
+    refused(300, Struct((), jnp.uint8), "300 does not fit in uint8"),
+    refused(-1, Struct((), jnp.uint8), "-1 does not fit in uint8"),
+    refused([7, 8], Struct((2,), jnp.int4), "[7, 8] does not fit in int4"),
+    refused(2**63, Struct((), jnp.int32), f"{2**63} does not fit in int32"),
+    refused(2**70, Struct((), jnp.int32), f"{2**70} does not fit in 64 bits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "tout", "text"), REFUSED)
+def test_refused_results(transform, value, tout, text):
+    def body(x):
+        return value
+
+    with pytest.raises(ResultError) as caught, raise_original():
+        transform(lambda x: py_func(body, [x], tout, name="worker"))(1.0)
+    assert "py_func 'worker': " in str(caught.value)
+    assert text in str(caught.value)
+
+
+def test_refused_dtype_says_what_to_write():
+    message = (
+        "py_func 'body': result[1]: expected int32, got float32, which casting of the "
+        "same kind does not convert. Convert it in the body with .astype(jnp.int32), or "
+        "declare jnp.float32 in Tout."
+    )
+    g = py_func(lambda x: (x, x), Tout=(F32, jnp.int32), name="body")
+    with pytest.raises(ResultError, match=re.escape(message)):
+        g(1.0)
+    # With a shape to infer, the same check runs while tracing.
+    with pytest.raises(ResultError, match=re.escape(message)):
+        jax.jit(g)(1.0)
+
+
+@pytest.mark.parametrize(
+    "tout",
+    [3, "nonsense", [jnp.float32, 3], object, str, Sealed, jax.Array, {"a": Sealed()},
+     np.dtype("O"), np.dtype("f4,i4"), "M8[s]"],
+)  # fmt: skip
+def test_refused_tout(tout):
+    with pytest.raises(TypeError, match=r"py_func 'f': Tout.*: expected a dtype"):
+        py_func(lambda x: x, Tout=tout, name="f")
+
+
+def test_refused_result_of_callable_tout(transform):
+    g = py_func(lambda x: x, Tout=lambda x: {"y": 3}, name="f")
+    with pytest.raises(TypeError, match=r"py_func 'f': Tout\['y'\]: expected a dtype"):
+        transform(g)(1.0)
+
+
+@pytest.mark.parametrize(
+    "tout", [jnp.float64, Struct((), np.int64), lambda x: np.dtype("complex128")]
+)
+def test_64_bits_are_refused_while_they_are_off(transform, tout):
+    ran = []
+    text = r"'wide': result is to be \w+, .* declare jnp\.(float32|int32|complex64) in Tout"
+    with pytest.raises(ValueError, match=text):
+        transform(py_func(lambda x: ran.append(x), Tout=tout, name="wide"))(1.0)
+    assert not ran
+
+
+def test_python_types_follow_x64(transform):
+    for enabled, width in ((False, 32), (True, 64)):
+        with jax.enable_x64(enabled):
+            y = transform(lambda x: py_func(lambda x: (x, 1), [x], (float, int)))(1.0)
+            assert [str(a.dtype) for a in y] == [f"float{width}", f"int{width}"]
+
+
+def test_a_result_that_was_refused_leaves_the_function_usable(transform):
+    good = []
+    g = transform(py_func(lambda x: x if good else "x", Tout=F32))
+    with pytest.raises(ResultError), raise_original():
+        g(1.0)
+    good.append(True)
+    assert g(1.0) == 1

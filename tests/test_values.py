@@ -1,0 +1,418 @@
+"""Dtypes, layouts, sizes, settings and lifetimes of what crosses to the host and back."""
+
+import functools
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpyfunc import numpy_func, py_func, raise_original
+
+Struct = jax.ShapeDtypeStruct
+F32 = Struct((), jnp.float32)
+
+
+def dtypes_of_zeros():
+    """Every dtype that `jnp.zeros` makes, but two.
+
+    XLA's host callbacks have no float6 (`jax.pure_callback` fails on them too).
+    """
+    found = set()
+    for name in dir(jnp):
+        scalar = getattr(jnp, name)
+        if isinstance(scalar, type) and hasattr(scalar, "dtype"):
+            try:
+                dtype = jax.dtypes.canonicalize_dtype(scalar)
+                found.add(jnp.zeros((2, 3), dtype).dtype)
+            except (TypeError, RuntimeError):
+                continue
+    return sorted((d for d in found if "float6_" not in str(d)), key=str)
+
+
+DTYPES = dtypes_of_zeros()
+
+
+def ones(dtype):
+    return jnp.ones((2, 3), dtype)
+
+
+def bits(x):
+    return np.asarray(x).tobytes()
+
+
+def test_the_table_of_dtypes_has_the_exotic_ones():
+    assert len(DTYPES) >= 20
+    assert {"bool", "int4", "uint4", "bfloat16", "float8_e4m3fn", "complex64"} <= set(
+        map(str, DTYPES)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrap", [py_func, numpy_func])
+def test_every_dtype_crosses(transform, wrap, dtype):
+    x = ones(dtype)
+    seen = []
+
+    def body(x):
+        seen.append((x.dtype, bits(x)))
+        return x
+
+    y = transform(wrap(body, Tout=Struct((2, 3), dtype)))(x)
+    assert seen == [(dtype, bits(x))]
+    assert (y.shape, y.dtype, bits(y)) == ((2, 3), dtype, bits(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_in_a_batch(dtype):
+    x = (1 + jnp.arange(6).reshape(2, 3) // 2).astype(dtype)
+    y = jax.jit(jax.vmap(py_func(lambda x: x[::-1], Tout=Struct((3,), dtype))))(x)
+    assert (y.dtype, bits(y)) == (dtype, bits(x[:, ::-1]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "complex64"])
+def test_gradient_has_the_dtype_of_the_operand(transform, dtype):
+    def loss(f, x):
+        return jnp.real((f(x) * f(x)).sum()).astype("float32")
+
+    x = jnp.asarray([0.5, 1.5], dtype)
+    f = py_func(lambda x: x * x, Tout=Struct((2,), jnp.dtype(dtype)))
+    got = transform(jax.grad(functools.partial(loss, f)))(x)
+    expected = jax.grad(functools.partial(loss, lambda x: x * x))(x)
+    assert got.dtype == expected.dtype == jnp.dtype(dtype)
+    np.testing.assert_allclose(
+        np.asarray(got, np.complex64), np.asarray(expected, np.complex64), rtol=1e-2
+    )
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_typed_keys(transform, impl):
+    key = jax.random.key(3, impl=impl)
+    tout = (Struct((), key.dtype), Struct((2,), key.dtype), F32)
+
+    def body(key, tree):
+        return key, jax.random.split(tree["keys"][1]), jax.random.normal(key)
+
+    for declared in (tout, (key, jax.random.split(key), jnp.float32), None):
+        options = {} if declared is None else {"Tout": declared}
+        args = (key, {"keys": jax.random.split(key)})
+        got = transform(py_func(body, **options))(*args)
+        for a, b in zip(got, body(*args), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            if a.dtype == key.dtype:
+                a, b = jax.random.key_data(a), jax.random.key_data(b)
+            np.testing.assert_array_equal(a, b)
+
+
+def test_batch_of_keys(transform):
+    keys = jax.random.split(jax.random.key(0), 3)
+    f = transform(jax.vmap(py_func(jax.random.normal, Tout=jnp.float32)))
+    np.testing.assert_allclose(f(keys), jax.vmap(jax.random.normal)(keys), rtol=1e-6)
+
+
+def test_a_key_of_another_implementation_is_refused(transform):
+    f = py_func(lambda x: jax.random.key(0, impl="rbg"), Tout=jax.random.key(0))
+    with (
+        pytest.raises(TypeError, match="expected key<fry>, got key<rbg>"),
+        raise_original(),
+    ):
+        transform(f)(1.0)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1, 1), (7,), (2, 3, 4)])
+@pytest.mark.parametrize("wrap", [py_func, numpy_func])
+def test_shapes(transform, wrap, shape):
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    y = transform(wrap(lambda x: x + x, Tout=lambda x: x))(x)
+    assert y.shape == shape
+    np.testing.assert_array_equal(y, 2 * x)
+
+
+A = np.arange(24, dtype=np.float32).reshape(4, 6)
+LAYOUTS = {
+    "Fortran": np.asfortranarray(A),
+    "transposed": A.T,
+    "sliced": A[::2, 1::3],
+    "reversed": A[::-1, ::-1],
+    "broadcast": np.broadcast_to(A[0], (3, 6)),
+    "unaligned": np.frombuffer(b"\0" + A.tobytes(), np.float32, offset=1),
+    "big-endian": A.astype(">f4"),
+    "read-only": np.frombuffer(A.tobytes(), np.float32),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wrap", [py_func, numpy_func])
+def test_layouts(transform, wrap, layout):
+    value = LAYOUTS[layout]
+    tout = Struct(value.shape, jnp.float32)
+    np.testing.assert_array_equal(transform(wrap(lambda x: value, Tout=tout))(0.0), value)
+    if layout != "big-endian":  # which JAX has no operands of
+        np.testing.assert_array_equal(transform(wrap(lambda x: x, Tout=tout))(value), value)
+
+
+@pytest.mark.parametrize("wrap", [py_func, numpy_func])
+def test_64_megabytes(transform, wrap):
+    x = jnp.arange(2**24, dtype=jnp.float32)
+    f = wrap(lambda x: x.reshape(2, -1)[::-1], Tout=Struct((2, 2**23), jnp.float32))
+    y = transform(f)(x)
+    assert (y[0, 0], y[1, -1]) == (2**23, 2**23 - 1)
+    np.testing.assert_array_equal(y, np.asarray(x).reshape(2, -1)[::-1])
+
+
+def test_arrays_that_the_body_keeps_stay_valid(transform):
+    kept = []
+    f = transform(py_func(lambda x: (kept.append(x), x + 1)[1], Tout=lambda x: x))
+    inputs = [jnp.full(1000, float(i)) for i in range(20)]
+    for x in inputs:
+        f(x).block_until_ready()
+    del x, inputs
+    junk = [f(jnp.full(1000, -1.0)) for _ in range(20)]  # would reuse their memory
+    jax.block_until_ready(junk)
+    for i, x in enumerate(kept[:20]):
+        np.testing.assert_array_equal(x, np.full(1000, i))
+        np.testing.assert_array_equal(x * 2, np.full(1000, 2 * i))
+
+
+def test_arrays_that_a_numpy_body_keeps_stay_valid(transform):
+    kept = []
+    f = transform(numpy_func(lambda x: (kept.append(x), x)[1], Tout=lambda x: x))
+    for i in range(20):
+        f(jnp.full(1000, float(i))).block_until_ready()
+    for i, x in enumerate(kept):
+        np.testing.assert_array_equal(x, np.full(1000, i))
+
+
+def test_results_survive_what_the_body_does_to_them_later(transform):
+    kept = np.ones(1000, np.float32)
+    y = transform(py_func(lambda x: kept, Tout=Struct((1000,), jnp.float32)))(0.0)
+    y.block_until_ready()
+    kept[:] = 5
+    np.testing.assert_array_equal(y, np.ones(1000))
+
+
+def test_the_callers_numpy_operand_may_change_later(transform):
+    kept = []
+    x = np.ones(1000, np.float32)
+    f = transform(py_func(lambda x: (kept.append(x), x)[1], Tout=lambda x: x))
+    f(x).block_until_ready()
+    x[:] = 5
+    np.testing.assert_array_equal(kept[0], np.ones(1000))
+
+
+@pytest.mark.parametrize("commit", [False, True], ids=["uncommitted", "committed"])
+def test_bodies_that_close_over_global_arrays(transform, commit):
+    def place(x):
+        return jax.device_put(x, jax.devices()[0]) if commit else x
+
+    weights = place(jnp.arange(9.0).reshape(3, 3))
+    key = place(jax.random.key(0))
+    index = place(jnp.array([2, 0, 1]))
+
+    def body(x):
+        y = jnp.tanh(weights @ x)[index] + weights[0]
+        if y.sum() > weights.sum():
+            y = y * 2
+        return y + jax.jit(lambda w, x: w @ x)(weights, x) + jax.random.normal(key, (3,))
+
+    x = jnp.ones(3)
+    f = py_func(body, Tout=Struct((3,), jnp.float32))
+    np.testing.assert_allclose(transform(f)(x), body(x), rtol=1e-6)
+    np.testing.assert_allclose(
+        transform(jax.jacrev(f))(x), jax.jacrev(body)(x), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(transform(jax.jacfwd(f))(x), jax.jacfwd(body)(x), rtol=1e-5)
+    np.testing.assert_array_equal(weights + 0, np.arange(9.0).reshape(3, 3))
+
+
+def test_committed_operands_and_results(transform):
+    device = jax.devices()[0]
+    x = jax.device_put(jnp.ones(3), device)
+    y = transform(py_func(lambda x: x * 2, Tout=lambda x: x))(x)
+    assert y.devices() == {device}
+    np.testing.assert_array_equal(y + x, np.full(3, 3))
+
+
+# Settings. Each body tells what is in force where it runs.
+SETTINGS = [
+    ("jax_enable_x64", jax.enable_x64, True),
+    ("jax_default_matmul_precision", jax.default_matmul_precision, "highest"),
+    ("jax_numpy_dtype_promotion", jax.numpy_dtype_promotion, "strict"),
+    ("jax_numpy_rank_promotion", jax.numpy_rank_promotion, "raise"),
+    ("jax_debug_nans", jax.debug_nans, True),
+]
+
+
+def unready():
+    """A result of the shared client that is not ready yet: 1.0, after a while."""
+    x = jnp.full((1500, 1500), 1.0)
+    return (x @ x)[0, 0] / 1500
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), SETTINGS, ids=lambda v: str(v))
+def test_settings_of_the_caller_are_in_force_in_the_body(transform, name, setting, value):
+    seen = []
+
+    def body(x):
+        seen.append((getattr(jax.config, name), threading.get_ident()))
+        return x
+
+    def call(x):
+        return transform(py_func(body, Tout=F32))(x).block_until_ready()
+
+    default = getattr(jax.config, name)
+    assert default != value
+    with setting(value):
+        call(jnp.float32(1))
+    call(jnp.float32(1))
+    assert [s for s, _ in seen] == [value, default]
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), SETTINGS, ids=lambda v: str(v))
+def test_settings_are_in_force_on_the_thread_of_the_runtime(name, setting, value):
+    seen = []
+
+    def body(x):
+        seen.append((getattr(jax.config, name), threading.get_ident()))
+        return x
+
+    f = jax.jit(py_func(body, Tout=F32))
+    # A call whose operand is not ready runs on a thread of the runtime, mostly.
+    for _ in range(20):
+        with setting(value):
+            traced = f.lower(F32).compile()
+        x = unready()
+        traced(x).block_until_ready()
+        if seen[-1][1] != threading.get_ident():
+            break
+    else:
+        pytest.skip("the runtime never ran the body on a thread of its own")
+    assert {s for s, _ in seen} == {value}
+    assert getattr(jax.config, name) != value
+
+
+def test_settings_matter_in_the_body():
+    def strict(x):
+        return x + jnp.int8(1)
+
+    def broadcasts(x):
+        return (jnp.ones((2, 3)) + jnp.ones(3)).sum() + x
+
+    def nan(x):
+        return jnp.log(x - 2)
+
+    for setting, value, body, error in (
+        (jax.numpy_dtype_promotion, "strict", strict, "implicit dtype promotion"),
+        (jax.numpy_rank_promotion, "raise", broadcasts, "rank"),
+        (jax.debug_nans, True, nan, "invalid value \\(nan\\)"),
+    ):
+        x = jnp.float32(1)
+        f = jax.jit(py_func(body, Tout=F32))
+        f(x).block_until_ready()
+        with setting(value):
+            with pytest.raises((TypeError, ValueError, FloatingPointError), match=error):
+                body(x)
+            with (
+                pytest.raises((TypeError, ValueError, FloatingPointError), match=error),
+                raise_original(),
+            ):
+                jax.jit(py_func(body, Tout=F32))(x).block_until_ready()
+
+
+def test_x64_by_context_manager(transform):
+    seen = []
+
+    def body(x):
+        y = jnp.sin(x) + jnp.zeros(())
+        seen.append(y.dtype)
+        return y
+
+    f = py_func(body, Tout=lambda x: x)
+    with jax.enable_x64(True):
+        x = np.float64(0.1)
+        y = transform(f)(x)
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(y, np.sin(0.1), rtol=1e-15)
+        slope = transform(jax.grad(f))(x)
+        assert slope.dtype == jnp.float64
+        np.testing.assert_allclose(slope, np.cos(0.1), rtol=1e-15)
+        np.testing.assert_allclose(
+            transform(jax.vmap(f))(np.array([0.1, 0.2])), np.sin([0.1, 0.2]), rtol=1e-15
+        )
+    assert set(seen) == {jnp.dtype("float64")}
+    assert transform(f)(np.float64(0.1)).dtype == jnp.float32
+    assert seen[-1] == jnp.float32
+
+
+def test_x64_off_by_context_manager_where_it_is_on():
+    seen = []
+
+    def body(x):
+        seen.append(jnp.arange(3.0).dtype)
+        return x
+
+    def run(f):
+        f(np.float64(1)).block_until_ready()
+        return str(seen[-1])
+
+    with jax.enable_x64(True):
+        assert run(jax.jit(py_func(body, Tout=lambda x: x))) == "float64"
+        with jax.enable_x64(False):
+            assert run(jax.jit(py_func(body, Tout=lambda x: x))) == "float32"
+
+
+def test_x64_globally():
+    program = textwrap.dedent(
+        """
+        import jax, jax.numpy as jnp, numpy as np
+        from jpyfunc import numpy_func, py_func
+
+        def body(x):
+            assert (x * 1).dtype == jnp.float64 == jnp.arange(2.0).dtype
+            return jnp.sin(x)
+
+        for transform in (lambda f: f, jax.jit):
+            for f in (py_func(body), py_func(body, Tout=jnp.float64)):
+                for g, exact in ((f, np.sin), (jax.grad(f), np.cos)):
+                    y = transform(g)(0.1)
+                    assert y.dtype == jnp.float64
+                    assert abs(y - exact(0.1)) < 1e-15
+            n = transform(numpy_func(lambda x: x * 2, Tout=jnp.int64))(2**40)
+            assert n == 2**41 and n.dtype == jnp.int64
+            z = transform(py_func(lambda x: x * 1j, Tout=jnp.complex128))(0.1)
+            assert z == 0.1j
+            # Off where it is traced, off in the body.
+            with jax.enable_x64(False):
+                off = lambda x: (jnp.arange(2.0)[1] + x).astype(float)
+                y = transform(py_func(off))(np.float64(0.1))
+                assert y.dtype == jnp.float32, y.dtype
+        print("done")
+        """
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={"JAX_ENABLE_X64": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.stdout == "done\n", result.stderr
+
+
+def test_weak_operands_stay_weak_in_the_body(transform):
+    def body(x, y):
+        return (x * y).astype(jnp.float32)
+
+    seen = []
+    f = py_func(lambda x, y: (seen.append((x * y).dtype), body(x, y))[1], Tout=F32)
+    for x in (2.0, 2, jnp.float32(2), np.float32(2)):
+        y = jnp.asarray(1.5, jnp.bfloat16)
+        transform(f)(x, y)
+        plain = []
+        transform(lambda x, y, plain=plain: (plain.append((x * y).dtype), x)[1])(x, y)
+        assert seen[-1] == plain[-1]
