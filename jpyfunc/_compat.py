@@ -20,9 +20,11 @@ from jax._src import effects as _effects
 from jax._src import ffi as _ffi
 from jax._src import mesh as _mesh
 from jax._src import sharding_impls as _sharding_impls
+from jax._src import util as _util
 from jax._src.interpreters import mlir as _mlir
 from jax._src.lib import xla_client as _xla_client
-from jax.extend.core import Effect
+from jax._src.pjit import jit_p as _jit_p
+from jax.extend.core import Effect, set_current_trace
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
@@ -121,10 +123,61 @@ def _sharding_of(device: jax.Device) -> jax.sharding.SingleDeviceSharding:
     return jax.sharding.SingleDeviceSharding(device)
 
 
+class _OnDevice(_core.EvalTrace):
+    """Evaluates operations at once and on one device, wherever their operands are.
+
+    An operand on another device, such as a global array, would be copied by the client
+    of that device, and if committed take the operation there. In a host call that is
+    the client of the program that waits for the call, and so may wait for it in turn.
+    """
+
+    def __init__(self, device: jax.Device) -> None:
+        super().__init__()
+        self._device = device
+
+    def process_primitive(self, primitive: Any, args: Any, params: Any, /) -> Any:
+        jaxpr = params["jaxpr"] if primitive is _jit_p else None
+        consts = [] if jaxpr is None else jaxpr.consts
+        with set_current_trace(_core.eval_trace):
+            if all(self._is_here(x) for x in (*args, *consts)):
+                return primitive.bind(*args, **params)
+            args = [self._move(x) for x in args]
+            if jaxpr is None:
+                return primitive.bind(*args, **params)
+            # A bind of `jit_p` leaves its executable for the fast path of the function
+            # that was called, which would then run it on operands of the other device.
+            return _jitted(jaxpr)([self._move(x) for x in consts], *args)
+
+    def _is_here(self, x: Any) -> bool:
+        return not isinstance(x, jax.Array) or x.sharding.device_set == {self._device}
+
+    def _move(self, x: Any) -> Any:
+        if self._is_here(x):
+            return x
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(self._move(jax.random.key_data(x)), dtype=x.dtype)
+        aval = jax.core.ShapedArray(x.shape, x.dtype, x.aval.weak_type)
+        return put(np.asarray(x), aval, self._device)
+
+
+@functools.cache
+def on_device(device: jax.Device) -> jax.core.Trace:
+    """What to set as the current trace to run operations on `device` alone.
+
+    One per device, because it is part of the key of JAX's fast path.
+    """
+    return _OnDevice(device)
+
+
+@_util.weakref_lru_cache
+def _jitted(jaxpr: Any) -> Any:
+    return jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *args))
+
+
 def is_eager() -> bool:
     """Whether operations run at once on this thread: no transform is tracing."""
     trace = _core.trace_ctx.trace
-    return trace is None or trace is _core.eval_trace
+    return trace is None or isinstance(trace, _core.EvalTrace)
 
 
 def align(operands: Sequence[Any]) -> list[Any]:

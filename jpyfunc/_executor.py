@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
+from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._body import Batch, Body
@@ -110,7 +111,8 @@ class HostCall:
         device = _compat.private_device()
         entered = _compat.enter_settings(self._settings, device)
         try:
-            results = evaluate(self._body, operands, device)
+            with set_current_trace(_compat.on_device(device)):
+                results = evaluate(self._body, operands, device)
             return tuple(np.asarray(result) for result in results)
         except BaseException as error:
             mark_crossing(error)

@@ -129,7 +129,7 @@ CASES = (
     Case("while", halve_until_small, (x3 * 3,)),
     Case("two_results", two_results, (1.5, jnp.array([0.5, -2.0])), (f32, f32)),
     Case("tree", tree, ({"w": jnp.eye(2, 3) + 0.1, "x": x3},)),
-    Case("ignores_one", ignores_one, (0.7, 2.0), [f32, f32]),
+    Case("ignores_one", ignores_one, (0.7, 2.0), (f32, f32)),
     Case("constant_result", constant_result, (0.7,)),
     Case("custom_jvp", uses_custom_jvp, (0.7,), jax.ShapeDtypeStruct((), f32)),
     Case("jit", uses_jit, (x3,)),

@@ -1,0 +1,116 @@
+"""Programs that hang where bodies wait for threads that callbacks hold.
+
+Each runs in a subprocess with a time limit. Arrays are 600x600 because small ones are
+computed inline and never wait, so that a test with them would prove nothing.
+"""
+
+import pytest
+from programs import run_program
+
+SETUP = """
+    import jax, jax.numpy as jnp, threading
+    from jpyfunc import py_func
+
+    n = 600
+    inner = jax.jit(lambda a: jnp.dot(a, a) / n + jnp.sort(a, axis=0))
+
+    def body(x):
+        y = jnp.dot(x, x) / n
+        if float(jax.lax.stop_gradient(y).max()) > 0:
+            y = y + jnp.cos(jnp.sort(x, axis=0))
+        else:
+            y = y - 1
+        return inner(y) / n
+
+    def plain(x):
+        y = jnp.dot(x, x) / n
+        y = jnp.where(y.max() > 0, y + jnp.cos(jnp.sort(x, axis=0)), y - 1)
+        return inner(y) / n
+
+    same = lambda x: x
+    f = py_func(body, Tout=same)
+    x = jnp.ones((n, n))
+
+    def burst(function, reference, count):
+        results = [function(x + i) for i in range(count)]
+        for i, result in enumerate(results):
+            if i % 16 == 0:
+                assert jnp.allclose(result, reference(x + i), rtol=1e-3, atol=1e-5), i
+            result.block_until_ready()
+
+    def on_threads(function, threads, count):
+        def work(i):
+            for k in range(count):
+                function(x + i + k).block_until_ready()
+        pool = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
+        for thread in pool: thread.start()
+        for thread in pool: thread.join()
+"""
+
+# `float(...)` of a traced value is an error in JAX, so bodies that are differentiated
+# branch on a truth test instead.
+DIFFERENTIABLE = SETUP.replace(
+    "float(jax.lax.stop_gradient(y).max()) > 0", "y.max() > 0"
+)
+
+PROGRAMS = {
+    "burst": (SETUP, "burst(jax.jit(lambda x: f(x * 2) + 1), lambda x: plain(x * 2) + 1, 50)"),
+    "threads": (SETUP, "on_threads(jax.jit(lambda x: sum(f(x * i) for i in range(16))), 16, 5)"),
+    "burst_grad": (
+        DIFFERENTIABLE,
+        """
+    loss = lambda f: lambda x: f(x).sum()
+    burst(jax.jit(jax.grad(loss(f))), jax.jit(jax.grad(loss(plain))), 50)
+    """,
+    ),
+    "threads_grad": (
+        DIFFERENTIABLE,
+        """
+    loss = lambda x: sum(f(x * i) for i in range(4)).sum()
+    on_threads(jax.jit(jax.grad(loss)), 16, 2)
+    """,
+    ),
+    "nested": (
+        DIFFERENTIABLE,
+        """
+    outer = py_func(lambda x: f(x) + f(x / 2), Tout=same)
+    burst(jax.jit(outer), lambda x: plain(x) + plain(x / 2), 20)
+    on_threads(jax.jit(outer), 8, 2)
+    """,
+    ),
+    "nested_in_jit": (
+        DIFFERENTIABLE,
+        """
+    jitted = jax.jit(lambda x: f(x) * 2)
+    outer = py_func(lambda x: jitted(x) + jitted(jnp.dot(x, x) / n), Tout=same)
+    reference = lambda x: plain(x) * 2 + plain(jnp.dot(x, x) / n) * 2
+    burst(jax.jit(outer), reference, 20)
+    burst(jax.jit(jax.grad(lambda x: outer(x).sum())),
+          jax.jit(jax.grad(lambda x: reference(x).sum())), 5)
+    on_threads(jax.jit(outer), 8, 2)
+    """,
+    ),
+    "global_arrays": (
+        DIFFERENTIABLE,
+        """
+    weights = jnp.ones((n, n)) / n
+    committed = jax.device_put(weights, jax.devices()[0])
+    g = py_func(lambda x: jnp.dot(x, weights) + jnp.sort(jnp.dot(x, committed), axis=0), Tout=same)
+    burst(jax.jit(lambda x: g(x * 2)), lambda x: 2 * (x @ weights) + jnp.sort(2 * (x @ weights), axis=0), 50)
+    on_threads(jax.jit(lambda x: sum(g(x * i) for i in range(16))), 16, 5)
+    """,
+    ),
+    "vmap": (
+        DIFFERENTIABLE,
+        """
+    g = jax.vmap(f)
+    burst(jax.jit(lambda x: g(jnp.stack([x, x / 2])).sum(0)), lambda x: plain(x) + plain(x / 2), 20)
+    """,
+    ),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_does_not_hang(program):
+    setup, main = PROGRAMS[program]
+    run_program(setup + "\n    " + main.strip(), limit=150)
