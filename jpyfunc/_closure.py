@@ -1,4 +1,4 @@
-"""Refuses a body that closes over a traced value, which it could not see."""
+"""What a body holds besides its arguments: traced values, and arrays of other devices."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from jax.core import Tracer
 
 from jpyfunc._inference import is_abstract
 
+LIBRARIES = ("builtins", "jax", "jaxlib", "jpyfunc", "numpy")
+
 
 def refuse_traced_closure(body: Any, where: str) -> None:
     """Raise if `body` holds a value that a transform is tracing.
@@ -23,6 +25,27 @@ def refuse_traced_closure(body: Any, where: str) -> None:
     Raises:
         TypeError: it does; the text says where, and to pass it.
     """
+    for path, value in _held(body, with_globals=False):
+        if isinstance(value, Tracer) and not is_abstract(value):
+            raise TypeError(
+                f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
+                f"{path}. It runs outside the transform that traces it, and would get "
+                "neither its value nor its gradient. Pass it as an argument."
+            )
+
+
+def holds_array_elsewhere(body: Any, device: jax.Device) -> bool:
+    """Whether `body` holds a JAX array that is not on `device`, global ones included."""
+    return any(
+        isinstance(value, jax.Array)
+        and not isinstance(value, Tracer)
+        and value.sharding.device_set != {device}
+        for _, value in _held(body, with_globals=True)
+    )
+
+
+def _held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
+    """Everything that `body` holds, each with the name that it goes by."""
     # Not by recursion: what a body holds may be a list of any length, linked by
     # attributes. `seen` keeps what was searched, so that no other takes its id.
     seen: dict[int, Any] = {}
@@ -32,13 +55,30 @@ def refuse_traced_closure(body: Any, where: str) -> None:
         if id(value) in seen or isinstance(value, str | bytes | int | float | complex):
             continue
         seen[id(value)] = value
-        if isinstance(value, Tracer) and not is_abstract(value):
-            raise TypeError(
-                f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
-                f"{path}. It runs outside the transform that traces it, and would get "
-                "neither its value nor its gradient. Pass it as an argument."
-            )
+        yield path, value
         stack.extend(_parts(value, path))
+        if with_globals and isinstance(value, types.FunctionType):
+            stack.extend(_globals(value))
+
+
+def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The global variables that a function names, and the module attributes."""
+    codes = [function.__code__]
+    for code in codes:
+        codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
+        found = [function.__globals__.get(name) for name in code.co_names]
+        for module in [m for m in found if isinstance(m, types.ModuleType)]:
+            if not _is_library(module.__name__):
+                found.extend(vars(module).get(name) for name in code.co_names)
+        for value in found:
+            if isinstance(value, jax.Array) or not _is_library(
+                getattr(value, "__module__", None) or type(value).__module__
+            ) or isinstance(value, dict | list | tuple):
+                yield "a global", value
+
+
+def _is_library(module: str) -> bool:
+    return module.partition(".")[0] in LIBRARIES
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,8 @@ from jax.core import ShapedArray
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._body import Batch, Body
+from jpyfunc._body import Batch, Body, unwrapped
+from jpyfunc._closure import holds_array_elsewhere
 from jpyfunc._errors import UnsupportedError, mark_crossing
 
 
@@ -101,17 +102,24 @@ class HostCall:
         settings: as `_compat.current_settings` gave them.
     """
 
-    __slots__ = ("_body", "_settings")
+    __slots__ = ("_body", "_on_device", "_settings")
 
     def __init__(self, body: Body, settings: tuple[Any, ...]) -> None:
         self._body = body
         self._settings = settings
+        # It costs each operation JAX's fast path, some 60 us, so only where needed.
+        self._on_device = holds_array_elsewhere(
+            unwrapped(body.primal.func), _compat.private_device()
+        )
 
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
         device = _compat.private_device()
         entered = _compat.enter_settings(self._settings, device)
         try:
-            with set_current_trace(_compat.on_device(device)):
+            if self._on_device:
+                with set_current_trace(_compat.OnDevice(device)):
+                    results = evaluate(self._body, operands, device)
+            else:
                 results = evaluate(self._body, operands, device)
             return tuple(np.asarray(result) for result in results)
         except BaseException as error:
