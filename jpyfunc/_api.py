@@ -306,7 +306,7 @@ class PyFunc:
         for i, leaf in enumerate(leaves):
             if not _is_array(leaf):
                 refuse_traced_closure(leaf, self._where)
-                kinds.append(Static(hashable(leaf)))
+                kinds.append(Static(hashable(leaf), type(leaf)))
                 continue
             operand = self._operand(leaf, tree, i)
             aval = jax.typeof(operand)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 
-from jpyfunc._body import Body, Primal, batch_of, widen
+from jpyfunc._body import Body, FlatBody, Primal, batch_of, widen
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._primitive import Params, bind
 
@@ -75,7 +75,8 @@ def _broadcast_all(
         x if b else jnp.broadcast_to(x, (size, *jnp.shape(x)))
         for x, b in zip(operands, batched, strict=True)
     ]
-    return repeated, widen(body, size, (True,) * len(batched))
+    # One call has one method, so no rule made a `Batch` of this body.
+    return repeated, widen(cast(FlatBody, body), size, (True,) * len(batched))
 
 
 BATCHERS = {

@@ -58,6 +58,7 @@ class Static:
     """A leaf of the arguments that is no array and reaches the body unchanged."""
 
     value: Any  # hashable
+    kind: type  # because members of two enums may be equal
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class Primal:
                 for aval, b in zip(self.in_avals, batched, strict=True)
             ),
             template=self.template.replace_shapes(
-                [(size, *leaf.shape) for leaf in self.template.leaves]
+                [(size, *(leaf.shape or ())) for leaf in self.template.leaves]
             ),
         )
 

@@ -34,7 +34,7 @@ def refuse_traced_closure(body: Any, where: str) -> None:
             )
 
 
-def holds_array_elsewhere(body: Any, device: jax.Device) -> bool:
+def holds_array_elsewhere(body: Any, device: Any) -> bool:
     """Whether `body` holds a JAX array that is not on `device`, global ones included."""
     return any(
         isinstance(value, jax.Array)
@@ -71,9 +71,13 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             if not _is_library(module.__name__):
                 found.extend(vars(module).get(name) for name in code.co_names)
         for value in found:
-            if isinstance(value, jax.Array) or not _is_library(
-                getattr(value, "__module__", None) or type(value).__module__
-            ) or isinstance(value, dict | list | tuple):
+            if (
+                isinstance(value, jax.Array)
+                or not _is_library(
+                    getattr(value, "__module__", None) or type(value).__module__
+                )
+                or isinstance(value, dict | list | tuple)
+            ):
                 yield "a global", value
 
 

@@ -4,11 +4,13 @@ No other module of the package imports from `jax._src`. The range of JAX version
 that these names were checked on is stated in `pyproject.toml`.
 """
 
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -24,9 +26,12 @@ from jax._src import util as _util
 from jax._src.interpreters import mlir as _mlir
 from jax._src.lib import xla_client as _xla_client
 from jax._src.pjit import jit_p as _jit_p
+from jax.core import ShapedArray
 from jax.extend.core import Effect, set_current_trace
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
+
+Device = Any  # `jax.Device` is a variable to a type checker
 
 # The settings that change what a body computes. JAX keeps them per thread, so the
 # thread that a callback runs on has none of those that the caller set with a
@@ -52,7 +57,7 @@ def current_settings() -> tuple[Any, ...]:
     return tuple(state.value for state in SETTINGS)
 
 
-def enter_settings(values: Sequence[Any], device: jax.Device) -> list[Any]:
+def enter_settings(values: Sequence[Any], device: Device) -> list[Any]:
     """Put `values` in force on this thread, with `device` as default and no mesh.
 
     Args:
@@ -62,7 +67,7 @@ def enter_settings(values: Sequence[Any], device: jax.Device) -> list[Any]:
     Returns:
         The context managers that were entered, for `leave_settings`.
     """
-    entered = [_config.default_device(device)]
+    entered: list[Any] = [_config.default_device(device)]
     for state, value in zip(SETTINGS, values, strict=True):
         if state.value != value:
             entered.append(state(value))
@@ -97,7 +102,7 @@ _mesh_state: Any = _mesh if hasattr(_mesh, "device_context") else _config
 
 
 @functools.cache
-def private_device() -> jax.Device:
+def private_device() -> Device:
     """The one device of a CPU client of our own that runs every operation inline.
 
     JAX has no public way to make a second client. The shared one runs operations on
@@ -107,7 +112,15 @@ def private_device() -> jax.Device:
     return _xla_client.make_cpu_client(asynchronous=False).local_devices()[0]
 
 
-def put(value: np.ndarray, aval: jax.core.ShapedArray, device: jax.Device) -> jax.Array:
+def default_device() -> Device:
+    """Where JAX puts an uncommitted array on this thread."""
+    device = _config.default_device.value
+    if device is None or isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device
+
+
+def put(value: np.ndarray, aval: ShapedArray, device: Device) -> jax.Array:
     """`value` as an uncommitted array on `device`, without a copy where XLA allows.
 
     `jax.device_put` commits to the device and drops the weak type, and
@@ -135,7 +148,7 @@ def _aligned(value: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _sharding_of(device: jax.Device) -> jax.sharding.SingleDeviceSharding:
+def _sharding_of(device: Device) -> jax.sharding.SingleDeviceSharding:
     return jax.sharding.SingleDeviceSharding(device)
 
 
@@ -147,7 +160,7 @@ class OnDevice(_core.EvalTrace):
     the client of the program that waits for the call, and so may wait for it in turn.
     """
 
-    def __init__(self, device: jax.Device) -> None:
+    def __init__(self, device: Device) -> None:
         super().__init__()
         self._device = device
 
@@ -164,10 +177,9 @@ class OnDevice(_core.EvalTrace):
         if not isinstance(x, jax.Array) or x.sharding.device_set == {self._device}:
             return x
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(
-                self._move(jax.random.key_data(x)), dtype=x.dtype
-            )
-        aval = jax.core.ShapedArray(x.shape, x.dtype, x.aval.weak_type)
+            dtype = cast(Any, x.dtype)
+            return jax.random.wrap_key_data(self._move(jax.random.key_data(x)), dtype=dtype)
+        aval = ShapedArray(x.shape, x.dtype, x.aval.weak_type)
         return put(np.asarray(x), aval, self._device)
 
 
@@ -203,9 +215,7 @@ def align(operands: Sequence[Any]) -> list[Any]:
     ]
 
 
-def like_operands(
-    aval: jax.core.ShapedArray, operand_avals: Sequence[Any]
-) -> jax.core.ShapedArray:
+def like_operands(aval: ShapedArray, operand_avals: Sequence[Any]) -> ShapedArray:
     """`aval` in the current mesh, varying over what the (aligned) operands vary over."""
     varying = _core.standard_vma_rule("py_func", *operand_avals)
     return aval.update(
@@ -261,8 +271,9 @@ def emit_host_call(
     module = ctx.module_context
     sharding = _callback._callback_op_sharding(module.axis_context, None, ctx.avals_out)
     if module.platforms[0] == "tpu":
+        avals_in, avals_out = cast(Any, (ctx.avals_in, ctx.avals_out))
         results, token, _ = mlir.emit_python_callback(
-            ctx, host_call, token, list(operands), ctx.avals_in, ctx.avals_out,
+            ctx, host_call, token, list(operands), avals_in, avals_out,
             has_side_effect=has_side_effect, returns_token=token is not None,
             sharding=sharding,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from jpyfunc._closure import holds_array_elsewhere
 from jpyfunc._errors import UnsupportedError, mark_crossing
 
 
-def evaluate(body: Body, operands: Sequence[Any], device: jax.Device) -> list[Any]:
+def evaluate(body: Body, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     """Run a body on concrete operands.
 
     Args:
@@ -42,7 +42,7 @@ def evaluate(body: Body, operands: Sequence[Any], device: jax.Device) -> list[An
 
 
 def _evaluate_batch(
-    batch: Batch, operands: Sequence[Any], device: jax.Device
+    batch: Batch, operands: Sequence[Any], device: _compat.Device
 ) -> list[np.ndarray]:
     # Slices and stacks are made in NumPy, at a tenth of the cost of JAX operations.
     columns = [
@@ -74,7 +74,7 @@ def _elements(operand: Any) -> Callable[[int], np.ndarray]:
 
 
 def _shared(
-    batch: Batch, index: int, operand: Any, device: jax.Device
+    batch: Batch, index: int, operand: Any, device: _compat.Device
 ) -> Callable[[int], Any]:
     """An operand of every element, put on the device once unless it is sliced again."""
     if isinstance(operand, np.ndarray) and not (

@@ -71,16 +71,16 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
             )
 
 
-def _automatic_devices(ctx: mlir.LoweringRuleContext) -> list[jax.Device] | None:
+def _automatic_devices(ctx: mlir.LoweringRuleContext) -> list[_compat.Device] | None:
     """The devices over which XLA partitions this program, if there are several."""
     axes = ctx.module_context.axis_context
     if not isinstance(axes, mlir.ShardingContext) or axes.num_devices == 1:
         return None
-    return list(axes.device_assignment)
+    return list(axes.device_assignment or ())
 
 
 def _replicated(
-    ctx: mlir.LoweringRuleContext, values: Any, avals: Any, devices: list[jax.Device]
+    ctx: mlir.LoweringRuleContext, values: Any, avals: Any, devices: list[_compat.Device]
 ) -> Any:
     """Constrain lowered `values` to be whole on every device."""
     sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())

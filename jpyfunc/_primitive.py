@@ -110,17 +110,16 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
     """Run the body at once, here: eager calls under a transform come to this."""
     if params.ordered:
         jax.effects_barrier()  # what was dispatched before it runs before it
-    device = _default_device()
+    device = _compat.default_device()
     results = evaluate(params.body, [jnp.asarray(x) for x in operands], device)
     return [
-        result if isinstance(result, jax.Array) else _compat.put(result, aval, device)
+        _as_declared(result, aval)
+        if isinstance(result, jax.Array)
+        else _compat.put(result, aval, device)
         for result, aval in zip(results, params.body.out_avals, strict=True)
     ]
 
 
-def _default_device() -> jax.Device:
-    """Where JAX puts an uncommitted array on this thread."""
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        return jax.local_devices(backend=device)[0]
-    return device
+def _as_declared(result: jax.Array, aval: ShapedArray) -> jax.Array:
+    """A result that is strong where it is declared so, as it is under jit."""
+    return jnp.asarray(result, aval.dtype) if result.weak_type > aval.weak_type else result

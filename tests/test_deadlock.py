@@ -49,13 +49,17 @@ SETUP = """
 
 # `float(...)` of a traced value is an error in JAX, so bodies that are differentiated
 # branch on a truth test instead.
-DIFFERENTIABLE = SETUP.replace(
-    "float(jax.lax.stop_gradient(y).max()) > 0", "y.max() > 0"
-)
+DIFFERENTIABLE = SETUP.replace("float(jax.lax.stop_gradient(y).max()) > 0", "y.max() > 0")
 
 PROGRAMS = {
-    "burst": (SETUP, "burst(jax.jit(lambda x: f(x * 2) + 1), lambda x: plain(x * 2) + 1, 50)"),
-    "threads": (SETUP, "on_threads(jax.jit(lambda x: sum(f(x * i) for i in range(16))), 16, 5)"),
+    "burst": (
+        SETUP,
+        "burst(jax.jit(lambda x: f(x * 2) + 1), lambda x: plain(x * 2) + 1, 50)",
+    ),
+    "threads": (
+        SETUP,
+        "on_threads(jax.jit(lambda x: sum(f(x * i) for i in range(16))), 16, 5)",
+    ),
     "burst_grad": (
         DIFFERENTIABLE,
         """
@@ -95,8 +99,9 @@ PROGRAMS = {
         """
     weights = jnp.ones((n, n)) / n
     committed = jax.device_put(weights, jax.devices()[0])
-    g = py_func(lambda x: jnp.dot(x, weights) + jnp.sort(jnp.dot(x, committed), axis=0), Tout=same)
-    burst(jax.jit(lambda x: g(x * 2)), lambda x: 2 * (x @ weights) + jnp.sort(2 * (x @ weights), axis=0), 50)
+    g = py_func(lambda x: x @ weights + jnp.sort(x @ committed, axis=0), Tout=same)
+    plain = lambda x: x @ weights + jnp.sort(x @ weights, axis=0)
+    burst(jax.jit(lambda x: g(x * 2)), lambda x: plain(x * 2), 50)
     on_threads(jax.jit(lambda x: sum(g(x * i) for i in range(16))), 16, 5)
     """,
     ),
@@ -104,7 +109,8 @@ PROGRAMS = {
         DIFFERENTIABLE,
         """
     g = jax.vmap(f)
-    burst(jax.jit(lambda x: g(jnp.stack([x, x / 2])).sum(0)), lambda x: plain(x) + plain(x / 2), 20)
+    both = jax.jit(lambda x: g(jnp.stack([x, x / 2])).sum(0))
+    burst(both, lambda x: plain(x) + plain(x / 2), 20)
     """,
     ),
 }

@@ -1,4 +1,4 @@
-"""Four devices: once per shard under shard_map and pmap, once in all under a sharded jit."""
+"""Four devices: once a shard under shard_map and pmap, once in all under a sharded jit."""
 
 import functools
 import warnings
