@@ -1,0 +1,274 @@
+"""Time py_func against the same thing by hand: `python tests/benchmarks/run.py`.
+
+Each row names its peer. Ours and the peer take turns in rounds, and the ratio is the
+median of the ratios of the rounds, so that a machine that slows down slows down both.
+
+    --peers tensorflow=PYTHON   adds rows for `tf.py_function`, run by that interpreter
+                                if it can import tensorflow
+    --json FILE                 writes the rows as JSON, too
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+import jpyfunc as jpf
+
+HERE = Path(__file__).parent
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+ROUNDS = 21
+
+
+def log_huber(x, m):
+    if jnp.abs(x) <= m:
+        return x**2
+    return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
+
+
+def identity(x):
+    return x
+
+
+def by_hand(x, m):
+    return jax.pure_callback(log_huber, SCALAR, x, m, vmap_method="sequential")
+
+
+@jax.custom_vjp
+def by_hand_with_vjp(x, m):
+    return by_hand(x, m)
+
+
+def _forward(x, m):
+    return by_hand(x, m), (x, m)
+
+
+def _reverse(residuals, cotangent):
+    def host(x, m, cotangent):
+        return jax.vjp(log_huber, x, m)[1](cotangent)
+
+    return jax.pure_callback(host, (SCALAR, SCALAR), *residuals, cotangent)
+
+
+by_hand_with_vjp.defvjp(_forward, _reverse)
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the table; times in microseconds per call.
+
+    Attributes:
+        limit: what must hold, as text.
+        holds: whether it does.
+    """
+
+    work: str
+    peer: str
+    ours_us: float | None
+    ours_spread_us: float | None
+    peer_us: float | None
+    ratio: float | None
+    limit: str
+    holds: bool | None
+
+
+def interleave(ours: Callable[[], Any], peer: Callable[[], Any]) -> tuple[list, list]:
+    """Times of both in turns, each over as many calls as take some 20 ms."""
+    for function in (ours, peer):
+        for _ in range(3):
+            jax.block_until_ready(function())
+    start = time.perf_counter()
+    jax.block_until_ready(ours())
+    calls = max(1, int(0.02 / (time.perf_counter() - start)))
+    times: tuple[list, list] = ([], [])
+    for _ in range(ROUNDS):
+        for function, record in zip((ours, peer), times, strict=True):
+            start = time.perf_counter()
+            for _ in range(calls):
+                jax.block_until_ready(function())
+            record.append((time.perf_counter() - start) / calls * 1e6)
+    return times
+
+
+def spread(times: list[float]) -> float:
+    """Half the distance between the quartiles."""
+    low, _, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2
+
+
+def compare(work: str, peer_name: str, ours: Any, peer: Any, most: float) -> Row:
+    mine, theirs = interleave(ours, peer)
+    ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+    return Row(
+        work, peer_name, statistics.median(mine), spread(mine), statistics.median(theirs),
+        ratio, f"ratio <= {most}", ratio <= most,
+    )  # fmt: skip
+
+
+def host_call_rows() -> Iterator[Row]:
+    x, m, xs = jnp.float32(3.0), jnp.float32(2.0), jnp.linspace(0.5, 4.0, 1000)
+    big = jnp.ones((16, 1024, 1024))
+    big_out = jax.ShapeDtypeStruct(big.shape, big.dtype)
+    wrapped = jpf.py_func(log_huber, Tout=SCALAR)
+
+    def row(work, peer_name, ours, peer, args, most):
+        ours, peer = jax.jit(ours), jax.jit(peer)
+        return compare(work, peer_name, lambda: ours(*args), lambda: peer(*args), most)
+
+    yield row("log_huber, forward", "pure_callback", wrapped, by_hand, (x, m), 0.75)
+    yield row(
+        "log_huber, value_and_grad", "pure_callback + custom_vjp",
+        jax.value_and_grad(wrapped), jax.value_and_grad(by_hand_with_vjp), (x, m), 1.0,
+    )  # fmt: skip
+    yield row(
+        "log_huber, vmap of 1000", "pure_callback, sequential",
+        jax.vmap(wrapped, (0, None)), jax.vmap(by_hand, (0, None)), (xs, m), 0.75,
+    )  # fmt: skip
+    yield row(
+        "identity on 64 MB", "pure_callback",
+        jpf.py_func(identity, Tout=big_out),
+        lambda x: jax.pure_callback(identity, big_out, x), (big,), 1.0,
+    )  # fmt: skip
+    yield row(
+        "identity on a scalar", "pure_callback",
+        jpf.py_func(identity, Tout=SCALAR),
+        lambda x: jax.pure_callback(identity, SCALAR, x), (x,), 0.5,
+    )  # fmt: skip
+
+
+def session_row() -> Row:
+    """What `Session.run` adds to a call of the same function under `jax.jit`.
+
+    A function of a few microseconds, beside which what is added can be seen.
+    """
+
+    def function(x, m):
+        return jnp.sin(x) * m
+
+    jitted = jax.jit(jax.value_and_grad(function))
+
+    def direct():
+        return [np.asarray(y) for y in jitted(1.0, 2.0)]
+
+    with jpf.Graph().as_default():
+        x, m = jpf.placeholder(jnp.float32, ()), jpf.placeholder(jnp.float32, ())
+        y = jpf.lift(function)(x, m)
+        fetches, feeds = [y, jpf.gradients(y, x)[0]], {x: 1.0, m: 2.0}
+        with jpf.Session() as session:
+            mine, theirs = interleave(lambda: session.run(fetches, feeds), direct)
+    added = statistics.median(a - b for a, b in zip(mine, theirs, strict=True))
+    return Row(
+        "Session.run([y, dy_dx])", "the jitted function",
+        statistics.median(mine), spread(mine), statistics.median(theirs),
+        statistics.median(a / b for a, b in zip(mine, theirs, strict=True)),
+        f"at most 40 us more: {added:+.0f}", added <= 40,
+    )  # fmt: skip
+
+
+def hang_rows(limit: float = 60) -> Iterator[Row]:
+    """The two programs that must not hang, with `jax.pure_callback` and with py_func."""
+    for program in ("50 calls in flight", "16 threads x 5 calls x 16 callbacks"):
+        outcome = {}
+        for library in ("jpyfunc", "pure_callback"):
+            command = [sys.executable, str(HERE / "hang.py"), library, program]
+            start = time.perf_counter()
+            try:
+                subprocess.run(command, timeout=limit, check=True, capture_output=True)
+                outcome[library] = f"{time.perf_counter() - start:.0f} s"
+            except subprocess.TimeoutExpired:
+                outcome[library] = f"hangs (stopped after {limit:.0f} s)"
+        text = f"{outcome['jpyfunc']}; pure_callback: {outcome['pure_callback']}"
+        holds = "hangs" not in outcome["jpyfunc"]
+        yield Row(f"{program}, 600x600", "pure_callback", None, None, None, None, text, holds)
+
+
+def tensorflow_rows(python: str, rows: list[Row]) -> Iterator[Row]:
+    """`tf.py_function` on the same work, against the times of `rows`."""
+    done = subprocess.run(
+        [python, str(HERE / "tensorflow_peer.py")], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        print(f"\nno tensorflow rows: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return
+    peer = json.loads(done.stdout.splitlines()[-1])
+    for work in ("log_huber, forward", "log_huber, value_and_grad"):
+        ours = next(row for row in rows if row.work == work)
+        ratio = ours.ours_us / peer[work]
+        yield Row(
+            work, f"tf.py_function, TensorFlow {peer['version']}", ours.ours_us,
+            ours.ours_spread_us, peer[work], ratio, "", None,
+        )  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    cells = [("work", "peer", "ours us", "+-", "peer us", "ratio", "must be", "")]
+    for r in rows:
+        numbers = [r.ours_us, r.ours_spread_us, r.peer_us]
+        cells.append((
+            r.work, r.peer, *("" if n is None else f"{n:.1f}" for n in numbers),
+            "" if r.ratio is None else f"{r.ratio:.2f}", r.limit,
+            {True: "ok", False: "NO", None: ""}[r.holds],
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.rjust(width) if 2 <= i <= 5 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--peers", nargs="*", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    peers = dict(peer.partition("=")[::2] for peer in options.peers)
+    if set(peers) - {"tensorflow"}:
+        parser.error(f"--peers: expected tensorflow=PYTHON, got {' '.join(options.peers)}")
+
+    rows: list[Row] = []
+
+    def progress(source: Iterator[Row]) -> None:
+        for row in source:
+            rows.append(row)
+            if sys.stderr.isatty():
+                print(f"\r\033[K{len(rows)} rows, last: {row.work}", end="", file=sys.stderr)
+
+    progress(host_call_rows())
+    progress(iter([session_row()]))
+    if "tensorflow" in peers:
+        progress(tensorflow_rows(peers["tensorflow"], rows[:]))
+    progress(hang_rows())
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    print(
+        f"jpyfunc {jpf.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
+        f"Python {platform.python_version()}, {jax.devices()[0].platform}; medians of "
+        f"{ROUNDS} interleaved rounds\n"
+    )
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    return int(any(row.holds is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
