@@ -193,16 +193,23 @@ def hang_rows(limit: float = 60) -> Iterator[Row]:
                 outcome[library] = f"hangs (stopped after {limit:.0f} s)"
         text = f"{outcome['jpyfunc']}; pure_callback: {outcome['pure_callback']}"
         holds = "hangs" not in outcome["jpyfunc"]
-        yield Row(f"{program}, 600x600", "pure_callback", None, None, None, None, text, holds)
+        yield Row(
+            f"{program}, 600x600", "pure_callback", None, None, None, None, text, holds
+        )
 
 
 def tensorflow_rows(python: str, rows: list[Row]) -> Iterator[Row]:
     """`tf.py_function` on the same work, against the times of `rows`."""
     done = subprocess.run(
-        [python, str(HERE / "tensorflow_peer.py")], capture_output=True, text=True, check=False
+        [python, str(HERE / "tensorflow_peer.py")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
-        print(f"\nno tensorflow rows: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(
+            f"\nno tensorflow rows: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr
+        )
         return
     peer = json.loads(done.stdout.splitlines()[-1])
     for work in ("log_huber, forward", "log_huber, value_and_grad"):
@@ -250,7 +257,9 @@ def main() -> int:
         for row in source:
             rows.append(row)
             if sys.stderr.isatty():
-                print(f"\r\033[K{len(rows)} rows, last: {row.work}", end="", file=sys.stderr)
+                print(
+                    f"\r\033[K{len(rows)} rows, last: {row.work}", end="", file=sys.stderr
+                )
 
     progress(host_call_rows())
     progress(iter([session_row()]))
@@ -266,7 +275,9 @@ def main() -> int:
     )
     print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        options.json.write_text(
+            json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+        )
     return int(any(row.holds is False for row in rows))
 
 
