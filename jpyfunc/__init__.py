@@ -10,6 +10,7 @@ from jpyfunc._errors import PyFuncError as PyFuncError
 from jpyfunc._errors import ResultError as ResultError
 from jpyfunc._errors import UnsupportedError as UnsupportedError
 from jpyfunc._errors import raise_original as raise_original
+from jpyfunc._profile import profile as profile
 from jpyfunc._session._gradients import gradients as gradients
 from jpyfunc._session._graph import Graph as Graph
 from jpyfunc._session._graph import get_default_graph as get_default_graph

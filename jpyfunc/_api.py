@@ -27,6 +27,7 @@ from jpyfunc._body import (
 from jpyfunc._closure import refuse_traced_closure
 from jpyfunc._inference import infer
 from jpyfunc._primitive import Params, bind
+from jpyfunc._profile import Run, annotated, measure, open_profiles
 from jpyfunc._spec import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
 from jpyfunc._symbol import Symbol, noting
 
@@ -280,6 +281,12 @@ class PyFunc:
             self._operand(leaf, tree, i) if _is_array(leaf) else leaf
             for i, leaf in enumerate(leaves)
         ]
+        if open_profiles:
+            execute = functools.partial(self._run_now, arrays, tree)
+            return measure(self.__name__, self._func, arrays, execute)
+        return self._run_now(arrays, tree, annotated)
+
+    def _run_now(self, arrays: list[Any], tree: Any, run: Run) -> Any:
         template = self._declared(arrays, tree)
         if self._numpy:  # which has no PRNG keys, so they stay what they are
             arrays = [
@@ -287,7 +294,7 @@ class PyFunc:
                 for x in arrays
             ]
         args, kwargs = jax.tree.unflatten(tree, arrays)
-        result = self._func(*args, **kwargs)
+        result = run(self.__name__, self._func, *args, **kwargs)
         if template is None:
             template = Template.undeclared(result)
         outputs = [

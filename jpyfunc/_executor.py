@@ -1,10 +1,12 @@
 """Where a body runs: the private CPU client, the caller's settings, values in and out.
 
-`evaluate` is the one place that runs bodies, eagerly and from compiled programs.
+`_evaluate` is the one place that runs bodies of the primitive, eagerly and from
+compiled programs.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +17,10 @@ from jax.core import ShapedArray
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._body import Batch, Body, unwrapped
+from jpyfunc._body import Batch, Body, Primal, unwrapped
 from jpyfunc._closure import holds_array_elsewhere
 from jpyfunc._errors import UnsupportedError, mark_crossing
+from jpyfunc._profile import Run, annotated, kind_of, measure_body, open_profiles
 
 
 def evaluate(body: Body, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -31,18 +34,30 @@ def evaluate(body: Body, operands: Sequence[Any], device: _compat.Device) -> lis
     Returns:
         One NumPy or JAX array per `body.out_avals`.
     """
+    if open_profiles:
+        execute = functools.partial(_evaluate, body, operands, device)
+        return measure_body(body, operands, execute)
+    return _evaluate(body, operands, device, annotated)
+
+
+def _evaluate(
+    body: Body, operands: Sequence[Any], device: _compat.Device, run: Run
+) -> list[Any]:
     if isinstance(body, Batch):
-        return _evaluate_batch(body, operands, device)
+        return _evaluate_batch(body, operands, device, run)
     if not body.primal.numpy:
         operands = [
             x if isinstance(x, jax.Array) else _compat.put(x, aval, device)
             for x, aval in zip(operands, body.in_avals, strict=True)
         ]
-    return body(operands)
+    name = body.primal.name
+    if not isinstance(body, Primal):
+        name = f"{name} ({kind_of(body)})"
+    return run(name, body, operands)
 
 
 def _evaluate_batch(
-    batch: Batch, operands: Sequence[Any], device: _compat.Device
+    batch: Batch, operands: Sequence[Any], device: _compat.Device, run: Run
 ) -> list[np.ndarray]:
     # Slices and stacks are made in NumPy, at a tenth of the cost of JAX operations.
     columns = [
@@ -55,7 +70,7 @@ def _evaluate_batch(
         for aval, stacked in zip(out_avals, batch.stacked_out, strict=True)
     ]
     for i in range(batch.size):
-        element = evaluate(batch.base, [column(i) for column in columns], device)
+        element = _evaluate(batch.base, [column(i) for column in columns], device, run)
         for result, value, stacked in zip(results, element, batch.stacked_out, strict=True):
             if stacked:
                 result[i] = np.asarray(value)
@@ -113,14 +128,20 @@ class HostCall:
         )
 
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
+        if open_profiles:
+            execute = functools.partial(self._cross, operands)
+            return measure_body(self._body, operands, execute)
+        return self._cross(operands, annotated)
+
+    def _cross(self, operands: Sequence[Any], run: Run) -> tuple[np.ndarray, ...]:
         device = _compat.private_device()
         entered = _compat.enter_settings(self._settings, device)
         try:
             if self._on_device:
                 with set_current_trace(_compat.OnDevice(device)):
-                    results = evaluate(self._body, operands, device)
+                    results = _evaluate(self._body, operands, device, run)
             else:
-                results = evaluate(self._body, operands, device)
+                results = _evaluate(self._body, operands, device, run)
             return tuple(np.asarray(result) for result in results)
         except BaseException as error:
             mark_crossing(error)

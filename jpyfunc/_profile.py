@@ -1,0 +1,297 @@
+"""`profile`: what the bodies did while a block ran, and how long they took.
+
+It is also where bodies get the name by which `jax.profiler` shows them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import html
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jpyfunc import _compat
+from jpyfunc._body import Batch, Body, Jvp, Primal, Transpose, Vjp, unwrapped
+
+# Profiles whose block is open. A list that changes in place, so that the modules that
+# run bodies import it once and pay one truth test per call where there is none.
+open_profiles: list[profile] = []
+
+KINDS = {Primal: "forward", Jvp: "jvp", Vjp: "vjp", Transpose: "vjp"}
+
+# Runs a function, given its name in traces and its arguments.
+Run = Callable[..., Any]
+Key = tuple[str, str]  # name and source of a function
+
+
+def annotated(name: str, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call `func` under `name` in the traces of `jax.profiler`."""
+    with jax.profiler.TraceAnnotation(name):
+        return func(*args, **kwargs)
+
+
+def kind_of(body: Body) -> str:
+    """`"forward"`, `"jvp"` or `"vjp"`: the derivative that was taken last."""
+    while isinstance(body, Batch):
+        body = body.base
+    return KINDS[type(body)]
+
+
+def measure_body(body: Body, operands: Iterable[Any], execute: Callable[[Run], Any]) -> Any:
+    """`measure` for a body of the primitive."""
+    primal = body.primal
+    func = unwrapped(primal.func)
+    return measure(primal.name, func, operands, execute, kind_of(body))
+
+
+def measure(
+    name: str,
+    func: Callable[..., Any],
+    operands: Iterable[Any],
+    execute: Callable[[Run], Any],
+    kind: str = "forward",
+) -> Any:
+    """Do a call and add it to the open profiles.
+
+    Args:
+        name: name of the user's function.
+        func: the user's function.
+        operands: what enters the call; its arrays count as bytes in.
+        execute: does the call and returns its results; given what to run bodies with.
+        kind: what it counts as.
+
+    Returns:
+        The results.
+    """
+    profiles = set(open_profiles)
+    counts = Counts(calls=1, bytes_in=_nbytes(operands))
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        counts.elements += 1
+        begin = time.perf_counter()
+        try:
+            return annotated(*args, **kwargs)
+        finally:
+            counts.body_seconds += time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    try:
+        results = execute(timed)
+        counts.bytes_out = _nbytes(jax.tree.leaves(results))
+        return results
+    except BaseException:
+        counts.exceptions = 1
+        raise
+    finally:
+        counts.crossing_seconds = time.perf_counter() - begin - counts.body_seconds
+        for each in profiles:
+            each._add((name, _source(func)), kind, counts)
+
+
+def _nbytes(values: Iterable[Any]) -> int:
+    return sum(x.nbytes for x in values if isinstance(x, jax.Array | np.ndarray))
+
+
+def _source(func: Any) -> str:
+    """File and line of a function, or of the class of a callable object."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    func = inspect.unwrap(func)
+    code = getattr(func, "__code__", None) or getattr(type(func).__call__, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else "built-in"
+
+
+@dataclasses.dataclass(slots=True)
+class Counts:
+    """What the calls of one function and kind add up to; the keys of `as_dict`."""
+
+    calls: int = 0
+    elements: int = 0
+    body_seconds: float = 0.0
+    crossing_seconds: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    exceptions: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add the counts of `other` to these."""
+        for field in dataclasses.fields(self):
+            total = getattr(self, field.name) + getattr(other, field.name)
+            setattr(self, field.name, total)
+
+
+class profile:  # noqa: N801 - a context manager, named like JAX's own
+    """Count and time what the bodies of `py_func` and `numpy_func` do in a block.
+
+    Printed, it is a table, also in a notebook: a row for each function and for what it
+    was run for: `forward` to get its results, `jvp` to push tangents through it, `vjp`
+    to pull cotangents back. A derivative of higher order counts as the one taken last:
+    the reverse derivative of a forward derivative as `vjp`. So does a transpose.
+
+    A function is known by its name and by the line that defines it, which is shown
+    where several have one name. Closures made by one line are one function; give them
+    names (`py_func(..., name=...)`) to tell them apart.
+
+    The columns, by their names in `as_dict`:
+
+    - `calls`: calls of the host by a compiled program, and eager calls.
+    - `elements`: how often these ran the body: a call under `jax.vmap` with
+      `vmap_method="sequential"` runs it once per element of the batch, any other once.
+    - `body_seconds`: time in the body, calls to other functions included. A derivative
+      is the body run under `jax.jvp` or `jax.vjp`.
+    - `crossing_seconds`: the rest of the call: to convert operands and results, cut and
+      stack batches, set up the caller's JAX settings. What XLA does before Python is
+      reached, some 10 us, is not in it.
+    - `bytes_in`, `bytes_out`: of the operands and of the results.
+    - `exceptions`: calls that raised. They count in the other columns too.
+
+    Eager calls count, though nothing crosses there: their crossing is the check and the
+    conversion of the results, and JAX may still compute when their body has returned.
+
+    A call counts in every block, of any thread, that was open when it began. On leaving
+    a block without an exception, it waits for the arrays and effects in flight, so that
+    calls of programs that were dispatched in the block are in it. A failure of theirs
+    surfaces where JAX reports it, not here. A profile may be entered again, and goes on
+    counting.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jpyfunc
+        >>> @jpyfunc.py_func(Tout=jax.ShapeDtypeStruct((), jnp.float32))
+        ... def square(x):
+        ...     return x**2
+        >>> with jpyfunc.profile() as prof:
+        ...     slopes = jax.jit(jax.vmap(jax.grad(square)))(jnp.ones(8))
+        >>> counts = prof.as_dict()["square"]["vjp"]
+        >>> print(counts["calls"], counts["elements"], counts["bytes_out"])
+        1 8 32
+
+    The time of operations in a body is shown by `jax.profiler`, in whose traces bodies
+    have their names, derivatives marked: `square`, `square (vjp)`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[Key, dict[str, Counts]] = {}
+
+    def __enter__(self) -> profile:
+        open_profiles.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                _wait_for_calls()
+        finally:
+            open_profiles.remove(self)
+
+    def _add(self, key: Key, kind: str, counts: Counts) -> None:
+        with self._lock:
+            self._counts.setdefault(key, {}).setdefault(kind, Counts()).add(counts)
+
+    def as_dict(self) -> dict[str, dict[str, dict[str, int | float]]]:
+        """The counts so far.
+
+        Returns:
+            By function, in order of the first call that ended, and by kind
+            (`"forward"`, `"jvp"`, `"vjp"`, those that were run): the columns. Times are
+            in seconds, sizes in bytes. A function is its name, with the line that
+            defines it (`name (file:line)`) where several have that name.
+        """
+        with self._lock:
+            names = [name for name, _ in self._counts]
+            return {
+                name if names.count(name) == 1 else f"{name} ({source})": {
+                    kind: dataclasses.asdict(kinds[kind])
+                    for kind in dict.fromkeys(KINDS.values())
+                    if kind in kinds
+                }
+                for (name, source), kinds in self._counts.items()
+            }
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [
+                function if i == 0 else "",
+                kind,
+                f"{counts['calls']:,}",
+                f"{counts['elements']:,}",
+                _seconds(counts["body_seconds"]),
+                _seconds(counts["crossing_seconds"]),
+                _bytes(counts["bytes_in"]),
+                _bytes(counts["bytes_out"]),
+                f"{counts['exceptions']:,}",
+            ]
+            for function, kinds in self.as_dict().items()
+            for i, (kind, counts) in enumerate(kinds.items())
+        ]
+
+    def __repr__(self) -> str:
+        table = [list(_HEADER), *self._rows()]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in table
+        )
+
+    def _repr_html_(self) -> str:
+        def row(cells: Iterable[str], tag: str) -> str:
+            return "".join(
+                f'<{tag} style="text-align: {"left" if i < 2 else "right"}">'
+                f"{html.escape(cell)}</{tag}>"
+                for i, cell in enumerate(cells)
+            )
+
+        body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in self._rows())
+        return (
+            f"<table><thead><tr>{row(_HEADER, 'th')}</tr></thead>"
+            f"<tbody>{body}</tbody></table>"
+        )
+
+
+_HEADER = (
+    "function", "kind", "calls", "elements", "body", "crossing", "in", "out", "exceptions"
+)  # fmt: skip
+
+
+def _seconds(value: float) -> str:
+    for scale, unit in ((1, "s"), (1e3, "ms")):
+        if value * scale >= 1:
+            return f"{value * scale:.2f} {unit}"
+    return f"{value * 1e6:.1f} us"
+
+
+def _bytes(value: int | float) -> str:
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= scale:
+            return f"{value / scale:.1f} {unit}"
+    return f"{value} B"
+
+
+def _wait_for_calls() -> None:
+    """Wait for the programs in flight whose results or effects are still held."""
+    # Inside a body there is nothing to wait for, since there all runs inline, and the
+    # arrays of the program that waits for the body would never come.
+    if _compat.default_device() is _compat.private_device():
+        return
+    with contextlib.suppress(RuntimeError):
+        jax.effects_barrier()
+    for array in jax.live_arrays():
+        with contextlib.suppress(RuntimeError):  # failed, or deleted since it was listed
+            array.block_until_ready()
