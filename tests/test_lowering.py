@@ -39,7 +39,7 @@ def test_lowers_to_a_host_call(platform, target, program):
 @pytest.mark.parametrize("platforms", [("cpu", "cuda"), ("mosaic",)], ids=str)
 def test_other_platforms_are_refused(platforms):
     traced = jax.jit(f).trace(1.0, 2.0)
-    with pytest.raises((UnsupportedError, ValueError), match="py_func 'log_huber'|mosaic"):
+    with pytest.raises((UnsupportedError, ValueError), match=r"py_func 'log_huber'|mosaic"):
         traced.lower(lowering_platforms=platforms)
 
 
