@@ -150,15 +150,47 @@ class Primal:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Jvp:
-    """Tangents of results `of` by tangents of operands `wrt`, in which it is linear.
+class _Derived:
+    """A linear map derived from `base` at its operands.
 
-    Operands: those of `base`, then one tangent per entry of `wrt`.
+    Attributes:
+        base: what it is derived from, and re-runs.
+        wrt: operands of `base` that the derivative is with respect to.
+        of: results of `base` that it is of.
     """
 
     base: FlatBody
     wrt: Indices
     of: Indices
+
+    @property
+    def primal(self) -> Primal:
+        return self.base.primal
+
+    def _split(self, operands: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+        """Operands of `base`, and what follows them."""
+        operands, n = list(operands), len(self.base.in_avals)
+        return operands[:n], operands[n:]
+
+    def _restricted(self, primals: list[Any]) -> Callable[..., list[Any]]:
+        """`base` as a function of operands `wrt` to results `of`, the rest held fixed."""
+
+        def restricted(*values: Any) -> list[Any]:
+            operands = list(primals)
+            for i, value in zip(self.wrt, values, strict=True):
+                operands[i] = value
+            results = self.base(operands)
+            return [results[i] for i in self.of]
+
+        return restricted
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Jvp(_Derived):
+    """Tangents of results `of` by tangents of operands `wrt`, in which it is linear.
+
+    Operands: those of `base`, then one tangent per entry of `wrt`.
+    """
 
     @property
     def in_avals(self) -> Avals:
@@ -168,28 +200,18 @@ class Jvp:
     def out_avals(self) -> Avals:
         return _tangents(self.base.out_avals, self.of)
 
-    @property
-    def primal(self) -> Primal:
-        return self.base.primal
-
     def __call__(self, operands: Iterable[Any]) -> list[Any]:
-        operands = list(operands)
-        n = len(self.base.in_avals)
-        primals, tangents = operands[:n], operands[n:]
-        func = _restrict(self.base, primals, self.wrt, self.of)
-        return jax.jvp(func, [primals[i] for i in self.wrt], tangents)[1]
+        primals, tangents = self._split(operands)
+        at = [primals[i] for i in self.wrt]
+        return jax.jvp(self._restricted(primals), at, tangents)[1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Vjp:
+class Vjp(_Derived):
     """Cotangents of operands `wrt` by cotangents of results `of`: re-runs `base`.
 
     Operands: those of `base`, then one cotangent per entry of `of`.
     """
-
-    base: FlatBody
-    wrt: Indices
-    of: Indices
 
     @property
     def in_avals(self) -> Avals:
@@ -199,29 +221,18 @@ class Vjp:
     def out_avals(self) -> Avals:
         return _tangents(self.base.in_avals, self.wrt)
 
-    @property
-    def primal(self) -> Primal:
-        return self.base.primal
-
     def __call__(self, operands: Iterable[Any]) -> list[Any]:
-        operands = list(operands)
-        n = len(self.base.in_avals)
-        primals, cotangents = operands[:n], operands[n:]
-        func = _restrict(self.base, primals, self.wrt, self.of)
-        _, pull_back = jax.vjp(func, *[primals[i] for i in self.wrt])
+        primals, cotangents = self._split(operands)
+        _, pull_back = jax.vjp(self._restricted(primals), *[primals[i] for i in self.wrt])
         return list(pull_back(cotangents))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Transpose:
+class Transpose(_Derived):
     """Transpose of a `base` that is linear in operands `wrt`, though nothing says so.
 
     Operands: those of `base` but `wrt`, then one cotangent per entry of `of`.
     """
-
-    base: FlatBody
-    wrt: Indices
-    of: Indices
 
     @property
     def in_avals(self) -> Avals:
@@ -232,23 +243,17 @@ class Transpose:
     def out_avals(self) -> Avals:
         return _tangents(self.base.in_avals, self.wrt)
 
-    @property
-    def primal(self) -> Primal:
-        return self.base.primal
-
     def __call__(self, operands: Iterable[Any]) -> list[Any]:
-        operands = list(operands)
-        others = _others(self.base, self.wrt)
+        rest = list(operands)
         primals: list[Any] = [None] * len(self.base.in_avals)
-        for i, operand in zip(others, operands, strict=False):
-            primals[i] = operand
-        func = _restrict(self.base, primals, self.wrt, self.of)
+        for i in _others(self.base, self.wrt):
+            primals[i] = rest.pop(0)
         linear = [
             jax.ShapeDtypeStruct(aval.shape, aval.dtype)
             for aval in (self.base.in_avals[i] for i in self.wrt)
         ]
         try:
-            return list(jax.linear_transpose(func, *linear)(operands[len(others) :]))
+            return list(jax.linear_transpose(self._restricted(primals), *linear)(rest))
         except (AssertionError, NotImplementedError, jax.errors.JAXTypeError) as error:
             raise NotDifferentiableError(
                 f"{self.primal.label}: jax.linear_transpose needs a body that is linear in "
@@ -385,18 +390,3 @@ def _stack_avals(avals: Avals, stacked: tuple[bool, ...], size: int) -> Avals:
         aval.update(shape=(size, *aval.shape)) if is_stacked else aval
         for aval, is_stacked in zip(avals, stacked, strict=True)
     )
-
-
-def _restrict(
-    base: FlatBody, primals: list[Any], wrt: Indices, of: Indices
-) -> Callable[..., list[Any]]:
-    """`base` as a function of operands `wrt` to results `of`, the rest held fixed."""
-
-    def restricted(*values: Any) -> list[Any]:
-        operands = list(primals)
-        for i, value in zip(wrt, values, strict=True):
-            operands[i] = value
-        results = base(operands)
-        return [results[i] for i in of]
-
-    return restricted
