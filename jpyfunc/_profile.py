@@ -159,9 +159,9 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
 
     A call counts in every block, of any thread, that was open when it began. On leaving
     a block without an exception, it waits for the arrays and effects in flight, so that
-    calls of programs that were dispatched in the block are in it. A failure of theirs
-    surfaces where JAX reports it, not here. A profile may be entered again, and goes on
-    counting.
+    calls of programs that were dispatched in the block are in it; not so in a body,
+    which must not wait for its own program. A failure of theirs surfaces where JAX
+    reports it, not here. A profile may be entered again, and goes on counting.
 
     Example:
         >>> import jax, jax.numpy as jnp, jpyfunc
@@ -286,8 +286,7 @@ def _bytes(value: int | float) -> str:
 
 def _wait_for_calls() -> None:
     """Wait for the programs in flight whose results or effects are still held."""
-    # Inside a body there is nothing to wait for, since there all runs inline, and the
-    # arrays of the program that waits for the body would never come.
+    # In a body, that would be to wait for the program that waits for the body.
     if _compat.default_device() is _compat.private_device():
         return
     with contextlib.suppress(RuntimeError):

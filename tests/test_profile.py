@@ -1,0 +1,408 @@
+"""`profile`: what it counts, in which block, and how it shows it."""
+
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import run_program
+
+import jpyfunc as jpf
+from jpyfunc import numpy_func, profile, py_func
+
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+@py_func(Tout=SCALAR)
+def cube(x):
+    return x**3
+
+
+def counts(prof, column, name="cube"):
+    """A column of the rows of one function, by kind."""
+    return {kind: row[column] for kind, row in prof.as_dict()[name].items()}
+
+
+def test_counts_every_run_of_the_body(transform):
+    runs = []
+
+    @py_func(Tout=SCALAR)
+    def body(x):
+        runs.append(x)
+        return x + 1
+
+    f = transform(body)
+    f(0.0)  # before the block
+    runs.clear()
+    with profile() as prof:
+        for i in range(5):
+            f(float(i))
+    f(9.0)
+    assert len(runs) == 6
+    row = prof.as_dict()["body"]["forward"]
+    assert row["calls"] == row["elements"] == 5
+    assert row["exceptions"] == 0
+    assert row["crossing_seconds"] >= 0
+
+
+double = py_func(lambda x: 2 * x, Tout=SCALAR, name="cube")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "derivative"),
+    [
+        (["vjp"], jax.grad(cube)),
+        (["forward", "vjp"], jax.value_and_grad(cube)),
+        (["forward", "jvp"], lambda x: jax.jvp(cube, (x,), (x,))),
+        (["jvp"], jax.jacfwd(jax.jacfwd(cube))),
+        (["jvp"], jax.jacfwd(jax.grad(cube))),
+        (["vjp"], jax.grad(jax.jacfwd(cube))),
+        (["vjp"], jax.grad(jax.grad(cube))),
+        (["vjp"], lambda x: jax.linear_transpose(double, x)(x)),
+    ],
+)
+def test_counts_by_the_outermost_derivative(kinds, derivative):
+    program = jax.jit(derivative)  # which leaves no call whose results are unused
+    with profile() as prof:
+        program(2.0)
+    assert counts(prof, "calls") == dict.fromkeys(kinds, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "elements"), [("sequential", 6), ("expand_dims", 1), ("broadcast_all", 1)]
+)
+def test_elements_of_a_batch(method, elements, transform):
+    @py_func(Tout=jnp.float32, vmap_method=method)
+    def negate(x):
+        return -x
+
+    nested = transform(jax.vmap(jax.vmap(negate)))
+    with profile() as prof:
+        nested(jnp.ones((2, 3)))
+    row = prof.as_dict()["negate"]["forward"]
+    assert (row["calls"], row["elements"]) == (1, elements)
+    assert (row["bytes_in"], row["bytes_out"]) == (24, 24)
+
+
+def test_batches_of_derivatives_and_of_nothing():
+    slopes = jax.jit(jax.vmap(jax.grad(cube)))
+    with profile() as prof:
+        slopes(jnp.ones(4))
+        jax.vmap(cube)(jnp.ones(0))  # eager, because XLA removes a call of no bytes
+    assert counts(prof, "calls") == {"forward": 1, "vjp": 1}
+    assert counts(prof, "elements") == {"forward": 0, "vjp": 4}
+
+
+def test_bytes_of_operands_and_results(transform):
+    @py_func(Tout=[jax.ShapeDtypeStruct((2, 5), jnp.int8), SCALAR])
+    def mixed(matrix, key, flag, mode):
+        assert mode == "mode"
+        return jnp.zeros((2, 5), jnp.int8), matrix.sum()
+
+    f = transform(lambda *args: mixed(*args, "mode"))
+    matrix, key, flag = jnp.ones((3, 4), jnp.float16), jax.random.key(0), jnp.array(True)
+    with profile() as prof:
+        f(matrix.astype(jnp.float32), key, flag)
+    row = prof.as_dict()["mixed"]["forward"]
+    assert row["bytes_in"] == 3 * 4 * 4 + 8 + 1
+    assert row["bytes_out"] == 2 * 5 + 4
+
+
+def test_exceptions_are_counted_and_pass(transform):
+    @py_func(Tout=SCALAR)
+    def picky(x):
+        if x < 0:
+            raise ValueError("negative")
+        return x
+
+    f = transform(picky)
+    f(1.0)
+    with profile() as prof:
+        for x in (-1.0, 1.0, -2.0):
+            try:
+                f(x).block_until_ready()
+            except (ValueError, jax.errors.JaxRuntimeError) as error:
+                assert "negative" in str(error)  # noqa: PT017 - it need not raise
+    row = prof.as_dict()["picky"]["forward"]
+    assert (row["calls"], row["elements"], row["exceptions"]) == (3, 3, 2)
+    assert (row["bytes_in"], row["bytes_out"]) == (12, 4)
+
+
+def test_a_batch_ends_with_the_element_that_raises():
+    @py_func(Tout=SCALAR)
+    def picky(x):
+        if x == 2:
+            raise ValueError("two")
+        return x
+
+    with profile() as prof, pytest.raises(ValueError, match="two"), jpf.raise_original():
+        jax.jit(jax.vmap(picky))(jnp.arange(8.0)).block_until_ready()
+    row = prof.as_dict()["picky"]["forward"]
+    assert (row["calls"], row["elements"], row["exceptions"]) == (1, 3, 1)
+
+
+def test_an_exception_leaves_the_block_and_ends_it():
+    prof = profile()
+    with pytest.raises(ZeroDivisionError), prof:
+        cube(1.0) / (1 // 0)
+    cube(1.0)
+    assert counts(prof, "calls") == {"forward": 1}
+
+
+def test_time_in_the_body_is_apart_from_the_crossing(transform):
+    @py_func(Tout=SCALAR)
+    def slow(x):
+        time.sleep(0.02)
+        return x
+
+    f = transform(slow)
+    f(1.0)
+    with profile() as prof:
+        f(1.0).block_until_ready()
+    row = prof.as_dict()["slow"]["forward"]
+    assert row["body_seconds"] >= 0.02
+    assert row["crossing_seconds"] >= 0
+
+
+def test_functions_of_one_name_are_apart():
+    def make_a():
+        return py_func(lambda x: x, Tout=SCALAR, name="step")
+
+    def make_b():
+        return py_func(lambda x: -x, Tout=SCALAR, name="step")
+
+    with profile() as prof:
+        for make in (make_a, make_b, make_a):
+            jax.jit(jax.value_and_grad(make()))(1.0)
+        cube(1.0)
+    first, second, third = prof.as_dict()
+    pattern = re.escape(f"step ({__file__}:") + r"\d+\)"
+    assert re.fullmatch(pattern, first)
+    assert re.fullmatch(pattern, second)
+    assert first != second
+    assert third == "cube"
+    assert counts(prof, "calls", first) == {"forward": 2, "vjp": 2}
+    assert counts(prof, "calls", second) == {"forward": 1, "vjp": 1}
+
+
+def test_callables_of_every_kind():
+    class Scale:
+        def __call__(self, x):
+            return 2 * x
+
+        def method(self, x):
+            return 3 * x
+
+    with profile() as prof:
+        for func in (Scale(), Scale().method, jnp.sin, jax.jit(jnp.cos), abs):
+            py_func(func, [1.0], SCALAR)
+        numpy_func(np.exp, [1.0], SCALAR)
+    assert list(prof.as_dict()) == ["Scale", "method", "sin", "cos", "abs", "exp"]
+
+
+def test_names_of_arguments_are_free():
+    f = py_func(lambda name, func, args, kwargs: name, Tout=SCALAR, name="f")
+    with profile() as prof:
+        f(name=1.0, func=2.0, args=3.0, kwargs=4.0)
+    assert counts(prof, "calls", "f") == {"forward": 1}
+
+
+def test_blocks_see_what_began_in_them():
+    with profile() as outer:
+        cube(1.0)
+        with profile() as inner:
+            cube(1.0)
+            with inner:  # open already: still one count per call
+                cube(1.0)
+        cube(1.0)
+    with inner:
+        cube(1.0)
+    assert counts(outer, "calls") == {"forward": 4}
+    assert counts(inner, "calls") == {"forward": 3}
+
+
+def test_a_call_in_a_body_counts_for_both():
+    @py_func(Tout=SCALAR)
+    def outer(x):
+        return cube(x) + cube(x + 1)
+
+    with profile() as prof:
+        assert jax.jit(outer)(1.0) == 9
+    assert counts(prof, "calls", "outer") == {"forward": 1}
+    assert counts(prof, "calls") == {"forward": 2}
+    inner = counts(prof, "body_seconds")["forward"]
+    assert counts(prof, "body_seconds", "outer")["forward"] >= inner
+
+
+def test_calls_of_many_threads():
+    program = jax.jit(cube)
+    program(1.0)
+    together = threading.Barrier(8)
+
+    def work(i):
+        with profile() as own:
+            together.wait()
+            for _ in range(25):
+                program(float(i)).block_until_ready()
+            together.wait()
+        return own
+
+    with profile() as prof, ThreadPoolExecutor(8) as pool:
+        everyone = list(pool.map(work, range(8)))
+    for each in [prof, *everyone]:
+        assert counts(each, "calls") == {"forward": 200}
+
+
+def unfinished():
+    """An identity matrix still being computed, so that what takes it is not run yet."""
+    x = jnp.eye(600)
+    for _ in range(30):
+        x = x @ x
+    return x
+
+
+def test_waits_for_programs_in_flight():
+    @py_func(Tout=jax.ShapeDtypeStruct((600, 600), jnp.float32))
+    def slow(x):
+        time.sleep(0.01)
+        return x
+
+    @py_func(Tout=[])
+    def note(x):
+        time.sleep(0.01)
+
+    @jax.jit
+    def program(x):
+        note(x[0])
+        return slow(x @ x)
+
+    program(jnp.eye(600)).block_until_ready()
+    x = unfinished()
+    with profile() as prof:
+        results = [program(x) for _ in range(10)]
+    assert counts(prof, "calls", "slow") == {"forward": 10}
+    assert counts(prof, "calls", "note") == {"forward": 10}
+    assert all(result.is_ready() for result in results)
+
+
+def test_a_failure_in_flight_is_not_the_profiles_to_raise():
+    @py_func(Tout=jax.ShapeDtypeStruct((600, 600), jnp.float32))
+    def fail(x):
+        time.sleep(0.05)
+        raise ValueError("in flight")
+
+    program = jax.jit(fail).lower(jnp.eye(600)).compile()
+    x = unfinished()
+    with profile() as prof:
+        result = program(x)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="in flight"):
+        result.block_until_ready()
+    assert counts(prof, "exceptions", "fail") == {"forward": 1}
+
+
+def test_a_profile_in_a_body_does_not_hang():
+    out = run_program(
+        """
+        import jax, jax.numpy as jnp
+        from jpyfunc import profile, py_func
+
+        inner = py_func(lambda x: x + 1, Tout=jnp.float32, name="inner")
+
+        @py_func(Tout=jax.ShapeDtypeStruct((), jnp.float32))
+        def body(x):
+            with profile() as prof:
+                y = jax.jit(inner)(x)
+            print(prof.as_dict()["inner"]["forward"]["calls"])
+            return y
+
+        # Of an unfinished matrix, so that the results, which the bodies must not wait
+        # for, are there before the bodies run.
+        program = jax.jit(lambda x: body(x[0, 0]))
+        program(jnp.eye(600)).block_until_ready()
+        x = jnp.eye(600)
+        for _ in range(30):
+            x = x @ x
+        results = [program(x) for _ in range(5)]
+        print(results[-1].block_until_ready())
+        """,
+        limit=60,
+    )
+    assert out.split() == ["1"] * 6 + ["2.0"]
+
+
+def test_sessions_and_effects_count():
+    with jpf.Graph().as_default():
+        x = jpf.placeholder(jnp.float32)
+        y = py_func(lambda x: x**2, [x], jnp.float32, name="square")
+        slope = jpf.gradients(y, x)[0]
+        with jpf.Session() as sess, profile() as prof:
+            assert sess.run([y, slope], {x: 3.0}) == [9, 6]
+    assert counts(prof, "calls", "square") == {"forward": 1, "vjp": 1}
+
+
+def test_as_dict_is_a_copy():
+    with profile() as prof:
+        cube(1.0)
+        before = prof.as_dict()
+        cube(1.0)
+    assert before["cube"]["forward"]["calls"] == 1
+    assert prof.as_dict()["cube"]["forward"]["calls"] == 2
+    assert set(before["cube"]["forward"]) == {
+        "calls",
+        "elements",
+        "body_seconds",
+        "crossing_seconds",
+        "bytes_in",
+        "bytes_out",
+        "exceptions",
+    }
+
+
+def test_prints_as_an_aligned_table():
+    f = py_func(lambda x: x, Tout=jax.ShapeDtypeStruct((1024,), jnp.float32), name="<f>")
+    with profile() as prof:
+        for _ in range(1500):
+            f(jnp.ones(1024))
+        jax.jit(jax.value_and_grad(cube))(1.0)
+    header, *rows = str(prof).splitlines()
+    assert header.split() == [
+        *("function", "kind", "calls", "elements", "body", "crossing"),
+        *("in", "out", "exceptions"),
+    ]
+    assert len({len(line) for line in (header, *rows)}) == 1
+    assert [row[:8].strip() for row in rows] == ["<f>", "cube", ""]
+    assert [row.split()[-1] for row in rows] == ["0", "0", "0"]
+    assert re.search(r"<f> +forward +1,500 +1,500 .* 5.9 MiB +5.9 MiB +0$", rows[0])
+    assert re.search(r"forward +1 +1 .* 4 B +4 B +0$", rows[1])
+    assert str(profile()).splitlines()[0].split() == header.split()
+    html = prof._repr_html_()
+    assert html.startswith("<table>")
+    assert "<f>" not in html
+    assert "&lt;f&gt;" in html
+    assert html.count("<tr>") == 4
+    assert html.count("<td") == 3 * html.count("<th ")
+
+
+def test_bodies_have_their_names_in_traces(tmp_path):
+    # In its own process, because a trace is of the whole process.
+    run_program(
+        f"""
+        import jax, jax.numpy as jnp
+        from jpyfunc import py_func
+
+        f = py_func(lambda x: x**2, Tout=jnp.float32, name="the_body")
+        program, slopes = jax.jit(f), jax.jit(jax.vmap(jax.grad(f)))
+        program(1.0), slopes(jnp.ones(3))
+        with jax.profiler.trace({str(tmp_path)!r}):
+            jax.block_until_ready((program(1.0), slopes(jnp.ones(3))))
+        """,
+        limit=120,
+    )
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    events = trace.read_bytes()
+    assert b"the_body" in events
+    assert b"the_body (vjp)" in events
