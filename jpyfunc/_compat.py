@@ -9,6 +9,7 @@ that these names were checked on is stated in `pyproject.toml`.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -101,15 +102,35 @@ class _no_mesh:  # noqa: N801 - a context manager, named like JAX's own
 _mesh_state: Any = _mesh if hasattr(_mesh, "device_context") else _config
 
 
-@functools.cache
-def private_device() -> Device:
-    """The one device of a CPU client of our own that runs every operation inline.
+_private_clients: list[Any] = []
+_private_clients_lock = threading.Lock()
 
-    JAX has no public way to make a second client. The shared one runs operations on
-    a pool of threads, and a callback that waits for an operation while callbacks
-    hold every thread of that pool waits forever (jax-ml/jax#24255, #25861).
+
+def body_device(ctx: mlir.LoweringRuleContext) -> Device:
+    """Where the bodies of the program that is being lowered run.
+
+    It is the device of a CPU client of our own. A callback holds a thread of the client
+    that its program runs on, and what a body waits for must not need one of those: on a
+    shared client, callbacks wait for each other (jax-ml/jax#24255, #25861). So bodies
+    have a client, the programs that they call have bodies on a second one, and so on:
+    each client waits only for the next, and the last one for none.
+
+    They are synchronous, which saves a change of thread for each operation. JAX has no
+    public way to make a second client.
     """
-    return _xla_client.make_cpu_client(asynchronous=False).local_devices()[0]
+    program_client = ctx.module_context.get_backend(optional=True)
+    with _private_clients_lock:
+        level = 0
+        if program_client in _private_clients:
+            level = _private_clients.index(program_client) + 1
+        if level == len(_private_clients):
+            _private_clients.append(_xla_client.make_cpu_client(asynchronous=False))
+        return _private_clients[level].local_devices()[0]
+
+
+def is_in_body() -> bool:
+    """Whether a compiled program's body runs on this thread, where nothing may wait."""
+    return default_device().client in _private_clients
 
 
 def default_device() -> Device:
@@ -136,9 +157,10 @@ def _aligned(value: np.ndarray) -> np.ndarray:
     """A large `value` where XLA takes it without a copy of its own.
 
     XLA copies what does not begin at a multiple of 64 bytes, and NumPy's allocations do
-    not. NumPy copies 64 MB four times as fast, because it asks for huge pages.
+    not: from 100 kB on another thread. NumPy copies 64 MB four times as fast, because it
+    asks for huge pages.
     """
-    if value.nbytes < 2**22 or value.ctypes.data % 64 == 0:
+    if value.nbytes < 2**16 or value.ctypes.data % 64 == 0:
         return value
     buffer = np.empty(value.nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64

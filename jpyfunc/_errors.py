@@ -10,6 +10,8 @@ from types import TracebackType
 
 import jax
 
+from jpyfunc import _compat
+
 
 class PyFuncError(Exception):
     """Base class of the errors that this library raises about a call of its own."""
@@ -131,7 +133,8 @@ def _in_flight_failure() -> BaseException | None:
     """The exception of a body whose program was dispatched but not waited for yet."""
     # With blocks open on several threads there is no telling whose array it is; then
     # the failure surfaces as JAX's error where the array is waited for.
-    if _originals.blocks > 1:
+    # In a body, waiting for what waits for the body would never end.
+    if _originals.blocks > 1 or _compat.is_in_body():
         return None
     try:
         jax.effects_barrier()

@@ -115,17 +115,19 @@ class HostCall:
     Args:
         body: what to run.
         settings: as `_compat.current_settings` gave them.
+        device: the private one for the program, as `_compat.body_device` gave it.
     """
 
-    __slots__ = ("_body", "_on_device", "_settings")
+    __slots__ = ("_body", "_device", "_on_device", "_settings")
 
-    def __init__(self, body: Body, settings: tuple[Any, ...]) -> None:
+    def __init__(
+        self, body: Body, settings: tuple[Any, ...], device: _compat.Device
+    ) -> None:
         self._body = body
         self._settings = settings
+        self._device = device
         # It costs each operation JAX's fast path, some 60 us, so only where needed.
-        self._on_device = holds_array_elsewhere(
-            unwrapped(body.primal.func), _compat.private_device()
-        )
+        self._on_device = holds_array_elsewhere(unwrapped(body.primal.func), device)
 
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
         if open_profiles:
@@ -134,7 +136,7 @@ class HostCall:
         return self._cross(operands, annotated)
 
     def _cross(self, operands: Sequence[Any], run: Run) -> tuple[np.ndarray, ...]:
-        device = _compat.private_device()
+        device = self._device
         entered = _compat.enter_settings(self._settings, device)
         try:
             if self._on_device:

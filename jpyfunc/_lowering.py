@@ -33,7 +33,7 @@ def _py_func_lowering(
     token = ctx.tokens_in.get(ORDERED) if params.ordered else None
     results, token = _compat.emit_host_call(
         ctx,
-        HostCall(params.body, params.settings),
+        HostCall(params.body, params.settings, _compat.body_device(ctx)),
         token,
         operands,
         has_side_effect=params.stateful,

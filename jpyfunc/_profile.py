@@ -290,7 +290,7 @@ def _bytes(value: int | float) -> str:
 def _wait_for_calls() -> None:
     """Wait for the programs in flight whose results or effects are still held."""
     # In a body, that would be to wait for the program that waits for the body.
-    if _compat.default_device() is _compat.private_device():
+    if _compat.is_in_body():
         return
     with contextlib.suppress(RuntimeError):
         jax.effects_barrier()

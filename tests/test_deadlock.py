@@ -8,7 +8,7 @@ import pytest
 from programs import run_program
 
 SETUP = """
-    import jax, jax.numpy as jnp, threading
+    import jax, jax.numpy as jnp, numpy as np, threading
     from jpyfunc import py_func
 
     n = 600
@@ -94,6 +94,15 @@ PROGRAMS = {
     on_threads(jax.jit(outer), 8, 2)
     """,
     ),
+    "nested_in_jit_on_threads": (
+        DIFFERENTIABLE,
+        """
+    jitted = jax.jit(f)
+    # An array that a body makes of NumPy's is copied by its client, on other threads.
+    outer = py_func(lambda x: jitted(jnp.asarray(np.array(x) / 2)) + jitted(x), Tout=same)
+    on_threads(jax.jit(outer), 16, 10)
+    """,
+    ),
     "global_arrays": (
         DIFFERENTIABLE,
         """
@@ -102,7 +111,7 @@ PROGRAMS = {
     g = py_func(lambda x: x @ weights + jnp.sort(x @ committed, axis=0), Tout=same)
     plain = lambda x: x @ weights + jnp.sort(x @ weights, axis=0)
     burst(jax.jit(lambda x: g(x * 2)), lambda x: plain(x * 2), 50)
-    on_threads(jax.jit(lambda x: sum(g(x * i) for i in range(16))), 16, 5)
+    on_threads(jax.jit(lambda x: sum(g(x * i) for i in range(16))), 16, 1)
     """,
     ),
     "vmap": (
