@@ -53,6 +53,9 @@ DERIVATIVES = {
     "jacfwd": lambda f, args: jax.jacfwd(f, everything(f, args))(*args),
     "jacrev": lambda f, args: jax.jacrev(f, everything(f, args))(*args),
     "hessian": lambda f, args: jax.hessian(scalar(f), everything(f, args))(*args),
+}
+# Every mix of two; the Hessian above is forward over reverse.
+MIXES = {
     "rev_rev": lambda f, args: jax.jacrev(jax.grad(scalar(f)))(*args),
     "fwd_fwd": lambda f, args: jax.jacfwd(jax.jacfwd(scalar(f)))(*args),
     "rev_fwd": lambda f, args: jax.jacrev(jax.jacfwd(scalar(f)))(*args),
@@ -65,6 +68,13 @@ def test_derivative(case: Case, derivative: str, transform):
     take = DERIVATIVES[derivative]
     got = transform(lambda *args: take(case.wrapped, args))(*case.args)
     assert_close(got, take(case.body, case.args))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("case", CASES[1:5], ids=repr)
+def test_second_order(case: Case, mix: str, transform):
+    got = transform(lambda *args: MIXES[mix](case.wrapped, args))(*case.args)
+    assert_close(got, MIXES[mix](case.body, case.args))
 
 
 THIRD_ORDER = {
