@@ -97,6 +97,12 @@ class Primal:
         return f"{'numpy_func' if self.numpy else 'py_func'} {self.name!r}"
 
     @property
+    def held(self) -> list[Any]:
+        """What reaches the body other than as an operand."""
+        statics = [leaf.value for leaf in self.leaves if isinstance(leaf, Static)]
+        return [unwrapped(value) for value in (self.func, *statics)]
+
+    @property
     def out_avals(self) -> Avals:
         return tuple(
             physical_aval(leaf.shape, leaf.dtype, leaf.weak_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from jax.core import Tracer
 
 from jpyfunc._inference import is_abstract
 
+MAX_SEARCHED = 10_000  # objects; a body may hold all of a program's data
 LIBRARIES = ("builtins", "jax", "jaxlib", "jpyfunc", "numpy")
 
 
@@ -54,11 +56,16 @@ def _held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
         path, value = stack.pop()
         if id(value) in seen or isinstance(value, str | bytes | int | float | complex):
             continue
+        if len(seen) == MAX_SEARCHED:
+            return
         seen[id(value)] = value
         yield path, value
-        stack.extend(_parts(value, path))
-        if with_globals and isinstance(value, types.FunctionType):
-            stack.extend(_globals(value))
+        try:
+            stack.extend(_parts(value, path))
+            if with_globals and isinstance(value, types.FunctionType):
+                stack.extend(_globals(value))
+        except Exception:  # noqa: BLE001 - from attributes of a user's object
+            continue
 
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -103,9 +110,17 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             with contextlib.suppress(ValueError):  # a name that is not bound yet
                 yield f"the variable {name!r}", cell.cell_contents
         yield "a default", (value.__defaults__, value.__kwdefaults__)
-    elif isinstance(value, type | types.ModuleType | jax.Array):
+    elif isinstance(value, types.ModuleType | jax.Array):
         return
     else:
-        for name, item in getattr(value, "__dict__", {}).items():
-            yield f"the attribute {name!r}", item
-        yield path, getattr(value, "__wrapped__", None)
+        owner = value if isinstance(value, type) else type(value)
+        if not _is_library(owner.__module__):
+            for name, item in vars(owner).items():
+                yield f"the attribute {name!r}", item
+            for name in vars(owner).get("__slots__", ()):
+                yield f"the attribute {name!r}", getattr(value, name, None)
+        if not isinstance(value, type):
+            for name, item in getattr(value, "__dict__", {}).items():
+                yield f"the attribute {name!r}", item
+        # Statically: some objects make up whatever attribute they are asked for.
+        yield path, inspect.getattr_static(value, "__wrapped__", None)

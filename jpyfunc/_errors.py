@@ -65,8 +65,9 @@ class _Originals:
         # JAX's fast path for a program that ran before raises ValueError of that text.
         if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
             return None
-        marker = _MARKER.search(str(error))
-        return self._kept.get(int(marker[1])) if marker else None
+        # The last one is its own; the text may quote those of errors before it.
+        markers = _MARKER.findall(str(error))
+        return self._kept.get(int(markers[-1])) if markers else None
 
 
 _originals = _Originals()
@@ -78,10 +79,14 @@ def mark_crossing(error: BaseException) -> None:
     XLA keeps nothing of an exception that leaves a host call but its text. Where a
     `raise_original` block is open, that text must carry a marker to find `error` by.
     """
+    text = "".join(traceback.format_exception(error))
+    # XLA cuts a text at a zero byte, and crashes on a surrogate.
+    safe = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
     if _originals.blocks:
         original = _originals.find(error) or error
-        text = "".join(traceback.format_exception(original))
-        raise RuntimeError(f"{text}{_originals.keep(original)}") from None
+        raise RuntimeError(f"{safe}{_originals.keep(original)}") from None
+    if safe != text:
+        raise RuntimeError(safe) from None
 
 
 class raise_original:  # noqa: N801 - a context manager, named like JAX's own

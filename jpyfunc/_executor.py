@@ -17,7 +17,7 @@ from jax.core import ShapedArray
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._body import Batch, Body, Primal, unwrapped
+from jpyfunc._body import Batch, Body, Primal
 from jpyfunc._closure import holds_array_elsewhere
 from jpyfunc._errors import UnsupportedError, mark_crossing
 from jpyfunc._profile import Run, annotated, kind_of, measure_body, open_profiles
@@ -127,7 +127,7 @@ class HostCall:
         self._settings = settings
         self._device = device
         # It costs each operation JAX's fast path, some 60 us, so only where needed.
-        self._on_device = holds_array_elsewhere(unwrapped(body.primal.func), device)
+        self._on_device = holds_array_elsewhere(body.primal.held, device)
 
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
         if open_profiles:

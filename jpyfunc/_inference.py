@@ -293,19 +293,27 @@ class _UnknownBool:
         return self._tracer._refuse(f"concrete use ({name})")
 
 
-class _Muted:
-    """A stream without what one thread writes to it."""
+_muted = threading.local()  # `.blocks`: how many `_quiet` blocks this thread is in
 
-    def __init__(self, stream: Any, thread: int) -> None:
+
+def _is_muted() -> bool:
+    return getattr(_muted, "blocks", 0) > 0
+
+
+class _Muted:
+    """A stream without what threads in a `_quiet` block write to it.
+
+    It may outlive the block, where the body or another thread keeps it (a logging
+    handler, `contextlib.redirect_stdout`); it lets all through then.
+    """
+
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._thread = thread
 
     def write(self, text: str) -> int:
-        if threading.get_ident() == self._thread:
-            return len(text)
-        return self._stream.write(text)
+        return len(text) if _is_muted() else self._stream.write(text)
 
-    def writelines(self, lines: Iterable[str]) -> None:
+    def writelines(self, lines: Any) -> None:
         for line in lines:
             self.write(line)
 
@@ -313,27 +321,28 @@ class _Muted:
         return getattr(self._stream, name)
 
 
-_quiet_lock = threading.RLock()
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep this thread's `print` and `breakpoint` still: the body is not being run."""
-    with _quiet_lock:
-        thread = threading.get_ident()
-        replaced: Any = (sys.stdout, sys.stderr, sys.breakpointhook)
-        stdout, stderr, hook = replaced
+    stdout, stderr, hook = sys.stdout, sys.stderr, sys.breakpointhook
 
-        def breakpointhook(*args: Any, **kwargs: Any) -> Any:
-            return None if threading.get_ident() == thread else hook(*args, **kwargs)
+    def breakpointhook(*args: Any, **kwargs: Any) -> Any:
+        return None if _is_muted() else hook(*args, **kwargs)
 
-        muted: Any = (_Muted(stdout, thread), _Muted(stderr, thread))
-        sys.stdout, sys.stderr = muted
-        sys.breakpointhook = breakpointhook
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr, sys.breakpointhook = replaced
+    muted: Any = (_Muted(stdout), _Muted(stderr), breakpointhook)
+    sys.stdout, sys.stderr, sys.breakpointhook = muted
+    _muted.blocks = getattr(_muted, "blocks", 0) + 1
+    try:
+        yield
+    finally:
+        _muted.blocks -= 1
+        # Only what is still in place: another thread may have replaced it meanwhile.
+        if sys.stdout is muted[0]:
+            sys.stdout = stdout
+        if sys.stderr is muted[1]:
+            sys.stderr = stderr
+        if sys.breakpointhook is breakpointhook:
+            sys.breakpointhook = hook
 
 
 def is_abstract(value: Any) -> bool:

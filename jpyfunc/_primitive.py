@@ -110,8 +110,10 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
     """Run the body at once, here: eager calls under a transform come to this."""
     if params.ordered:
         jax.effects_barrier()  # what was dispatched before it runs before it
-    device = _compat.default_device()
-    results = evaluate(params.body, [jnp.asarray(x) for x in operands], device)
+    arrays = [jnp.asarray(x) for x in operands]
+    devices = set().union(*(x.devices() for x in arrays))
+    device = devices.pop() if len(devices) == 1 else _compat.default_device()
+    results = evaluate(params.body, arrays, device)
     return [
         _as_declared(result, aval)
         if isinstance(result, jax.Array)

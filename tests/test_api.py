@@ -463,3 +463,39 @@ def test_closures_over_concrete_values_are_not_refused(transform):
     f = transform(lambda x: py_func(body, [x], F32))
     assert f(2.0) == (2 * 3 + 3) * 2
     unbound = 1
+
+
+class Inventive:
+    """Makes up every attribute, as lazy proxies do."""
+
+    def __getattr__(self, name):
+        return Inventive()
+
+    def __call__(self, *args):
+        return self
+
+
+class Settings:
+    """Raises the wrong exception for an attribute that it lacks."""
+
+    def __init__(self):
+        self.__dict__["values"] = {"k": 2.0}
+
+    def __getattr__(self, name):
+        return self.values[name]
+
+
+def test_bodies_that_use_odd_objects(transform):
+    log, settings = Inventive(), Settings()
+
+    def body(x):
+        log.info("running")
+        return x * settings.k
+
+    assert transform(py_func(body, Tout=jax.ShapeDtypeStruct((), jnp.float32)))(1.5) == 3.0
+
+
+def test_results_of_an_eager_batch_stay_on_the_device_of_its_operands():
+    device = jax.devices()[2]
+    f = py_func(lambda x: x * 2, Tout=jnp.float32)
+    assert jax.vmap(f)(jax.device_put(jnp.ones(3), device)).devices() == {device}

@@ -188,3 +188,31 @@ def test_export_and_serialization_say_why_not():
     with pytest.raises(TypeError, match="pickle"):
         pickle.dumps(compiled)
     assert jax.jit(f)(1.0) == 2.0
+
+
+def test_raise_original_of_a_body_that_handled_another_error():
+    """The text of what is raised quotes the error of the call inside."""
+
+    @py_func(Tout=f32)
+    def outer(x):
+        try:
+            return jax.jit(wrapped)(x)
+        except Exception as error:
+            raise KeyError("outer") from error
+
+    for _ in range(2):
+        with pytest.raises(KeyError, match="outer"), raise_original():
+            jax.jit(outer)(-1.0)
+
+
+@pytest.mark.parametrize("text", ["zero \0 byte", "surrogate \udcff"])
+def test_texts_that_xla_cannot_carry(text):
+    def body(x):
+        raise OSError(text)
+
+    f = jax.jit(py_func(body, Tout=f32))
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="OSError"):
+        jax.block_until_ready(f(1.0))
+    with pytest.raises(OSError) as info, raise_original():  # noqa: PT011 - compared below
+        f(1.0)
+    assert info.value.args == (text,)

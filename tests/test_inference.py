@@ -2,6 +2,7 @@
 
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -451,3 +452,26 @@ def test_tracing_works_after_inference_failed():
 
     assert jax.jit(f)(2.0) == 6
     assert jax.grad(f)(2.0) == 3
+
+
+def test_a_stream_that_a_body_kept_is_heard_afterwards(capsys):
+    kept = []
+
+    def body(x):
+        kept.append(sys.stdout)
+        return x
+
+    assert jax.jit(py_func(body))(1.0) == 1.0
+    kept[0].write("heard")
+    assert capsys.readouterr().out == "heard"
+
+
+def test_a_body_may_wait_for_a_thread_that_infers():
+    inner = py_func(lambda x: x + 1)
+
+    def body(x):
+        with ThreadPoolExecutor(1) as pool:
+            y = pool.submit(lambda: jax.jit(inner)(jnp.float32(3))).result(timeout=30)
+        return x * y
+
+    assert jax.jit(py_func(body))(2.0) == 8.0
