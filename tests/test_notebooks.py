@@ -91,9 +91,9 @@ def test_committed_for_any_machine(path):
     assert notebook.metadata == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
-    }
+    }, "executing adds the version of Python here; drop it again"
     for cell in notebook.cells:
-        assert cell.metadata == {}
+        assert cell.metadata == {}, "executing adds times of day here; drop them again"
         assert cell.source == cell.source.strip()
     for cell in code_cells(notebook):
         for text in texts(cell):
