@@ -237,6 +237,11 @@ def _castable(array: Any, weak: bool, target_dtype: Any) -> bool:
     # A Python int has no sign as a type, and an empty list no type at all.
     if weak and ((source, target) == ("i", "u") or not array.size):
         return True
+    return is_same_kind(source, target)
+
+
+def is_same_kind(source: str, target: str) -> bool:
+    """Whether NumPy's `same_kind` rule converts one result of `kind_of` to another."""
     order = "buifc"
     return order.index(source) <= order.index(target)
 

@@ -14,10 +14,6 @@ def tangents_like(args):
     return jax.tree.map(lambda x: jnp.cos(jnp.asarray(x)) + 0.5, args)
 
 
-def all_args(case):
-    return tuple(range(len(case.args)))
-
-
 def jvp(f, args):
     return jax.jvp(f, args, tangents_like(args))
 

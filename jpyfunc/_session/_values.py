@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpyfunc._spec import is_key_dtype, kind_of
+from jpyfunc._spec import is_key_dtype, is_same_kind, kind_of
 from jpyfunc._symbol import Symbol
 
 Shape = tuple[int | None, ...]
-
-_KINDS = "buifc"  # in which each converts to those after it, as NumPy's "same_kind"
 
 
 def fits(shape: Shape | None, expected: Shape | None) -> bool:
@@ -61,7 +59,7 @@ def convert(value: Any, dtype: Any, shape: Shape | None, where: Callable[[], str
     # A Python int has no sign to lose as a type.
     from_int = source == "i" and target == "u" and not hasattr(value, "dtype")
     if source is None or target is None or not (
-        from_int or _KINDS.index(source) <= _KINDS.index(target)
+        from_int or is_same_kind(source, target)
     ):  # fmt: skip
         raise TypeError(
             f"{where()}: expected {dtype}, got {array.dtype}, which does not convert to "
