@@ -15,8 +15,8 @@ import numpy as np
 from jax.core import ShapedArray, Tracer
 
 from jpyfunc import _compat
-from jpyfunc._batching import BATCHERS
-from jpyfunc._body import (
+from jpyfunc._body.closure import refuse_traced_closure
+from jpyfunc._body.primal import (
     Key,
     Primal,
     Static,
@@ -24,11 +24,11 @@ from jpyfunc._body import (
     physical_aval,
     read_only,
 )
-from jpyfunc._closure import refuse_traced_closure
+from jpyfunc._body.tout import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
+from jpyfunc._host.profile import Run, annotated, measure, open_profiles
 from jpyfunc._inference import infer
-from jpyfunc._primitive import Params, bind
-from jpyfunc._profile import Run, annotated, measure, open_profiles
-from jpyfunc._spec import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
+from jpyfunc._primitive.batching import BATCHERS
+from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._symbol import Symbol, noting
 
 

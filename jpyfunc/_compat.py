@@ -28,9 +28,16 @@ from jax._src.interpreters import mlir as _mlir
 from jax._src.lib import xla_client as _xla_client
 from jax._src.pjit import jit_p as _jit_p
 from jax.core import ShapedArray
-from jax.extend.core import Effect, set_current_trace
+from jax.extend.core import Effect
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
+
+# The trace that runs operations at once, and what a call of a jitted function binds.
+EvalTrace = _core.EvalTrace
+eval_trace = _core.eval_trace
+eval_jaxpr = _core.eval_jaxpr
+jit_p = _jit_p
+weakref_lru_cache = _util.weakref_lru_cache
 
 Device = Any  # `jax.Device` is a variable to a type checker
 
@@ -172,42 +179,6 @@ def _aligned(value: np.ndarray) -> np.ndarray:
 @functools.cache
 def _sharding_of(device: Device) -> jax.sharding.SingleDeviceSharding:
     return jax.sharding.SingleDeviceSharding(device)
-
-
-class OnDevice(_core.EvalTrace):
-    """Evaluates operations at once and on one device, wherever their operands are.
-
-    An operand on another device, such as a global array, would be copied by the client
-    of that device, and if committed take the operation there. In a host call that is
-    the client of the program that waits for the call, and so may wait for it in turn.
-    """
-
-    def __init__(self, device: Device) -> None:
-        super().__init__()
-        self._device = device
-
-    def process_primitive(self, primitive: Any, args: Any, params: Any, /) -> Any:
-        with set_current_trace(_core.eval_trace):
-            args = [self._move(x) for x in args]
-            if primitive is not _jit_p:
-                return primitive.bind(*args, **params)
-            # The arrays that a jitted function closes over are no operands of its bind.
-            jaxpr = params["jaxpr"]
-            return _jitted(jaxpr)([self._move(x) for x in jaxpr.consts], *args)
-
-    def _move(self, x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.sharding.device_set == {self._device}:
-            return x
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            dtype = cast(Any, x.dtype)
-            return jax.random.wrap_key_data(self._move(jax.random.key_data(x)), dtype=dtype)
-        aval = ShapedArray(x.shape, x.dtype, x.aval.weak_type)
-        return put(np.asarray(x), aval, self._device)
-
-
-@_util.weakref_lru_cache
-def _jitted(jaxpr: Any) -> Any:
-    return jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *args))
 
 
 def is_eager() -> bool:

@@ -6,7 +6,8 @@ import itertools
 import re
 import threading
 import traceback
-from types import TracebackType
+from collections.abc import Iterable
+from types import FrameType, TracebackType
 
 import jax
 
@@ -87,6 +88,20 @@ def mark_crossing(error: BaseException) -> None:
         raise RuntimeError(f"{safe}{_originals.keep(original)}") from None
     if safe != text:
         raise RuntimeError(safe) from None
+
+
+def place_of(error: BaseException) -> str:
+    """Where the user's code was when it raised, as ` at FILE:LINE`, or nothing."""
+    return place(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+
+def place(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """Where the user's code is in a stack, from the innermost frame out."""
+    for frame, line in frames:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("jax", "jpyfunc", "numpy"):
+            return f" at {frame.f_code.co_filename}:{line}"
+    return ""
 
 
 class raise_original:  # noqa: N801 - a context manager, named like JAX's own

@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import heapq
-import inspect
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray, Trace, Tracer
+from jax.core import ShapedArray
 from jax.extend.core import set_current_trace, take_current_trace
 
-from jpyfunc._errors import InferenceError, ResultError
-from jpyfunc._spec import Leaf, Template, is_weak, kind_of
+from jpyfunc._body.tout import Leaf, Template, is_weak, kind_of
+from jpyfunc._errors import InferenceError, ResultError, place_of
+from jpyfunc._traces.abstract import (
+    MAX_DECISIONS,
+    AbstractTrace,
+    AbstractTracer,
+    NeedsValueError,
+    Undecided,
+)
 
-# A loop on an abstract condition is one decision per turn, and may never end.
-MAX_DECISIONS = 64
 MAX_RUNS = 32
 
 
@@ -60,14 +62,14 @@ def infer(
         if not queue:
             break
         _, _, script = heapq.heappop(queue)
-        trace = _AbstractTrace(script)
+        trace = AbstractTrace(script)
         try:
             with _quiet(), take_current_trace(), set_current_trace(trace):
-                result = func([_AbstractTracer(trace, aval) for aval in avals])
+                result = func([AbstractTracer(trace, aval) for aval in avals])
                 seen = _template_of(result, template, name)
-        except _Undecided:
+        except Undecided:
             pass
-        except _NeedsValueError as error:
+        except NeedsValueError as error:
             raise _needs_value_error(error, str(error), template, name) from None
         except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
             what = str(error).split("\n", 1)[0]
@@ -84,7 +86,7 @@ def infer(
             heapq.heappush(queue, (sum(branch), discovered, branch))
     if found is None:
         reason = (
-            f"it raised {type(failure).__name__}{_place_of(failure)}: {failure}"
+            f"it raised {type(failure).__name__}{place_of(failure)}: {failure}"
             if failure
             else f"it made more than {MAX_DECISIONS} decisions without returning"
         )
@@ -141,22 +143,8 @@ def _needs_value_error(
 ) -> InferenceError:
     return InferenceError(
         f"{name}: the shapes of its results cannot be inferred, because the body needs a "
-        f"concrete value{_place_of(error)}: {what}. {_remedy(template)}"
+        f"concrete value{place_of(error)}: {what}. {_remedy(template)}"
     )
-
-
-def _place_of(error: Exception) -> str:
-    """Where the user's code was when it raised."""
-    return _place(reversed(list(traceback.walk_tb(error.__traceback__))))
-
-
-def _place(frames: Iterable[tuple[FrameType, int]]) -> str:
-    """Where the user's code is in a stack, from the innermost frame out."""
-    for frame, line in frames:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in ("jax", "jpyfunc", "numpy"):
-            return f" at {frame.f_code.co_filename}:{line}"
-    return ""
 
 
 def _remedy(template: Template | None) -> str:
@@ -165,132 +153,6 @@ def _remedy(template: Template | None) -> str:
         "Say what the body returns, and it will not be run to find out: "
         f"Tout={tout}, with () as the shape of a scalar."
     )
-
-
-class _Undecided(BaseException):
-    """Too many decisions in one run. No `except Exception` of a body may catch it."""
-
-
-class _NeedsValueError(TypeError):
-    """The body used an abstract value for more than a truth test."""
-
-
-class _AbstractTrace(Trace):
-    """Evaluates operations on avals alone, and answers truth tests from a script."""
-
-    def __init__(self, script: list[bool]) -> None:
-        super().__init__()
-        self.script = script
-        self.decisions: list[bool] = []
-        self._places: list[str] = []
-
-    @property
-    def branch(self) -> str:
-        """Where this run left the one that its script was made from."""
-        n = len(self.script)
-        return f"the branch{self._places[n - 1]}" if n <= len(self._places) else "a branch"
-
-    def decide(self) -> bool:
-        n = len(self.decisions)
-        if n >= MAX_DECISIONS:
-            raise _Undecided
-        self.decisions.append(self.script[n] if n < len(self.script) else False)
-        self._places.append(_place(traceback.walk_stack(inspect.currentframe())))
-        return self.decisions[n]
-
-    def stage_value(self, val: Any) -> Any:
-        return val
-
-    def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
-        avals = [jax.typeof(t) for t in tracers]
-        outs, _ = primitive.abstract_eval(*avals, **params)
-        if primitive.multiple_results:
-            return [_AbstractTracer(self, aval) for aval in outs]
-        return _AbstractTracer(self, outs)
-
-    def process_custom_jvp_call(
-        self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **_: Any
-    ) -> Any:
-        return self._call(fun, tracers)
-
-    def process_custom_vjp_call(
-        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **_: Any
-    ) -> Any:
-        return self._call(fun, tracers)
-
-    def _call(self, fun: Any, tracers: Any) -> Any:
-        with set_current_trace(self):
-            return fun.call_wrapped(*tracers)
-
-
-class _AbstractTracer(Tracer):
-    """An array of which only the aval is known."""
-
-    __slots__ = ("aval",)
-
-    aval: Any
-
-    def __init__(self, trace: _AbstractTrace, aval: Any) -> None:
-        self._trace = trace
-        self.aval = aval
-
-    def to_concrete_value(self) -> Any:
-        # Reached through the tracers of `jax.grad` and the like in a body, which ask
-        # their primal for the truth that they are tested for.
-        if self.aval.dtype == jnp.bool_ and self.aval.size == 1:
-            return _UnknownBool(self)
-        return None
-
-    def __bool__(self) -> bool:
-        if self.aval.size != 1:
-            raise ValueError(
-                "The truth value of an array with other than one element is ambiguous. "
-                "Use a.any() or a.all()"
-            )
-        return self._trace.decide()
-
-    def _refuse(self, what: str) -> Any:
-        raise _NeedsValueError(f"{what} of {self.aval.str_short()}")
-
-    def __float__(self) -> Any:
-        self._refuse("float()")
-
-    def __int__(self) -> Any:
-        self._refuse("int()")
-
-    def __complex__(self) -> Any:
-        self._refuse("complex()")
-
-    def __index__(self) -> Any:
-        self._refuse("use as an index or a size")
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse("conversion to NumPy")
-
-    def tolist(self) -> Any:
-        self._refuse("tolist()")
-
-    def item(self, *args: Any) -> Any:
-        self._refuse("item()")
-
-    def __format__(self, spec: str) -> str:
-        return repr(self)
-
-    def __repr__(self) -> str:
-        return f"Abstract({self.aval.str_short()})"
-
-
-class _UnknownBool:
-    """Stands for the value of an abstract bool: good for a truth test, nothing else."""
-
-    def __init__(self, tracer: _AbstractTracer) -> None:
-        self._tracer = tracer
-
-    def __bool__(self) -> bool:
-        return bool(self._tracer)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._tracer._refuse(f"concrete use ({name})")
 
 
 _muted = threading.local()  # `.blocks`: how many `_quiet` blocks this thread is in
@@ -343,8 +205,3 @@ def _quiet() -> Iterator[None]:
             sys.stderr = stderr
         if sys.breakpointhook is breakpointhook:
             sys.breakpointhook = hook
-
-
-def is_abstract(value: Any) -> bool:
-    """Whether `value` is one of the values that `infer` calls a body with."""
-    return isinstance(value, _AbstractTracer)

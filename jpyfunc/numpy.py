@@ -20,7 +20,7 @@ from typing import Any
 
 import jax.numpy
 
-from jpyfunc._session._ops import lift
+from jpyfunc._session.ops import lift
 
 
 class _Lifted(types.ModuleType):

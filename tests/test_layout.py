@@ -12,14 +12,23 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def unit(path: Path) -> str:
-    """What the list calls the module: its name, or that of its sub-package."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """What the list calls the module: its path in the package, and a wing by its own."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
 def stated_order() -> list[str]:
+    """The list, top down; an indented name is in the wing that was named last."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = re.search(r"## Layout.*?```\n(.*?)```", text, re.DOTALL)
-    return [line.split()[0] for line in block[1].splitlines()]
+    order: list[str] = []
+    for line in block[1].splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            wing = order[-1].partition("/")[0]
+            name = f"{wing}/{name}"
+        order.append(name)
+    return order
 
 
 def imported(path: Path) -> set[str]:
@@ -46,7 +55,9 @@ def test_imports_run_downwards(path):
         parts = name.split(".")
         if parts[0] != "jpyfunc" or unit(path) == "__init__":
             continue
-        used = parts[1] if len(parts) > 1 and parts[1] in order else "__init__"
+        used = next(
+            (u for u in ("/".join(parts[1:3]), *parts[1:2]) if u in order), "__init__"
+        )
         if unit(path) == "__main__" and used == "__init__":
             continue  # a user's program
         assert used == unit(path) or order.index(used) > order.index(unit(path)), (

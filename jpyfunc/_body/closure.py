@@ -1,4 +1,4 @@
-"""What a body holds besides its arguments: traced values, and arrays of other devices."""
+"""What a body holds besides its arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from jpyfunc._inference import is_abstract
+from jpyfunc._traces.abstract import is_abstract
 
 MAX_SEARCHED = 10_000  # objects; a body may hold all of a program's data
 LIBRARIES = ("builtins", "jax", "jaxlib", "jpyfunc", "numpy")
@@ -27,7 +27,7 @@ def refuse_traced_closure(body: Any, where: str) -> None:
     Raises:
         TypeError: it does; the text says where, and to pass it.
     """
-    for path, value in _held(body, with_globals=False):
+    for path, value in held(body, with_globals=False):
         if isinstance(value, Tracer) and not is_abstract(value):
             raise TypeError(
                 f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
@@ -36,17 +36,7 @@ def refuse_traced_closure(body: Any, where: str) -> None:
             )
 
 
-def holds_array_elsewhere(body: Any, device: Any) -> bool:
-    """Whether `body` holds a JAX array that is not on `device`, global ones included."""
-    return any(
-        isinstance(value, jax.Array)
-        and not isinstance(value, Tracer)
-        and value.sharding.device_set != {device}
-        for _, value in _held(body, with_globals=True)
-    )
-
-
-def _held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
+def held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
     """Everything that `body` holds, each with the name that it goes by."""
     # Not by recursion: what a body holds may be a list of any length, linked by
     # attributes. `seen` keeps what was searched, so that no other takes its id.

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpyfunc._session._apply import apply
-from jpyfunc._session._graph import get_default_graph
-from jpyfunc._session._nodes import Tensor
-from jpyfunc._session._values import Shape, convert, fits
-from jpyfunc._spec import is_dtype, is_key_dtype, parse
+from jpyfunc._body.tout import is_dtype, is_key_dtype, parse
+from jpyfunc._session.apply import apply
+from jpyfunc._session.graph import get_default_graph
+from jpyfunc._session.nodes import Tensor
+from jpyfunc._session.values import Shape, convert, fits
 from jpyfunc._symbol import Symbol
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from jpyfunc._errors import _originals as originals
-from jpyfunc._session._nodes import Tensor
-from jpyfunc._session._values import convert, fits
+from jpyfunc._session.nodes import Tensor
+from jpyfunc._session.values import convert, fits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

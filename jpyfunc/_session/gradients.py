@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpyfunc._session._apply import common_graph
-from jpyfunc._session._nodes import Operation, Tensor
-from jpyfunc._session._values import convert, fits
+from jpyfunc._session.apply import common_graph
+from jpyfunc._session.nodes import Operation, Tensor
+from jpyfunc._session.values import convert, fits
 
 
 def gradients(

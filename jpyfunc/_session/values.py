@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpyfunc._spec import is_key_dtype, is_same_kind, kind_of
+from jpyfunc._body.tout import is_key_dtype, is_same_kind, kind_of
 from jpyfunc._symbol import Symbol
 
 Shape = tuple[int | None, ...]

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jpyfunc._session._apply import Spec
-from jpyfunc._session._nodes import Operation, Tensor
-from jpyfunc._session._stacks import remove_last, stacks
+from jpyfunc._session.apply import Spec
+from jpyfunc._session.nodes import Operation, Tensor
+from jpyfunc._session.stacks import remove_last, stacks
 
 _NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*")
 

@@ -1,8 +1,4 @@
-"""Where a body runs: the private CPU client, the caller's settings, values in and out.
-
-`_evaluate` is the one place that runs bodies of the primitive, eagerly and from
-compiled programs.
-"""
+"""Runs a body on concrete operands, eagerly and from compiled programs."""
 
 from __future__ import annotations
 
@@ -14,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
-from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._body import Batch, Body, Primal
-from jpyfunc._closure import holds_array_elsewhere
-from jpyfunc._errors import UnsupportedError, mark_crossing
-from jpyfunc._profile import Run, annotated, kind_of, measure_body, open_profiles
+from jpyfunc._body.derived import Batch, Body
+from jpyfunc._body.primal import Primal
+from jpyfunc._host.derivatives import call
+from jpyfunc._host.profile import Run, annotated, kind_of, measure_body, open_profiles
 
 
 def evaluate(body: Body, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -35,14 +30,15 @@ def evaluate(body: Body, operands: Sequence[Any], device: _compat.Device) -> lis
         One NumPy or JAX array per `body.out_avals`.
     """
     if open_profiles:
-        execute = functools.partial(_evaluate, body, operands, device)
+        execute = functools.partial(evaluate_with, body, operands, device)
         return measure_body(body, operands, execute)
-    return _evaluate(body, operands, device, annotated)
+    return evaluate_with(body, operands, device, annotated)
 
 
-def _evaluate(
+def evaluate_with(
     body: Body, operands: Sequence[Any], device: _compat.Device, run: Run
 ) -> list[Any]:
+    """`evaluate` where `run` calls the body and may time it."""
     if isinstance(body, Batch):
         return _evaluate_batch(body, operands, device, run)
     if not body.primal.numpy:
@@ -53,7 +49,7 @@ def _evaluate(
     name = body.primal.name
     if not isinstance(body, Primal):
         name = f"{name} ({kind_of(body)})"
-    return run(name, body, operands)
+    return run(name, call, body, operands)
 
 
 def _evaluate_batch(
@@ -70,7 +66,7 @@ def _evaluate_batch(
         for aval, stacked in zip(out_avals, batch.stacked_out, strict=True)
     ]
     for i in range(batch.size):
-        element = _evaluate(batch.base, [column(i) for column in columns], device, run)
+        element = evaluate_with(batch.base, [column(i) for column in columns], device, run)
         for result, value, stacked in zip(results, element, batch.stacked_out, strict=True):
             if stacked:
                 result[i] = np.asarray(value)
@@ -104,57 +100,3 @@ def _accumulator(aval: ShapedArray, stacked: bool) -> Any:
     if not stacked and jnp.issubdtype(aval.dtype, jnp.floating) and aval.dtype.itemsize < 4:
         return np.float32
     return aval.dtype
-
-
-class HostCall:
-    """What a compiled program calls on the host: runs a body on NumPy operands.
-
-    The body runs on the thread of the program that calls, on the private client, under
-    the settings that were in force where the call was traced.
-
-    Args:
-        body: what to run.
-        settings: as `_compat.current_settings` gave them.
-        device: the private one for the program, as `_compat.body_device` gave it.
-    """
-
-    __slots__ = ("_body", "_device", "_on_device", "_settings")
-
-    def __init__(
-        self, body: Body, settings: tuple[Any, ...], device: _compat.Device
-    ) -> None:
-        self._body = body
-        self._settings = settings
-        self._device = device
-        # It costs each operation JAX's fast path, some 60 us, so only where needed.
-        self._on_device = holds_array_elsewhere(body.primal.held, device)
-
-    def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
-        if open_profiles:
-            execute = functools.partial(self._cross, operands)
-            return measure_body(self._body, operands, execute)
-        return self._cross(operands, annotated)
-
-    def _cross(self, operands: Sequence[Any], run: Run) -> tuple[np.ndarray, ...]:
-        device = self._device
-        entered = _compat.enter_settings(self._settings, device)
-        try:
-            if self._on_device:
-                with set_current_trace(_compat.OnDevice(device)):
-                    results = _evaluate(self._body, operands, device, run)
-            else:
-                results = _evaluate(self._body, operands, device, run)
-            return tuple(np.asarray(result) for result in results)
-        except BaseException as error:
-            mark_crossing(error)
-            raise
-        finally:
-            _compat.leave_settings(entered)
-
-    def __reduce__(self) -> Any:
-        raise UnsupportedError(
-            f"{self._body.primal.label}: a program that calls it cannot be "
-            "pickled or serialized, because its body is a Python function of this "
-            "process and not part of the program. Save what the body computes, or the "
-            "source, and compile again where it is loaded."
-        )

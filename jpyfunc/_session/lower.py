@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jpyfunc._errors import InferenceError
-from jpyfunc._session._nodes import Operation, Tensor
-from jpyfunc._session._pullback import Compute, with_pullback
+from jpyfunc._session.nodes import Operation, Tensor
+from jpyfunc._session.pullback import Compute, with_pullback
 from jpyfunc._symbol import add_note
 
 

@@ -12,8 +12,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Effect, Primitive
 
 from jpyfunc import _compat
-from jpyfunc._body import Body
-from jpyfunc._executor import evaluate
+from jpyfunc._body.derived import Body
+from jpyfunc._host.evaluate import evaluate
 
 py_func_p = Primitive("py_func")
 py_func_p.multiple_results = True

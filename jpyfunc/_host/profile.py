@@ -21,7 +21,8 @@ import numpy as np
 from jax.profiler import TraceAnnotation
 
 from jpyfunc import _compat
-from jpyfunc._body import Batch, Body, Jvp, Primal, Transpose, Vjp, unwrapped
+from jpyfunc._body.derived import Batch, Body, Jvp, Transpose, Vjp
+from jpyfunc._body.primal import Primal, unwrapped
 
 # Profiles whose block is open. A list that changes in place, so that the modules that
 # run bodies import it once and pay one truth test per call where there is none.

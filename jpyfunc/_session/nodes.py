@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jpyfunc._session._apply import Spec, apply_py_func
-from jpyfunc._session._operators import Operators
-from jpyfunc._session._stacks import session_for
+from jpyfunc._session.apply import Spec, apply_py_func
+from jpyfunc._session.operators import Operators
+from jpyfunc._session.stacks import session_for
 
 
 class Tensor(Operators):

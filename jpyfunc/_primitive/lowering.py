@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
-from jpyfunc._executor import HostCall
-from jpyfunc._primitive import ORDERED, Params
+from jpyfunc._host.call import HostCall
+from jpyfunc._primitive.primitive import ORDERED, Params
 
 
 def _py_func_lowering(

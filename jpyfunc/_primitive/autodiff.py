@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from jpyfunc._body import jvp_of, transpose_of
+from jpyfunc._body.derived import jvp_of, transpose_of
 from jpyfunc._errors import NotDifferentiableError
-from jpyfunc._primitive import Params, bind
+from jpyfunc._primitive.primitive import Params, bind
 
 
 def _py_func_jvp(

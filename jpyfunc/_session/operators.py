@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jpyfunc._session._apply import apply
+from jpyfunc._session.apply import apply
 from jpyfunc._symbol import Symbol
 
 

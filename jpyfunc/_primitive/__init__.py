@@ -1,12 +1,12 @@
-"""Registration of every rule of `py_func_p`. Importing this module is what registers."""
+"""The graph side: the primitive and its rules, which importing this registers."""
 
 from jax.interpreters import ad, batching, mlir
 
 from jpyfunc import _compat
-from jpyfunc._autodiff import _py_func_jvp, _py_func_transpose
-from jpyfunc._batching import _py_func_batching
-from jpyfunc._lowering import _py_func_lowering
-from jpyfunc._primitive import _py_func_abstract_eval, _py_func_impl, py_func_p
+from jpyfunc._primitive.autodiff import _py_func_jvp, _py_func_transpose
+from jpyfunc._primitive.batching import _py_func_batching
+from jpyfunc._primitive.lowering import _py_func_lowering
+from jpyfunc._primitive.primitive import _py_func_abstract_eval, _py_func_impl, py_func_p
 
 py_func_p.def_impl(_py_func_impl)
 py_func_p.def_effectful_abstract_eval(_py_func_abstract_eval)

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from jpyfunc._session._execute import Plan, execute, wait
-from jpyfunc._session._graph import Graph, get_default_graph
-from jpyfunc._session._lower import lower
-from jpyfunc._session._nodes import Operation, Tensor
-from jpyfunc._session._stacks import remove_last, stacks
-from jpyfunc._session._values import to_numpy
+from jpyfunc._session.execute import Plan, execute, wait
+from jpyfunc._session.graph import Graph, get_default_graph
+from jpyfunc._session.lower import lower
+from jpyfunc._session.nodes import Operation, Tensor
+from jpyfunc._session.stacks import remove_last, stacks
+from jpyfunc._session.values import to_numpy
 
 
 class Session:

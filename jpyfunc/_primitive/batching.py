@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 
-from jpyfunc._body import Body, FlatBody, Primal, batch_of, widen
+from jpyfunc._body.derived import Body, FlatBody, batch_of, widen
+from jpyfunc._body.primal import Primal
 from jpyfunc._errors import UnsupportedError
-from jpyfunc._primitive import Params, bind
+from jpyfunc._primitive.primitive import Params, bind
 
 Batched = tuple[list[Any], Body]
 

@@ -1,0 +1,165 @@
+"""The Python body of a call: a user's function on flat operands.
+
+It is frozen and compares by value, because as a parameter of the primitive it is part
+of the key of JAX's caches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import ShapedArray
+
+from jpyfunc._body.tout import Template, is_key_dtype
+
+Avals = tuple[ShapedArray, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ById:
+    """Makes any object hashable, equal to itself alone."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ById) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def hashable(value: Any) -> Any:
+    """`value` if it can be hashed, else a `ById` of it."""
+    try:
+        hash(value)
+    except TypeError:
+        return ById(value)
+    return value
+
+
+def unwrapped(value: Any) -> Any:
+    """Undo `hashable`."""
+    return value.value if isinstance(value, ById) else value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Static:
+    """A leaf of the arguments that is no array and reaches the body unchanged."""
+
+    value: Any  # hashable
+    kind: type  # because members of two enums may be equal
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """A leaf of the arguments that is a PRNG key, and crosses as its data."""
+
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Primal:
+    """A user's function on flat operands.
+
+    Attributes:
+        func: the function, made `hashable`.
+        name: its name, for errors and profiles.
+        tree: structure of its `(args, kwargs)`.
+        leaves: one per leaf of `tree`: a `Static`, or what the next operand is: a `Key`,
+            or None for any other array.
+        template: what it returns, complete.
+        in_avals: the operands; the data of a PRNG key stands for the key.
+        numpy: whether it takes and returns NumPy arrays.
+    """
+
+    func: Any
+    name: str
+    tree: Any
+    leaves: tuple[Static | Key | None, ...]
+    template: Template
+    in_avals: Avals
+    numpy: bool
+
+    @property
+    def label(self) -> str:
+        """What errors call the function."""
+        return f"{'numpy_func' if self.numpy else 'py_func'} {self.name!r}"
+
+    @property
+    def held(self) -> list[Any]:
+        """What reaches the body other than as an operand."""
+        statics = [leaf.value for leaf in self.leaves if isinstance(leaf, Static)]
+        return [unwrapped(value) for value in (self.func, *statics)]
+
+    @property
+    def out_avals(self) -> Avals:
+        return tuple(
+            physical_aval(leaf.shape, leaf.dtype, leaf.weak_type)
+            for leaf in self.template.leaves
+        )
+
+    @property
+    def primal(self) -> Primal:
+        return self
+
+    def __call__(self, operands: Iterable[Any]) -> list[Any]:
+        args, kwargs = self.arguments(operands)
+        results = self.template.check(unwrapped(self.func)(*args, **kwargs), self.label)
+        return [
+            jax.random.key_data(result) if leaf.is_key else result
+            for leaf, result in zip(self.template.leaves, results, strict=True)
+        ]
+
+    def arguments(self, operands: Iterable[Any]) -> Any:
+        """`(args, kwargs)` as the function takes them."""
+        rest = iter(operands)
+        return jax.tree.unflatten(
+            self.tree, [self._argument(leaf, rest) for leaf in self.leaves]
+        )
+
+    def _argument(self, leaf: Any, operands: Any) -> Any:
+        if isinstance(leaf, Static):
+            return unwrapped(leaf.value)
+        operand = next(operands)
+        if isinstance(leaf, Key):
+            return jax.random.wrap_key_data(operand, dtype=leaf.dtype)
+        return read_only(operand) if self.numpy else operand
+
+    def widen(self, size: int, batched: Sequence[bool]) -> Primal:
+        """The same function on operands and results with one more leading axis.
+
+        Args:
+            size: length of the new axis of the results and of the `batched` operands.
+            batched: one per operand; the others get an axis of length 1.
+        """
+        return dataclasses.replace(
+            self,
+            in_avals=tuple(
+                aval.update(shape=(size if b else 1, *aval.shape))
+                for aval, b in zip(self.in_avals, batched, strict=True)
+            ),
+            template=self.template.replace_shapes(
+                [(size, *(leaf.shape or ())) for leaf in self.template.leaves]
+            ),
+        )
+
+
+def physical_aval(shape: Any, dtype: Any, weak_type: bool = False) -> ShapedArray:
+    """The aval that crosses to the host: a PRNG key crosses as its data."""
+    if is_key_dtype(dtype):
+        data = jax.eval_shape(
+            jax.random.key_data, jax.ShapeDtypeStruct(tuple(shape), dtype)
+        )
+        return ShapedArray(data.shape, data.dtype)
+    return ShapedArray(tuple(shape), dtype, weak_type=weak_type)
+
+
+def read_only(array: Any) -> np.ndarray:
+    """`array` as a NumPy array that a body cannot write to."""
+    view = np.asarray(array).view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,1 @@
+"""The eager side: where and how a body is run."""

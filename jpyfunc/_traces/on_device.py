@@ -1,0 +1,49 @@
+"""Runs a body with all its arrays on one device, wherever they came from."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray
+from jax.extend.core import set_current_trace
+
+from jpyfunc import _compat
+
+
+class OnDevice(_compat.EvalTrace):
+    """Evaluates operations at once and on one device, wherever their operands are.
+
+    An operand on another device, such as a global array, would be copied by the client
+    of that device, and if committed take the operation there. In a host call that is
+    the client of the program that waits for the call, and so may wait for it in turn.
+    """
+
+    def __init__(self, device: _compat.Device) -> None:
+        super().__init__()
+        self._device = device
+
+    def process_primitive(self, primitive: Any, args: Any, params: Any, /) -> Any:
+        with set_current_trace(_compat.eval_trace):
+            args = [self._move(x) for x in args]
+            if primitive is not _compat.jit_p:
+                return primitive.bind(*args, **params)
+            # The arrays that a jitted function closes over are no operands of its bind.
+            jaxpr = params["jaxpr"]
+            return _jitted(jaxpr)([self._move(x) for x in jaxpr.consts], *args)
+
+    def _move(self, x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.sharding.device_set == {self._device}:
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            dtype = cast(Any, x.dtype)
+            return jax.random.wrap_key_data(self._move(jax.random.key_data(x)), dtype=dtype)
+        aval = ShapedArray(x.shape, x.dtype, x.aval.weak_type)
+        return _compat.put(np.asarray(x), aval, self._device)
+
+
+@_compat.weakref_lru_cache
+def _jitted(jaxpr: Any) -> Any:
+    return jax.jit(lambda consts, *args: _compat.eval_jaxpr(jaxpr.jaxpr, consts, *args))
