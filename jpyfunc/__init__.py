@@ -3,12 +3,15 @@
 from jpyfunc import numpy as numpy
 from jpyfunc._api import numpy_func as numpy_func
 from jpyfunc._api import py_func as py_func
+from jpyfunc._errors import GradientCutWarning as GradientCutWarning
 from jpyfunc._errors import InferenceError as InferenceError
 from jpyfunc._errors import NotDifferentiableError as NotDifferentiableError
 from jpyfunc._errors import PyFuncError as PyFuncError
 from jpyfunc._errors import ResultError as ResultError
+from jpyfunc._errors import TapeLostError as TapeLostError
 from jpyfunc._errors import UnsupportedError as UnsupportedError
 from jpyfunc._errors import raise_original as raise_original
+from jpyfunc._host.kept import set_tape_limit as set_tape_limit
 from jpyfunc._host.profile import profile as profile
 from jpyfunc._session.gradients import gradients as gradients
 from jpyfunc._session.graph import Graph as Graph

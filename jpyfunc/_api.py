@@ -25,11 +25,13 @@ from jpyfunc._body.primal import (
     read_only,
 )
 from jpyfunc._body.tout import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
+from jpyfunc._errors import not_differentiable
 from jpyfunc._host.profile import Run, annotated, measure, open_profiles
 from jpyfunc._inference import infer
 from jpyfunc._primitive.batching import BATCHERS
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._symbol import Symbol, noting
+from jpyfunc._traces.tape import is_taped, runs_now
 
 
 class _Inferred:
@@ -269,12 +271,15 @@ class PyFunc:
         for leaf in leaves:
             if isinstance(leaf, Symbol):
                 return leaf.call_py_func(self, args, kwargs)
-        if _compat.is_eager() and not any(isinstance(x, Tracer) for x in leaves):
+        traced = [x for x in leaves if isinstance(x, Tracer)]
+        if runs_now() and all(map(is_taped, traced)):
             return self._call(leaves, tree)
         return self._bind(leaves, tree)
 
     def _call(self, leaves: list[Any], tree: Any) -> Any:
         """Call the function here and now, with the checks that a bind has."""
+        if self._numpy and any(map(is_taped, leaves)):
+            raise not_differentiable(self._where)
         if self._ordered:
             jax.effects_barrier()  # what was dispatched before it runs before it
         arrays = [

@@ -15,20 +15,23 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax._src import ad_util as _ad_util
 from jax._src import callback as _callback
 from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import effects as _effects
 from jax._src import ffi as _ffi
+from jax._src import linear_util as _linear_util
 from jax._src import mesh as _mesh
 from jax._src import sharding_impls as _sharding_impls
 from jax._src import util as _util
 from jax._src.interpreters import mlir as _mlir
+from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.lib import xla_client as _xla_client
 from jax._src.pjit import jit_p as _jit_p
 from jax.core import ShapedArray
-from jax.extend.core import Effect
+from jax.extend.core import ClosedJaxpr, Effect, Jaxpr
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
@@ -37,6 +40,7 @@ EvalTrace = _core.EvalTrace
 eval_trace = _core.eval_trace
 eval_jaxpr = _core.eval_jaxpr
 jit_p = _jit_p
+stop_gradient_p = _ad_util.stop_gradient_p
 weakref_lru_cache = _util.weakref_lru_cache
 
 Device = Any  # `jax.Device` is a variable to a type checker
@@ -181,10 +185,75 @@ def _sharding_of(device: Device) -> jax.sharding.SingleDeviceSharding:
     return jax.sharding.SingleDeviceSharding(device)
 
 
-def is_eager() -> bool:
-    """Whether operations run at once on this thread: no transform is tracing."""
-    trace = _core.trace_ctx.trace
-    return trace is None or isinstance(trace, _core.EvalTrace)
+def taken(function: Any) -> list[tuple[Any, Any]]:
+    """Empty the stores of a function that JAX wrapped.
+
+    A call of `jax.custom_jvp` or `jax.custom_vjp` expects that either the function was
+    run or its rule, and tells from which one filled its stores.
+
+    Returns:
+        Each store that was filled, with what it held.
+    """
+    filled = []
+    for store in function.stores:
+        try:
+            filled.append((store, store.val))
+        except (AttributeError, _linear_util.StoreException):
+            continue
+        store.reset()
+    return filled
+
+
+def fill(stores: list[tuple[Any, Any]]) -> None:
+    """Undo `taken`."""
+    for store, value in stores:
+        store.reset()
+        store.store(value)
+
+
+def current_trace() -> Any:
+    """What operations on this thread go to: a transform's trace, or `eval_trace`."""
+    return _core.trace_ctx.trace or eval_trace
+
+
+_stand_ins: dict[type, Any] = {}
+
+
+def share_state(trace: Any) -> None:
+    """Let all traces of one type be one to the caches of `jax.jit`.
+
+    Their keys have a weak reference to the current trace. With a new one for each run of
+    a body, every jitted function that it calls gets a new entry in each run, in a bucket
+    that is searched from end to end.
+    """
+    stand_in = _stand_ins.setdefault(type(trace), _core.Trace())
+    trace._weakref = stand_in._weakref
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Whether `value` is a jaxpr, closed or not: one type as of JAX 0.12."""
+    return isinstance(value, ClosedJaxpr | Jaxpr)
+
+
+def copied_jaxpr(jaxpr: Any) -> Any:
+    """Another object of the same content."""
+    if hasattr(jaxpr, "with_consts"):  # JAX 0.12
+        return jaxpr.with_consts(jaxpr.consts)
+    if isinstance(jaxpr, ClosedJaxpr):
+        return ClosedJaxpr(jaxpr.jaxpr, jaxpr.consts)
+    return jaxpr.replace()
+
+
+def opened(jaxpr: Any) -> Any:
+    """A closed jaxpr as a function whose first operands are its constants.
+
+    The function does not keep `jaxpr` alive, nor the constants.
+    """
+    count = len(jaxpr.consts)
+    inner = jaxpr.with_consts(()) if hasattr(jaxpr, "with_consts") else jaxpr.jaxpr
+    if inner.invars and len(inner.invars) > len(jaxpr.in_avals):  # JAX 0.12
+        return lambda *operands: _core.eval_jaxpr(inner, (), *operands)
+    return lambda *operands: _core.eval_jaxpr(inner, operands[:count], *operands[count:])
 
 
 def align(operands: Sequence[Any]) -> list[Any]:
@@ -225,6 +294,12 @@ def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:
     if ordered:
         _effects.ordered_effects.add_type(effect_type)
         _effects.shardable_ordered_effects.add_type(effect_type)
+
+
+def register_dce(primitive: Any, rule: Any) -> None:
+    """Say what is left of an equation some of whose results are unused."""
+    # JAX 0.12 passes which operands are alive, too.
+    _partial_eval.dce_rules[primitive] = lambda used, *rest: rule(used, rest[-1])
 
 
 def lower_with_devices(primitive: Any) -> None:

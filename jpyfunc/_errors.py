@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 import re
 import threading
 import traceback
+import warnings
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 
@@ -20,6 +22,28 @@ class PyFuncError(Exception):
 
 class NotDifferentiableError(PyFuncError, TypeError):
     """A derivative was asked of a body that JAX cannot differentiate."""
+
+
+def not_differentiable(label: str) -> NotDifferentiableError:
+    """The error of a derivative by what enters a `numpy_func`."""
+    return NotDifferentiableError(
+        f"{label} is not differentiable: JAX cannot see into NumPy, and a tangent flows "
+        "into it. Wrap jax.lax.stop_gradient around its arguments, or write the body with "
+        "jax.numpy and use py_func."
+    )
+
+
+class TapeLostError(PyFuncError, RuntimeError):
+    """The run that a derivative is to be taken of is not kept, and must not be repeated."""
+
+
+class GradientCutWarning(UserWarning):
+    """A body that is differentiated reads a value that its gradient flows through.
+
+    What it computes of the Python number has no gradient. It is given once per source
+    line, as Python gives warnings; `jax.lax.stop_gradient` around the value says that
+    it is meant.
+    """
 
 
 class InferenceError(PyFuncError, TypeError):
@@ -90,18 +114,52 @@ def mark_crossing(error: BaseException) -> None:
         raise RuntimeError(safe) from None
 
 
+_LIBRARIES = ("jax", "jaxlib", "jpyfunc", "matplotlib", "numpy", "scipy")
+
+
+def user_frame(frames: Iterable[FrameType] | None = None) -> FrameType | None:
+    """The innermost frame of a stack that is the user's code; by default of the caller."""
+    if frames is None:
+        frames = (frame for frame, _ in traceback.walk_stack(None))
+    for frame in frames:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
+            return frame
+    return None
+
+
 def place_of(error: BaseException) -> str:
     """Where the user's code was when it raised, as ` at FILE:LINE`, or nothing."""
-    return place(reversed(list(traceback.walk_tb(error.__traceback__))))
+    lines = {frame: line for frame, line in traceback.walk_tb(error.__traceback__)}
+    frame = user_frame(reversed(lines))
+    return f" at {frame.f_code.co_filename}:{lines[frame]}" if frame else ""
 
 
-def place(frames: Iterable[tuple[FrameType, int]]) -> str:
-    """Where the user's code is in a stack, from the innermost frame out."""
-    for frame, line in frames:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in ("jax", "jpyfunc", "numpy"):
-            return f" at {frame.f_code.co_filename}:{line}"
-    return ""
+def place_of_frame(frame: FrameType | None) -> str:
+    """Where a running frame is, as ` at FILE:LINE`, or nothing."""
+    return f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
+
+
+def line_of(frame: FrameType | None) -> str:
+    """The source line that a running frame is at."""
+    if frame is None:
+        return ""
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+
+
+def warn_at(frame: FrameType | None, text: str, category: type[Warning]) -> None:
+    """Warn at the line that a running frame is at, once for each line by default."""
+    if frame is None:
+        warnings.warn(text, category, stacklevel=1)
+        return
+    namespace = frame.f_globals
+    warnings.warn_explicit(
+        text,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=namespace.get("__name__"),
+        registry=namespace.setdefault("__warningregistry__", {}),
+    )
 
 
 class raise_original:  # noqa: N801 - a context manager, named like JAX's own

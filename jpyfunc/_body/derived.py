@@ -14,9 +14,68 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+from jax.core import ShapedArray
+
 from jpyfunc._body.primal import Avals, Primal
 
 Indices = tuple[int, ...]
+
+
+# Names a run of a Python function: 64 bits that say which process, 64 that say which run.
+TICKET = ShapedArray((4,), np.uint32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recording:
+    """A primal that is to be differentiated by operands `wrt`: its run is kept.
+
+    Results: those of the primal, then the ticket of the run. A primal that was widened
+    to take whole batches in one run has a ticket for each element.
+    """
+
+    base: Primal
+    wrt: Indices
+    widths: tuple[int, ...] = ()  # the batch axes
+
+    @property
+    def in_avals(self) -> Avals:
+        return self.base.in_avals
+
+    @property
+    def out_avals(self) -> Avals:
+        return (*self.base.out_avals, _ticket(self.widths))
+
+    @property
+    def primal(self) -> Primal:
+        return self.base
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recorded:
+    """A primal at a run that may be kept, whose ticket is the last operand.
+
+    Attributes:
+        base: the primal.
+        repeatable: whether it may be run again where the run is not kept.
+        widths: as of `Recording`.
+    """
+
+    base: Primal
+    repeatable: bool
+    widths: tuple[int, ...] = ()
+
+    @property
+    def in_avals(self) -> Avals:
+        return (*self.base.in_avals, _ticket(self.widths))
+
+    @property
+    def out_avals(self) -> Avals:
+        return self.base.out_avals
+
+    @property
+    def primal(self) -> Primal:
+        return self.base
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,19 +176,60 @@ class Batch:
         return self.base.primal
 
 
-FlatBody = Primal | Jvp | Vjp | Transpose
+FlatBody = Primal | Recording | Recorded | Jvp | Vjp | Transpose
 Body = FlatBody | Batch
 
 
-def jvp_of(body: Body, wrt: Indices, of: Indices) -> Body:
-    """The body of the tangents of results `of` by tangents of operands `wrt`."""
+def recording_of(body: Body, wrt: Indices) -> Body:
+    """`body` with the ticket of its run as last result, if it runs a Python function."""
     if isinstance(body, Batch):
-        return Batch(
-            jvp_of(body.base, wrt, of),
-            body.size,
-            body.stacked_in + tuple(body.stacked_in[i] for i in wrt),
-            tuple(body.stacked_out[i] for i in of),
-        )
+        base = recording_of(body.base, wrt)
+        stacked_out = body.stacked_out
+        stacked_out += (True,) * (len(base.out_avals) - len(body.base.out_avals))
+        return dataclasses.replace(body, base=base, stacked_out=stacked_out)
+    if isinstance(body, Primal):
+        return Recording(body, wrt)
+    if isinstance(body, Recording):
+        return dataclasses.replace(body, wrt=tuple(sorted({*body.wrt, *wrt})))
+    return body
+
+
+def is_recording(body: Body) -> bool:
+    """Whether the last result of `body` is a ticket."""
+    return (
+        is_recording(body.base) if isinstance(body, Batch) else isinstance(body, Recording)
+    )
+
+
+def without_recording(body: Body) -> Body:
+    """A recording `body` that keeps nothing and has no ticket."""
+    if isinstance(body, Batch):
+        base = without_recording(body.base)
+        return dataclasses.replace(body, base=base, stacked_out=body.stacked_out[:-1])
+    return body.primal
+
+
+def jvp_of(body: Body, wrt: Indices, of: Indices, repeatable: bool) -> Body:
+    """The body of the tangents of results `of` by tangents of operands `wrt`.
+
+    Args:
+        body: of the call that is differentiated.
+        wrt: operands, all of which have a tangent.
+        of: results, all of which have a tangent.
+        repeatable: whether the Python function may be run again.
+
+    Returns:
+        A body whose operands are those of `body`, then the ticket of its run if it
+        `is_recording`, then the tangents.
+    """
+    if isinstance(body, Batch):
+        base = jvp_of(body.base, wrt, of, repeatable)
+        ticket = (True,) * is_recording(body)
+        stacked_in = body.stacked_in + ticket + tuple(body.stacked_in[i] for i in wrt)
+        stacked_out = tuple(body.stacked_out[i] for i in of)
+        return Batch(base, body.size, stacked_in, stacked_out)
+    if isinstance(body, Recording):
+        return Jvp(Recorded(body.base, repeatable, body.widths), wrt, of)
     return Jvp(body, wrt, of)
 
 
@@ -151,13 +251,15 @@ def transpose_of(body: Body, wrt: Indices, of: Indices) -> tuple[Body, Indices]:
         stacked_in += tuple(body.stacked_out[i] for i in of)
         stacked_out = tuple(body.stacked_in[i] for i in wrt)
         return Batch(base, body.size, stacked_in, stacked_out), kept
-    n = len(body.in_avals) if isinstance(body, Primal) else len(body.base.in_avals)
-    if all(i >= n for i in wrt):
-        linear = [i - n for i in wrt]
-        if isinstance(body, Jvp):
-            return Vjp(body.base, _pick(body.wrt, linear), _pick(body.of, of)), _first(n)
-        if isinstance(body, Vjp):
-            return Jvp(body.base, _pick(body.wrt, of), _pick(body.of, linear)), _first(n)
+    if isinstance(body, Jvp | Vjp):
+        n = len(body.base.in_avals)
+        if all(i >= n for i in wrt):
+            linear = [i - n for i in wrt]
+            if isinstance(body, Jvp):
+                by, to = _pick(body.wrt, linear), _pick(body.of, of)
+                return Vjp(body.base, by, to), _first(n)
+            by, to = _pick(body.wrt, of), _pick(body.of, linear)
+            return Jvp(body.base, by, to), _first(n)
     return Transpose(body, wrt, of), others(body, wrt)
 
 
@@ -174,8 +276,15 @@ def widen(body: FlatBody, size: int, batched: tuple[bool, ...]) -> FlatBody:
     """
     if isinstance(body, Primal):
         return body.widen(size, batched)
+    if isinstance(body, Recording | Recorded):
+        base = body.base.widen(size, batched[: len(body.base.in_avals)])
+        return dataclasses.replace(body, base=base, widths=(size, *body.widths))
     base = widen(body.base, size, (True,) * len(body.base.in_avals))
     return dataclasses.replace(body, base=base)
+
+
+def _ticket(widths: tuple[int, ...]) -> ShapedArray:
+    return TICKET.update(shape=(*widths, *TICKET.shape)) if widths else TICKET
 
 
 def _tangents(avals: Avals, indices: Indices) -> Avals:

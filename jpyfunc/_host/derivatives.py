@@ -1,57 +1,99 @@
-"""How the derivatives of a body are computed: it is run again under JAX's own."""
+"""How each kind of body is computed: the function, and the derivatives through its runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from jpyfunc._body.derived import FlatBody, Jvp, Transpose, Vjp, others
+from jpyfunc import _compat
+from jpyfunc._body.derived import FlatBody, Jvp, Recorded, Recording, Transpose, Vjp, others
 from jpyfunc._body.primal import Primal
-from jpyfunc._errors import NotDifferentiableError
+from jpyfunc._errors import NotDifferentiableError, TapeLostError
+from jpyfunc._host import kept
+from jpyfunc._host.profile import note
+from jpyfunc._traces.tape import Record, Tape, is_taped
 
 
-def call(body: FlatBody, operands: Iterable[Any]) -> list[Any]:
-    """The results of `body` at `operands`."""
-    return (
-        Primal.__call__(body, operands)
-        if isinstance(body, Primal)
-        else RULES[type(body)](body, list(operands))
-    )
+def call(body: FlatBody, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+    """The results of `body`.
+
+    Args:
+        body: what to compute.
+        operands: NumPy or JAX arrays, one per `body.in_avals`.
+        device: where NumPy operands are put, if they are needed.
+    """
+    return RULES[type(body)](body, operands, device)
 
 
-def _restricted(
-    body: Jvp | Vjp | Transpose, primals: list[Any]
-) -> Callable[..., list[Any]]:
-    """The base as a function of operands `wrt` to results `of`, the rest held fixed."""
-
-    def restricted(*values: Any) -> list[Any]:
-        operands = list(primals)
-        for i, value in zip(body.wrt, values, strict=True):
-            operands[i] = value
-        results = call(body.base, operands)
-        return [results[i] for i in body.of]
-
-    return restricted
+def _primal(body: Primal, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+    return body(operands if body.numpy else _put(operands, body.in_avals, device))
 
 
-def _jvp(body: Jvp, operands: list[Any]) -> list[Any]:
+def _recording(
+    body: Recording, operands: Sequence[Any], device: _compat.Device
+) -> list[Any]:
+    operands = _put(operands, body.in_avals, device)
+    if not kept.keeps():
+        return [*body.base(operands), kept.keep(body, None)[0]]
+    record = Tape(body.primal.label).record(body.base, operands, body.wrt)
+    ticket, nbytes = kept.keep(body, record)
+    note(bytes_kept=nbytes)
+    return [*record.values, ticket]
+
+
+def _recorded(body: Recorded, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+    *primals, ticket = operands
+    record = kept.find(body, ticket)
+    differentiated = [i for i, x in enumerate(primals) if is_taped(x)]
+    if record and set(differentiated) <= set(record.wrt):
+        note(from_tape=1)
+        return record.replay(primals)
+    if kept.is_void(ticket):  # and so is what is computed here
+        return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
+    if not body.repeatable:
+        raise TapeLostError(
+            f"{body.primal.label} is stateful, and the run that its derivative is to be "
+            "taken of is not kept any more; running it again would give the derivative of "
+            "another run. Raise the bound on what is kept: jpyfunc.set_tape_limit(nbytes)."
+        )
+    note(reran=1)
+    return body.base(_put(primals, body.base.in_avals, device))
+
+
+def _jvp(body: Jvp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     n = len(body.base.in_avals)
-    primals, tangents = operands[:n], operands[n:]
-    at = [primals[i] for i in body.wrt]
-    return jax.jvp(_restricted(body, primals), at, tangents)[1]
+    tangents = _put(operands[n:], body.in_avals[n:], device)
+    record = _record(body, operands[:n], device)
+    return record.push(body.wrt, tangents, body.of)
 
 
-def _vjp(body: Vjp, operands: list[Any]) -> list[Any]:
+def _vjp(body: Vjp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     n = len(body.base.in_avals)
-    primals, cotangents = operands[:n], operands[n:]
-    _, pull_back = jax.vjp(_restricted(body, primals), *[primals[i] for i in body.wrt])
-    return list(pull_back(cotangents))
+    cotangents = _put(operands[n:], body.in_avals[n:], device)
+    record = _record(body, operands[:n], device)
+    return record.pull(body.of, cotangents, body.wrt)
 
 
-def _transpose(body: Transpose, operands: list[Any]) -> list[Any]:
-    rest = list(operands)
+def _record(body: Jvp | Vjp, operands: Sequence[Any], device: _compat.Device) -> Record:
+    """A run of the base that the derivative can be taken of."""
+    base = body.base
+    if isinstance(base, Recorded):
+        record = kept.find(base, operands[-1])
+        if record and record.serves(body.wrt, operands):
+            note(from_tape=1)
+            return record
+    primals = _put(operands, base.in_avals, device)
+    tape = Tape(body.primal.label)
+    return tape.record(lambda values: call(base, values, device), primals, body.wrt)
+
+
+def _transpose(
+    body: Transpose, operands: Sequence[Any], device: _compat.Device
+) -> list[Any]:
+    rest = _put(operands, body.in_avals, device)
     primals: list[Any] = [None] * len(body.base.in_avals)
     for i in others(body.base, body.wrt):
         primals[i] = rest.pop(0)
@@ -59,8 +101,16 @@ def _transpose(body: Transpose, operands: list[Any]) -> list[Any]:
         jax.ShapeDtypeStruct(aval.shape, aval.dtype)
         for aval in (body.base.in_avals[i] for i in body.wrt)
     ]
+
+    def restricted(*values: Any) -> list[Any]:
+        full = list(primals)
+        for i, value in zip(body.wrt, values, strict=True):
+            full[i] = value
+        results = call(body.base, full, device)
+        return [results[i] for i in body.of]
+
     try:
-        return list(jax.linear_transpose(_restricted(body, primals), *linear)(rest))
+        return list(jax.linear_transpose(restricted, *linear)(rest))
     except (AssertionError, NotImplementedError, jax.errors.JAXTypeError) as error:
         raise NotDifferentiableError(
             f"{body.primal.label}: jax.linear_transpose needs a body that is linear in "
@@ -68,4 +118,18 @@ def _transpose(body: Transpose, operands: list[Any]) -> list[Any]:
         ) from error
 
 
-RULES = {Jvp: _jvp, Vjp: _vjp, Transpose: _transpose}
+def _put(operands: Sequence[Any], avals: Any, device: _compat.Device) -> list[Any]:
+    return [
+        x if isinstance(x, jax.Array) else _compat.put(x, aval, device)
+        for x, aval in zip(operands, avals, strict=True)
+    ]
+
+
+RULES: dict[type, Callable[[Any, Sequence[Any], _compat.Device], list[Any]]] = {
+    Primal: _primal,
+    Recording: _recording,
+    Recorded: _recorded,
+    Jvp: _jvp,
+    Vjp: _vjp,
+    Transpose: _transpose,
+}

@@ -6,16 +6,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 
 from jpyfunc import _compat
 from jpyfunc._body.derived import Batch, Body
-from jpyfunc._body.primal import Primal
 from jpyfunc._host.derivatives import call
 from jpyfunc._host.profile import Run, annotated, kind_of, measure_body, open_profiles
+from jpyfunc._traces.tape import is_taped
 
 
 def evaluate(body: Body, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -41,20 +40,17 @@ def evaluate_with(
     """`evaluate` where `run` calls the body and may time it."""
     if isinstance(body, Batch):
         return _evaluate_batch(body, operands, device, run)
-    if not body.primal.numpy:
-        operands = [
-            x if isinstance(x, jax.Array) else _compat.put(x, aval, device)
-            for x, aval in zip(operands, body.in_avals, strict=True)
-        ]
-    name = body.primal.name
-    if not isinstance(body, Primal):
-        name = f"{name} ({kind_of(body)})"
-    return run(name, call, body, operands)
+    name, kind = body.primal.name, kind_of(body)
+    if kind != "forward":
+        name = f"{name} ({kind})"
+    return run(name, call, body, operands, device)
 
 
 def _evaluate_batch(
     batch: Batch, operands: Sequence[Any], device: _compat.Device, run: Run
 ) -> list[np.ndarray]:
+    if any(map(is_taped, operands)):
+        return _evaluate_taped_batch(batch, operands, device, run)
     # Slices and stacks are made in NumPy, at a tenth of the cost of JAX operations.
     columns = [
         _elements(operand) if stacked else _shared(batch, i, operand, device)
@@ -75,6 +71,30 @@ def _evaluate_batch(
     return [
         result.astype(aval.dtype, copy=False)
         for result, aval in zip(results, out_avals, strict=True)
+    ]
+
+
+def _evaluate_taped_batch(
+    batch: Batch, operands: Sequence[Any], device: _compat.Device, run: Run
+) -> list[Any]:
+    """A batch in a body that is differentiated: the tape follows slices and stacks."""
+    elements = [
+        evaluate_with(
+            batch.base,
+            [
+                jnp.asarray(x)[i] if stacked else x
+                for x, stacked in zip(operands, batch.stacked_in, strict=True)
+            ],
+            device,
+            run,
+        )
+        for i in range(batch.size)
+    ]
+    return [
+        (jnp.stack(column) if stacked else sum(column[1:], column[0])).astype(aval.dtype)
+        for column, stacked, aval in zip(
+            zip(*elements, strict=True), batch.stacked_out, batch.out_avals, strict=True
+        )
     ]
 
 

@@ -21,18 +21,44 @@ import numpy as np
 from jax.profiler import TraceAnnotation
 
 from jpyfunc import _compat
-from jpyfunc._body.derived import Batch, Body, Jvp, Transpose, Vjp
+from jpyfunc._body.derived import (
+    Batch,
+    Body,
+    Jvp,
+    Recorded,
+    Recording,
+    Transpose,
+    Vjp,
+)
 from jpyfunc._body.primal import Primal, unwrapped
 
 # Profiles whose block is open. A list that changes in place, so that the modules that
 # run bodies import it once and pay one truth test per call where there is none.
 open_profiles: list[profile] = []
 
-KINDS = {Primal: "forward", Jvp: "jvp", Vjp: "vjp", Transpose: "vjp"}
+KINDS = {
+    Primal: "forward",
+    Recording: "forward",
+    Recorded: "forward",
+    Jvp: "jvp",
+    Vjp: "vjp",
+    Transpose: "vjp",
+}
 
 # Runs a function, given its name in traces and its arguments.
 Run = Callable[..., Any]
 Key = tuple[str, str]  # name and source of a function
+
+
+_measuring = threading.local()  # `.counts`: of the calls that run on this thread
+
+
+def note(**counts: int) -> None:
+    """Add to the counts of the call that runs on this thread, if it is measured."""
+    running = getattr(_measuring, "counts", None)
+    if running:
+        for name, count in counts.items():
+            setattr(running[-1], name, getattr(running[-1], name) + count)
 
 
 def annotated(name: str, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -87,6 +113,8 @@ def measure(
         finally:
             counts.body_seconds += time.perf_counter() - begin
 
+    running = _measuring.__dict__.setdefault("counts", [])
+    running.append(counts)
     begin = time.perf_counter()
     try:
         results = execute(timed)
@@ -96,6 +124,7 @@ def measure(
         counts.exceptions = 1
         raise
     finally:
+        running.pop()
         counts.crossing_seconds = time.perf_counter() - begin - counts.body_seconds
         for each in profiles:
             each._add((name, _source(func)), kind, counts)
@@ -125,6 +154,9 @@ class Counts:
     bytes_in: int = 0
     bytes_out: int = 0
     exceptions: int = 0
+    from_tape: int = 0
+    reran: int = 0
+    bytes_kept: int = 0
 
     def add(self, other: Counts) -> None:
         """Add the counts of `other` to these."""

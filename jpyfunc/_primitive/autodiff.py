@@ -1,17 +1,20 @@
-"""JVP and transpose rules: each re-runs the body, under `jax.jvp` and `jax.vjp`.
+"""JVP and transpose rules: each re-executes the body, unless its run is kept.
 
 For results `y = f(x)` of a call, with `x'` the tangents of the perturbed operands,
 
-    y' = J(x) x'        one more call, linear in x': the body under `jax.jvp`
-    x* = J(x)^T y*      its transpose, linear in y*: the body under `jax.vjp`
+    y, r = f(x)         the call itself, with the ticket r of its run
+    y' = J(x, r) x'     one more call, linear in x': tangents, pushed through the run
+    x* = J(x, r)^T y*   its transpose, linear in y*: cotangents, pulled back through it
 
-and the transpose of the latter is the former again. Calls for primals and tangents are
+and the transpose of the latter is the former again. Where the host no longer keeps run
+r, it runs the body at x again, each operation under `jax.vjp`. Calls for primals and tangents are
 kept apart, because `jax.linearize`, `scan` and `jax.checkpoint` evaluate the first and
 stage the second.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from jpyfunc._body.derived import jvp_of, transpose_of
-from jpyfunc._errors import NotDifferentiableError
+from jpyfunc._body.derived import (
+    is_recording,
+    jvp_of,
+    recording_of,
+    transpose_of,
+    without_recording,
+)
+from jpyfunc._errors import not_differentiable
 from jpyfunc._primitive.primitive import Params, bind
 
 
@@ -40,7 +49,6 @@ def _py_func_jvp(
     Raises:
         NotDifferentiableError: a perturbed operand reaches a `numpy_func`.
     """
-    results = bind(primals, params)
     # An operand that is not perturbed must not cross as an array of zeros: the body
     # would pay for it, and an integer has no tangent dtype there.
     wrt = tuple(i for i, t in enumerate(tangents) if _is_perturbed(t))
@@ -49,19 +57,22 @@ def _py_func_jvp(
         for i, aval in enumerate(params.body.out_avals)
         if jnp.issubdtype(aval.dtype, jnp.inexact)
     )
-    tangents_out = [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in results]
-    if wrt and of:
-        if params.body.primal.numpy:
-            raise NotDifferentiableError(
-                f"{params.name} is not differentiable: JAX cannot see into "
-                "NumPy, and a tangent flows into it. Wrap jax.lax.stop_gradient around "
-                "its arguments, or write the body with jax.numpy and use py_func."
-            )
-        operands = [*primals, *(ad.instantiate_zeros(tangents[i]) for i in wrt)]
-        derived = params.derived(jvp_of(params.body, wrt, of))
-        for i, tangent in zip(of, bind(operands, derived), strict=True):
-            tangents_out[i] = tangent
-    return results, tangents_out
+    if not (wrt and of):
+        results = bind(primals, params)
+        return results, [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in results]
+    if params.body.primal.numpy:
+        raise not_differentiable(params.name)
+    body = recording_of(params.body, wrt)
+    results = bind(primals, dataclasses.replace(params, body=body))
+    ticket = results[-1:] if is_recording(body) else []
+    derived = params.derived(jvp_of(body, wrt, of, repeatable=not params.stateful))
+    operands = [*primals, *ticket, *(ad.instantiate_zeros(tangents[i]) for i in wrt)]
+    pushed = dict(zip(of, bind(operands, derived), strict=True))
+    results = results[: len(params.body.out_avals)]
+    return results, [
+        pushed.get(i, ad.Zero(jax.typeof(y).to_tangent_aval()))
+        for i, y in enumerate(results)
+    ]
 
 
 def _is_perturbed(tangent: Any) -> bool:
@@ -94,3 +105,22 @@ def _py_func_transpose(
     for i, cotangent in zip(wrt, pulled, strict=True):
         results[i] = cotangent
     return results
+
+
+def _py_func_dce(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]:
+    """Drop a call that nothing uses, and the keeping of a run that nothing asks for.
+
+    Args:
+        used: one per result.
+        eqn: the call, in a jaxpr.
+
+    Returns:
+        Which operands are used, and the equation that is left, or None.
+    """
+    params = eqn.params["params"]
+    if not any(used) and not eqn.effects:
+        return [False] * len(eqn.invars), None
+    if is_recording(params.body) and not used[-1]:
+        params = dataclasses.replace(params, body=without_recording(params.body))
+        eqn = eqn.replace(params={"params": params}, outvars=eqn.outvars[:-1])
+    return [True] * len(eqn.invars), eqn

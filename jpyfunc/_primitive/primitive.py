@@ -122,6 +122,11 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
     ]
 
 
+def _py_func_call(operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Run the body under the tape that a surrounding body runs under."""
+    return evaluate(params["params"].body, operands, _compat.default_device())
+
+
 def _as_declared(result: jax.Array, aval: ShapedArray) -> jax.Array:
     """A result that is strong where it is declared so, as it is under jit."""
     return jnp.asarray(result, aval.dtype) if result.weak_type > aval.weak_type else result

@@ -3,16 +3,28 @@
 from jax.interpreters import ad, batching, mlir
 
 from jpyfunc import _compat
-from jpyfunc._primitive.autodiff import _py_func_jvp, _py_func_transpose
+from jpyfunc._primitive.autodiff import (
+    _py_func_dce,
+    _py_func_jvp,
+    _py_func_transpose,
+)
 from jpyfunc._primitive.batching import _py_func_batching
 from jpyfunc._primitive.lowering import _py_func_lowering
-from jpyfunc._primitive.primitive import _py_func_abstract_eval, _py_func_impl, py_func_p
+from jpyfunc._primitive.primitive import (
+    _py_func_abstract_eval,
+    _py_func_call,
+    _py_func_impl,
+    py_func_p,
+)
+from jpyfunc._traces.tape import CALLS
 
 py_func_p.def_impl(_py_func_impl)
 py_func_p.def_effectful_abstract_eval(_py_func_abstract_eval)
 ad.primitive_jvps[py_func_p] = _py_func_jvp
 ad.primitive_transposes[py_func_p] = _py_func_transpose
 batching.primitive_batchers[py_func_p] = _py_func_batching
+_compat.register_dce(py_func_p, _py_func_dce)
+CALLS[py_func_p] = _py_func_call
 # Every call site has its own slot in the list of host callbacks of its program, so a
 # lowering that is shared between call sites would be wrong on TPU.
 mlir.register_lowering(py_func_p, _py_func_lowering, cacheable=False)

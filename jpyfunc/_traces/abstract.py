@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import traceback
 from typing import Any
 
 import jax
@@ -11,7 +9,8 @@ import jax.numpy as jnp
 from jax.core import Trace, Tracer
 from jax.extend.core import set_current_trace
 
-from jpyfunc._errors import place
+from jpyfunc import _compat
+from jpyfunc._errors import place_of_frame, user_frame
 
 # A loop on an abstract condition is one decision per turn, and may never end.
 MAX_DECISIONS = 64
@@ -30,6 +29,7 @@ class AbstractTrace(Trace):
 
     def __init__(self, script: list[bool]) -> None:
         super().__init__()
+        _compat.share_state(self)
         self.script = script
         self.decisions: list[bool] = []
         self._places: list[str] = []
@@ -45,7 +45,7 @@ class AbstractTrace(Trace):
         if n >= MAX_DECISIONS:
             raise Undecided
         self.decisions.append(self.script[n] if n < len(self.script) else False)
-        self._places.append(place(traceback.walk_stack(inspect.currentframe())))
+        self._places.append(place_of_frame(user_frame()))
         return self.decisions[n]
 
     def stage_value(self, val: Any) -> Any:

@@ -23,23 +23,25 @@ class OnDevice(_compat.EvalTrace):
 
     def __init__(self, device: _compat.Device) -> None:
         super().__init__()
+        _compat.share_state(self)
         self._device = device
 
     def process_primitive(self, primitive: Any, args: Any, params: Any, /) -> Any:
         with set_current_trace(_compat.eval_trace):
-            args = [self._move(x) for x in args]
+            args = [self.move(x) for x in args]
             if primitive is not _compat.jit_p:
                 return primitive.bind(*args, **params)
             # The arrays that a jitted function closes over are no operands of its bind.
             jaxpr = params["jaxpr"]
-            return _jitted(jaxpr)([self._move(x) for x in jaxpr.consts], *args)
+            return _jitted(jaxpr)([self.move(x) for x in jaxpr.consts], *args)
 
-    def _move(self, x: Any) -> Any:
+    def move(self, x: Any) -> Any:
+        """`x`, on the device if it is an array."""
         if not isinstance(x, jax.Array) or x.sharding.device_set == {self._device}:
             return x
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             dtype = cast(Any, x.dtype)
-            return jax.random.wrap_key_data(self._move(jax.random.key_data(x)), dtype=dtype)
+            return jax.random.wrap_key_data(self.move(jax.random.key_data(x)), dtype=dtype)
         aval = ShapedArray(x.shape, x.dtype, x.aval.weak_type)
         return _compat.put(np.asarray(x), aval, self._device)
 

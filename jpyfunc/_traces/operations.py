@@ -1,0 +1,434 @@
+"""The operations of a body as compiled functions that know their derivatives.
+
+What a body does is the same from call to call: a few operations on arrays of a few
+shapes. Each is compiled once, and so is what its derivatives need: the operation with
+its residuals, which pushes tangents and pulls cotangents. These are operations again,
+so that there are derivatives of every order.
+
+The caches are bounded and hold nothing of the user's beyond its own life: an operation
+that is made of a jaxpr goes when that jaxpr does, and one that is made of a function
+with a custom rule is kept by that function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal, jaxpr_as_fun, set_current_trace
+
+from jpyfunc import _compat
+
+MAX_OPERATIONS = 2048  # in all, and of one function with a custom rule 64
+MAX_OF_FUNCTION = 64
+
+Indices = tuple[int, ...]
+
+
+class Operation:
+    """A function from flat operands to a list of results, compiled.
+
+    Attributes:
+        call: the function.
+        run: the same, compiled.
+        avals: of its operands.
+        stores: what JAX asks for when it transposes one with a custom rule.
+    """
+
+    __slots__ = ("_linear", "avals", "call", "run", "stores")
+
+    def __init__(self, call: Callable[..., list[Any]], avals: Sequence[Any]) -> None:
+        self.call = call
+        self.run = jax.jit(call)
+        self.avals = tuple(
+            jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals
+        )
+        self.stores: list[tuple[Any, Any]] = []
+        self._linear: dict[Indices, Linear] = {}
+
+    def linear(self, active: Indices) -> Linear:
+        """It with its derivatives by the operands `active`, which are floating."""
+        linear = self._linear.get(active)
+        if linear is None:
+            linear = self._linear[active] = Linear(self, active)
+        return linear
+
+
+class Linear:
+    """An operation and its derivatives by some of its operands.
+
+    Attributes:
+        forward: operands to results, then residuals that are neither.
+        of: the results that depend on the operands `active`.
+        size: how many results the operation has.
+    """
+
+    __slots__ = (
+        "_avals",
+        "_pulls",
+        "_push",
+        "_pushes",
+        "_sources",
+        "_stores",
+        "forward",
+        "of",
+        "size",
+    )
+
+    def __init__(self, operation: Operation, active: Indices) -> None:
+        self._stores = operation.stores
+        inexact: list[int] = []
+        structure: list[Any] = []
+
+        def forward(*operands: Any) -> list[Any]:
+            def restricted(*values: Any) -> tuple[list[Any], list[Any]]:
+                full = list(operands)
+                for i, value in zip(active, values, strict=True):
+                    full[i] = value
+                results = operation.call(*full)
+                inexact[:] = [i for i, x in enumerate(results) if is_inexact(x)]
+                return [results[i] for i in inexact], results
+
+            at = [operands[i] for i in active]
+            _, push, results = jax.linearize(restricted, *at, has_aux=True)
+            residuals, structure[:] = jax.tree.flatten(push)[0], [jax.tree.structure(push)]
+            self.size = len(results)
+            return [*results, *residuals]
+
+        with set_current_trace(_compat.eval_trace):
+            closed = jax.make_jaxpr(forward)(*operation.avals)
+        kept, self._sources, fixed = _residuals(closed, self.size)
+        if len(kept) == self.size:
+            self.forward = operation
+        else:
+            evaluate = jaxpr_as_fun(closed)
+            self.forward = Operation(
+                lambda *xs: [evaluate(*xs)[i] for i in kept], operation.avals
+            )
+        residual_avals = [closed.out_avals[self.size + i] for i in range(len(fixed))]
+        free = [aval for aval, f in zip(residual_avals, fixed, strict=True) if f is None]
+        tangents = [_tangent(operation.avals[i]) for i in active]
+        self._avals = (free, tangents)
+
+        def push(residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+            rest = iter(residuals)
+            leaves = [next(rest) if f is None else f.val for f in fixed]
+            return jax.tree.unflatten(structure[0], leaves)(*tangents)
+
+        with set_current_trace(_compat.eval_trace):
+            dependent = _dependent(jax.make_jaxpr(push)(free, tangents), len(free))
+        self.of = tuple(inexact[i] for i in dependent)
+        self._push = lambda rs, ts: [
+            y for i, y in enumerate(push(rs, ts)) if i in dependent
+        ]
+        self._pushes: dict[Indices, Operation] = {}
+        self._pulls: dict[Indices, Operation] = {}
+
+    def residuals(self, operands: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+        """What the derivatives need of a run of `forward`."""
+        pool = [*operands, *results]
+        return [pool[i] for i in self._sources]
+
+    def push(self, given: Indices) -> Operation:
+        """From residuals and tangents to the tangents of the results `of`.
+
+        Args:
+            given: positions in `active` of the tangents that are given; the others
+                are zero.
+        """
+        if given not in self._pushes:
+            free, tangents = self._avals
+
+            def call(*operands: Any) -> list[Any]:
+                full = [jnp.zeros(t.shape, t.dtype) for t in tangents]
+                for i, tangent in zip(given, operands[len(free) :], strict=True):
+                    full[i] = tangent
+                return self._push(operands[: len(free)], full)
+
+            avals = [*free, *(tangents[i] for i in given)]
+            self._pushes[given] = Operation(call, avals)
+        return self._pushes[given]
+
+    def pull(self, given: Indices) -> Operation:
+        """From residuals and cotangents to the cotangents of the operands `active`.
+
+        Args:
+            given: positions in `of` of the cotangents that are given; the others are
+                zero.
+        """
+        if given not in self._pulls:
+            free, tangents = self._avals
+
+            def call(*operands: Any) -> list[Any]:
+                _compat.fill(self._stores)
+                residuals, cotangents = operands[: len(free)], operands[len(free) :]
+
+                def linear(*tangents: Any) -> list[Any]:
+                    pushed = self._push(residuals, tangents)
+                    return [pushed[i] for i in given]
+
+                return list(jax.linear_transpose(linear, *tangents)(list(cotangents)))
+
+            with set_current_trace(_compat.eval_trace):
+                results = jax.eval_shape(self._push, free, tangents)
+            avals = [*free, *(_tangent(results[i]) for i in given)]
+            self._pulls[given] = Operation(call, avals)
+        return self._pulls[given]
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether `x` may have a tangent: it is floating or complex."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _tangent(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _residuals(closed: Any, size: int) -> tuple[list[int], list[int], list[Any]]:
+    """Where the residuals of a forward function come from.
+
+    Args:
+        closed: its jaxpr, whose results are `size` results and the residuals.
+        size: how many results come first.
+
+    Returns:
+        The outputs to keep: results, and residuals that are neither operand, result
+        nor constant; for each residual that is no constant, its place in the operands
+        and kept outputs; for each residual its `Literal` if it is a constant.
+    """
+    variables = closed.jaxpr.invars
+    places = {id(v): i for i, v in enumerate(variables)}
+    kept, sources, fixed = list(range(size)), [], []
+    outputs = closed.jaxpr.outvars
+    for i, v in enumerate(outputs[:size]):
+        places.setdefault(id(v), len(variables) + i)
+    for i, v in enumerate(outputs[size:], size):
+        if isinstance(v, Literal):
+            fixed.append(v)
+            continue
+        fixed.append(None)
+        if id(v) not in places:
+            places[id(v)] = len(variables) + len(kept)
+            kept.append(i)
+        sources.append(places[id(v)])
+    return kept, sources, fixed
+
+
+def _dependent(closed: Any, first: int) -> list[int]:
+    """The results of a jaxpr that depend on operands from number `first` on."""
+    live = set(map(id, closed.jaxpr.invars[first:]))
+    for eqn in closed.jaxpr.eqns:
+        if any(id(v) in live for v in eqn.invars):
+            live.update(map(id, eqn.outvars))
+    return [i for i, v in enumerate(closed.jaxpr.outvars) if id(v) in live]
+
+
+class Uncacheable(Exception):  # noqa: N818 - it is no error
+    """A parameter that is a function or holds one, and so may be new in every call."""
+
+
+class _Cache:
+    """Operations by key, the least recently used of which goes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        # Dead jaxprs are dropped by the garbage collector, which may run anywhere.
+        self._lock = threading.RLock()
+        self._kept: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
+
+    def get(self, key: Any) -> Any:
+        # Without the lock, because it is on the way of every operation.
+        entry = self._kept.get(key)
+        if entry is None:
+            return None
+        with contextlib.suppress(KeyError):  # gone meanwhile
+            self._kept.move_to_end(key)
+        return entry[0]
+
+    def put(self, key: Any, value: Any, owners: Sequence[Any] = ()) -> None:
+        """Keep `value` while all `owners` live, whose ids are in the key."""
+        references = [weakref.ref(x, lambda _: self._kept.pop(key, None)) for x in owners]
+        with self._lock:
+            self._kept[key] = (value, references)
+            if len(self._kept) > self._size:
+                self._kept.popitem(last=False)
+
+
+_operations = _Cache(MAX_OPERATIONS)
+_ATOMS = {bool, int, float, complex, str, bytes, type(None), np.dtype, type}
+_LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes")
+
+
+def operation_of(
+    primitive: Any, operands: Sequence[Any], params: dict[str, Any], context: Any
+) -> Operation:
+    """The operation that a bind of `primitive` is.
+
+    Args:
+        primitive: of JAX.
+        operands: what it is bound to.
+        params: of the bind.
+        context: the JAX settings in force, or what stands for them.
+
+    Raises:
+        Uncacheable: it is made anew in every call.
+    """
+    owners: list[Any] = []
+    key = (
+        context,
+        primitive,
+        tuple([_key(value, owners) for value in params.values()]),
+        tuple([_signature(x) for x in operands]),
+    )
+    operation = _operations.get(key)
+    if operation is None:
+        # A copy of a jaxpr, so that the operation does not keep its owner alive.
+        bound = {k: _copied(v) for k, v in params.items()} if owners else params
+        operation = Operation(binding(primitive, bound), [aval_of(x) for x in operands])
+        _operations.put(key, operation, owners)
+    return operation
+
+
+def binding(primitive: Any, params: dict[str, Any]) -> Callable[..., list[Any]]:
+    """A bind of `primitive` as a function to a list of results."""
+
+    def call(*operands: Any) -> list[Any]:
+        results = primitive.bind(*operands, **params)
+        return list(results) if primitive.multiple_results else [results]
+
+    return call
+
+
+def operation_of_jit(
+    jaxpr: Any, context: Any, is_opaque: Callable[[Any], bool]
+) -> Operation | None:
+    """The operation that a call of a jitted function is; its constants come first.
+
+    None if `is_opaque(jaxpr)`.
+    """
+    key = (context, id(jaxpr))
+    known = _operations.get(key)
+    if known is None:
+        operation = None
+        if not is_opaque(jaxpr):
+            avals = [*map(jax.typeof, jaxpr.consts), *jaxpr.in_avals]
+            operation = Operation(_compat.opened(jaxpr), avals)
+        known = (operation,)
+        _operations.put(key, known, [jaxpr])
+    return known[0]
+
+
+def operation_of_custom(
+    primitive: Any,
+    functions: Sequence[Any],
+    operands: Sequence[Any],
+    params: dict[str, Any],
+    context: Any,
+) -> Operation:
+    """The operation that a call of a function with a custom rule is.
+
+    Args:
+        primitive: that of `jax.custom_jvp` or `jax.custom_vjp`.
+        functions: the function and its rules, as JAX wraps them.
+        operands: what it is called with.
+        params: of the bind.
+        context: the JAX settings in force, or what stands for them.
+    """
+    function, *rules = functions
+    cache = _cache_of(function.f)
+    key = (
+        context,
+        primitive,
+        function.transforms,
+        *(id(rule.f) for rule in rules),
+        tuple([_signature(x) for x in operands]),
+    )
+    try:
+        known = cache.get(key)
+    except TypeError:  # an argument of the function that JAX does not trace
+        known, cache = None, _Cache(1)
+        key = ()
+    if known is not None:
+        operation, stores, _ = known
+        # The structure of the results, which JAX asks of the function that it passed.
+        function.populate_stores(stores)
+        return operation
+
+    def call(*xs: Any) -> list[Any]:
+        return primitive.bind(*xs, subfuns=tuple(functions), **params)
+
+    avals = [aval_of(x) for x in operands]
+    with set_current_trace(_compat.eval_trace):
+        closed = jax.make_jaxpr(call)(
+            *(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals)
+        )
+    operation = Operation(jaxpr_as_fun(closed), avals)
+    # The rules are kept with it, because the key has their ids.
+    cache.put(key, (operation, function.stores, rules))
+    return operation
+
+
+def _cache_of(function: Any) -> _Cache:
+    """The operations of a function with a custom rule, which holds them itself.
+
+    They refer to it, so that a table of ours would keep it alive.
+    """
+    try:
+        return vars(function).setdefault("__jpyfunc_operations__", _Cache(MAX_OF_FUNCTION))
+    except TypeError:  # it can hold nothing
+        return _Cache(1)
+
+
+def aval_of(x: Any) -> Any:
+    """`jax.typeof(x)`, at a tenth of its cost for an array."""
+    return x.aval if isinstance(x, jax.Array) else jax.typeof(x)
+
+
+def _signature(x: Any) -> tuple[Any, ...]:
+    aval = aval_of(x)
+    return (aval.shape, aval.dtype, getattr(aval, "weak_type", False))
+
+
+def _key(value: Any, owners: list[Any]) -> Any:
+    """What tells a parameter from others; the jaxprs in it are added to `owners`."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if isinstance(value, tuple):
+        return (kind, *[_key(item, owners) for item in value])
+    if _compat.is_jaxpr(value):
+        owners.append(value)
+        return id(value)
+    if isinstance(value, types.FunctionType):
+        known = value.__module__.partition(".")[0] in _LIBRARIES and not value.__closure__
+    else:
+        module = getattr(kind, "__module__", "").partition(".")[0]
+        known = isinstance(value, enum.Enum | type) or (
+            module in _LIBRARIES
+            and not callable(value)
+            and not isinstance(value, jax.Array)
+        )
+    if not known:
+        raise Uncacheable
+    try:
+        hash(value)
+    except TypeError:
+        raise Uncacheable from None
+    return value
+
+
+def _copied(value: Any) -> Any:
+    """`value` with other jaxprs of the same content."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(map(_copied, value))
+    return _compat.copied_jaxpr(value) if _compat.is_jaxpr(value) else value
