@@ -7,9 +7,9 @@ For results `y = f(x)` of a call, with `x'` the tangents of the perturbed operan
     x* = J(x, r)^T y*   its transpose, linear in y*: cotangents, pulled back through it
 
 and the transpose of the latter is the former again. Where the host no longer keeps run
-r, it runs the body at x again, each operation under `jax.vjp`. Calls for primals and tangents are
-kept apart, because `jax.linearize`, `scan` and `jax.checkpoint` evaluate the first and
-stage the second.
+r, it runs the body at x again, each operation under `jax.vjp`. Calls for primals and
+tangents are kept apart, because `jax.linearize`, `scan` and `jax.checkpoint` evaluate the
+first and stage the second.
 """
 
 from __future__ import annotations

@@ -24,7 +24,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, jaxpr_as_fun, set_current_trace
+from jax.extend.core import (
+    Literal,
+    jaxpr_as_fun,
+    jaxprs_in_params,
+    set_current_trace,
+)
 
 from jpyfunc import _compat
 
@@ -49,9 +54,7 @@ class Operation:
     def __init__(self, call: Callable[..., list[Any]], avals: Sequence[Any]) -> None:
         self.call = call
         self.run = jax.jit(call)
-        self.avals = tuple(
-            jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals
-        )
+        self.avals = tuple(map(_with_weak_type, avals))
         self.stores: list[tuple[Any, Any]] = []
         self._linear: dict[Indices, Linear] = {}
 
@@ -67,29 +70,19 @@ class Linear:
     """An operation and its derivatives by some of its operands.
 
     Attributes:
-        forward: operands to results, then residuals that are neither.
+        forward: operands to results, then residuals that are neither. It is the operation
+            itself if it has no such residuals, or computes them again at less cost than
+            that of storing them.
         of: the results that depend on the operands `active`.
         size: how many results the operation has.
     """
-
-    __slots__ = (
-        "_avals",
-        "_pulls",
-        "_push",
-        "_pushes",
-        "_sources",
-        "_stores",
-        "forward",
-        "of",
-        "size",
-    )
 
     def __init__(self, operation: Operation, active: Indices) -> None:
         self._stores = operation.stores
         inexact: list[int] = []
         structure: list[Any] = []
 
-        def forward(*operands: Any) -> list[Any]:
+        def linearized(operands: Sequence[Any]) -> tuple[list[Any], Any]:
             def restricted(*values: Any) -> tuple[list[Any], list[Any]]:
                 full = list(operands)
                 for i, value in zip(active, values, strict=True):
@@ -100,38 +93,51 @@ class Linear:
 
             at = [operands[i] for i in active]
             _, push, results = jax.linearize(restricted, *at, has_aux=True)
-            residuals, structure[:] = jax.tree.flatten(push)[0], [jax.tree.structure(push)]
+            return results, push
+
+        def forward(*operands: Any) -> list[Any]:
+            results, push = linearized(operands)
             self.size = len(results)
+            residuals, tree = jax.tree.flatten(push)
+            structure[:] = [tree]
             return [*results, *residuals]
 
         with set_current_trace(_compat.eval_trace):
             closed = jax.make_jaxpr(forward)(*operation.avals)
         kept, self._sources, fixed = _residuals(closed, self.size)
-        if len(kept) == self.size:
-            self.forward = operation
-        else:
+        avals = [
+            aval
+            for aval, f in zip(closed.out_avals[self.size :], fixed, strict=True)
+            if f is None
+        ]
+
+        def restored(residuals: Sequence[Any]) -> Any:
+            rest = iter(residuals)
+            leaves = [next(rest) if f is None else f.val for f in fixed]
+            return jax.tree.unflatten(structure[0], leaves)
+
+        self.forward, push_at = operation, restored
+        if len(kept) > self.size and _is_cheap(closed):
+            self._sources, avals = range(len(operation.avals)), operation.avals
+            push_at = lambda operands: linearized(operands)[1]  # noqa: E731
+        elif len(kept) > self.size:
             evaluate = jaxpr_as_fun(closed)
             self.forward = Operation(
                 lambda *xs: [evaluate(*xs)[i] for i in kept], operation.avals
             )
-        residual_avals = [closed.out_avals[self.size + i] for i in range(len(fixed))]
-        free = [aval for aval, f in zip(residual_avals, fixed, strict=True) if f is None]
-        tangents = [_tangent(operation.avals[i]) for i in active]
-        self._avals = (free, tangents)
 
         def push(residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
-            rest = iter(residuals)
-            leaves = [next(rest) if f is None else f.val for f in fixed]
-            return jax.tree.unflatten(structure[0], leaves)(*tangents)
+            _compat.fill(self._stores)
+            return push_at(residuals)(*tangents)
 
+        tangents = [_tangent(operation.avals[i]) for i in active]
+        self._avals = ([_with_weak_type(aval) for aval in avals], tangents)
         with set_current_trace(_compat.eval_trace):
-            dependent = _dependent(jax.make_jaxpr(push)(free, tangents), len(free))
+            dependent = _dependent(jax.make_jaxpr(push)(*self._avals), len(avals))
         self.of = tuple(inexact[i] for i in dependent)
-        self._push = lambda rs, ts: [
-            y for i, y in enumerate(push(rs, ts)) if i in dependent
-        ]
+        self._push = lambda *args: [y for i, y in enumerate(push(*args)) if i in dependent]
         self._pushes: dict[Indices, Operation] = {}
-        self._pulls: dict[Indices, Operation] = {}
+        self._pulls: dict[tuple[Indices, ...], Operation] = {}
 
     def residuals(self, operands: Sequence[Any], results: Sequence[Any]) -> list[Any]:
         """What the derivatives need of a run of `forward`."""
@@ -158,36 +164,50 @@ class Linear:
             self._pushes[given] = Operation(call, avals)
         return self._pushes[given]
 
-    def pull(self, given: Indices) -> Operation:
+    def pull(self, given: Indices, targets: Indices, sums: Indices) -> Operation:
         """From residuals and cotangents to the cotangents of the operands `active`.
 
         Args:
             given: positions in `of` of the cotangents that are given; the others are
                 zero.
+            targets: which result each of `active` is added to: the same for operands
+                that are one value.
+            sums: the results to which a cotangent is added that is given last, one for
+                each: what other operations contribute.
         """
-        if given not in self._pulls:
+        key = (given, targets, sums)
+        if key not in self._pulls:
             free, tangents = self._avals
+            n, m = len(free), len(free) + len(given)
 
             def call(*operands: Any) -> list[Any]:
-                _compat.fill(self._stores)
-                residuals, cotangents = operands[: len(free)], operands[len(free) :]
-
                 def linear(*tangents: Any) -> list[Any]:
-                    pushed = self._push(residuals, tangents)
+                    pushed = self._push(operands[:n], tangents)
                     return [pushed[i] for i in given]
 
-                return list(jax.linear_transpose(linear, *tangents)(list(cotangents)))
+                cotangents = list(operands[n:m])
+                pulled = jax.linear_transpose(linear, *tangents)(cotangents)
+                results = dict(zip(sums, operands[m:], strict=True))
+                for i, cotangent in zip(targets, pulled, strict=True):
+                    known = results.get(i)
+                    results[i] = cotangent if known is None else known + cotangent
+                return [results[i] for i in range(len(results))]
 
             with set_current_trace(_compat.eval_trace):
-                results = jax.eval_shape(self._push, free, tangents)
-            avals = [*free, *(_tangent(results[i]) for i in given)]
-            self._pulls[given] = Operation(call, avals)
-        return self._pulls[given]
+                pushed = jax.eval_shape(self._push, free, tangents)
+            avals = [*free, *(_tangent(pushed[i]) for i in given)]
+            avals += [tangents[targets.index(i)] for i in sums]
+            self._pulls[key] = Operation(call, avals)
+        return self._pulls[key]
 
 
 def is_inexact(x: Any) -> bool:
     """Whether `x` may have a tangent: it is floating or complex."""
     return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _with_weak_type(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def _tangent(aval: Any) -> jax.ShapeDtypeStruct:
@@ -231,6 +251,30 @@ def _dependent(closed: Any, first: int) -> list[int]:
         if any(id(v) in live for v in eqn.invars):
             live.update(map(id, eqn.outvars))
     return [i for i, v in enumerate(closed.jaxpr.outvars) if id(v) in live]
+
+
+def _is_cheap(jaxpr: Any) -> bool:
+    """Whether to compute it again costs less than to store what it computes."""
+    return all(
+        eqn.primitive.name in _CHEAP
+        or (
+            eqn.primitive.name in _CALLS
+            and all(_is_cheap(inner) for inner in jaxprs_in_params(eqn.params))
+        )
+        for eqn in jaxpr.eqns
+    )
+
+
+_CALLS = {"jit", "pjit", "custom_jvp_call", "custom_vjp_call"}
+_CHEAP = frozenset(
+    """
+    abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy copy_p cos
+    cosh div eq exp exp2 expand_dims expm1 floor ge gt imag integer_pow is_finite le log
+    log1p logistic lt max min mul ne neg not or pow real reduce_and reduce_max reduce_min
+    reduce_or reduce_sum rem reshape rev round rsqrt select_n sign sin sinh slice sqrt
+    square squeeze stop_gradient sub tan tanh transpose xor
+    """.split()  # noqa: SIM905 - forty lines otherwise
+)
 
 
 class Uncacheable(Exception):  # noqa: N818 - it is no error
@@ -369,9 +413,7 @@ def operation_of_custom(
 
     avals = [aval_of(x) for x in operands]
     with set_current_trace(_compat.eval_trace):
-        closed = jax.make_jaxpr(call)(
-            *(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals)
-        )
+        closed = jax.make_jaxpr(call)(*map(_with_weak_type, avals))
     operation = Operation(jaxpr_as_fun(closed), avals)
     # The rules are kept with it, because the key has their ids.
     cache.put(key, (operation, function.stores, rules))

@@ -468,28 +468,29 @@ class Record:
         trace = _compat.current_trace()
         known: list[Any] = [None] * self._slots
 
-        def add(slot: int, cotangent: Any) -> None:
-            if known[slot] is not None:
-                both = [known[slot], cotangent]
-                (cotangent,) = run(trace, operation_of(jax.lax.add_p, both, {}, None), both)
-            known[slot] = cotangent
-
         for i, cotangent in zip(of, cotangents, strict=True):
-            if (slot := self._of[i]) is not None:
-                add(slot, cotangent)
+            slot = self._of[i]
+            if slot is not None:
+                before = known[slot]  # one value may be several results
+                known[slot] = cotangent if before is None else before + cotangent
         for note in reversed(self._notes):
             n = note.first
             given = tuple(
                 [k for k in range(len(note.linear.of)) if known[n + k] is not None]
             )
-            if given:
-                pulled = [known[n + k] for k in given]
-                operation = note.linear.pull(given)
-                results = run(trace, operation, [*note.residuals, *pulled])
-                for slot, cotangent in zip(note.inputs, results, strict=True):
-                    add(slot, cotangent)
-                for k in given:
-                    known[n + k] = None
+            if not given:
+                continue
+            slots = list(dict.fromkeys(note.inputs))
+            targets = tuple([slots.index(s) for s in note.inputs])
+            sums = tuple([k for k, s in enumerate(slots) if known[s] is not None])
+            operation = note.linear.pull(given, targets, sums)
+            operands = [*note.residuals, *[known[n + k] for k in given]]
+            operands += [known[slots[k]] for k in sums]
+            for k in given:
+                known[n + k] = None
+            results = run(trace, operation, operands)
+            for slot, cotangent in zip(slots, results, strict=True):
+                known[slot] = cotangent
         return [self._or_zero(known, self.wrt.index(i), self._at[i]) for i in wrt]
 
     def replay(self, operands: Sequence[Any]) -> list[Any]:
