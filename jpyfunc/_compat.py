@@ -230,6 +230,11 @@ def share_state(trace: Any) -> None:
     trace._weakref = stand_in._weakref
 
 
+def is_eager() -> bool:
+    """Whether `eval_trace` is the current trace: inside a bind there may be none."""
+    return _core.trace_ctx.trace is eval_trace
+
+
 def is_jaxpr(value: Any) -> bool:
     """Whether `value` is a jaxpr, closed or not: one type as of JAX 0.12."""
     return isinstance(value, ClosedJaxpr | Jaxpr)

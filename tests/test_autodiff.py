@@ -164,10 +164,10 @@ def test_complex_and_half_precision(transform):
 
 def test_only_perturbed_operands_and_needed_cotangents_cross(transform):
     """Large constant operands must not get tangents or cotangents of zeros."""
-    crossed = []
+    differentiated = []
 
     def body(x, table, y):
-        crossed.append((type(x).__name__, type(table).__name__, type(y).__name__))
+        differentiated.append([isinstance(a, jax.core.Tracer) for a in (x, table, y)])
         return x * 2, table, y * table.sum()
 
     exact = lambda x, table, y: (x, table, y)  # noqa: E731
@@ -175,10 +175,7 @@ def test_only_perturbed_operands_and_needed_cotangents_cross(transform):
     table = jnp.ones((5,))
     gradient = transform(jax.grad(lambda x: wrapped(x, table, 1.0)[0]))(1.0)
     assert gradient == 2.0
-    # Run once with values alone and once for the gradient, where x alone is traced.
-    primal, reverse = crossed[0], crossed[-1]
-    assert "Tracer" in reverse[0]
-    assert reverse[1:] == primal[1:]
+    assert differentiated == [[True, False, False]]
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -208,13 +205,3 @@ def test_pure_derivatives_that_nothing_uses_do_not_run():
     value, _ = jax.jit(lambda x: (jax.value_and_grad(wrapped)(x)[0], x))(1.0)
     assert value == 2.0
     assert len(calls) == 1
-
-
-def test_a_numpy_conversion_in_a_differentiated_body_says_so(transform):
-    """The body runs on tracers there, and JAX's own error says what to do."""
-    wrapped = py_func(
-        lambda x: jnp.asarray(np.asarray(x) * 2), Tout=jax.ShapeDtypeStruct((), jnp.float32)
-    )
-    assert transform(wrapped)(1.0) == 2.0
-    with pytest.raises(Exception, match=r"TracerArrayConversionError|__array__"):
-        jax.block_until_ready(transform(jax.grad(wrapped))(1.0))

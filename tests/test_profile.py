@@ -55,13 +55,13 @@ double = py_func(lambda x: 2 * x, Tout=SCALAR, name="cube")
 @pytest.mark.parametrize(
     ("kinds", "derivative"),
     [
-        (["vjp"], jax.grad(cube)),
+        (["forward", "vjp"], jax.grad(cube)),
         (["forward", "vjp"], jax.value_and_grad(cube)),
         (["forward", "jvp"], lambda x: jax.jvp(cube, (x,), (x,))),
-        (["jvp"], jax.jacfwd(jax.jacfwd(cube))),
-        (["jvp"], jax.jacfwd(jax.grad(cube))),
-        (["vjp"], jax.grad(jax.jacfwd(cube))),
-        (["vjp"], jax.grad(jax.grad(cube))),
+        (["forward", "jvp"], jax.jacfwd(jax.jacfwd(cube))),
+        (["forward", "jvp"], jax.jacfwd(jax.grad(cube))),
+        (["forward", "vjp"], jax.grad(jax.jacfwd(cube))),
+        (["forward", "vjp"], jax.grad(jax.grad(cube))),
         (["vjp"], lambda x: jax.linear_transpose(double, x)(x)),
     ],
 )
@@ -93,8 +93,9 @@ def test_batches_of_derivatives_and_of_nothing():
     with profile() as prof:
         slopes(jnp.ones(4))
         jax.vmap(cube)(jnp.ones(0))  # eager, because XLA removes a call of no bytes
-    assert counts(prof, "calls") == {"forward": 1, "vjp": 1}
-    assert counts(prof, "elements") == {"forward": 0, "vjp": 4}
+    assert counts(prof, "calls") == {"forward": 2, "vjp": 1}
+    assert counts(prof, "elements") == {"forward": 4, "vjp": 4}
+    assert counts(prof, "from_tape") == {"forward": 0, "vjp": 4}
 
 
 def test_bytes_of_operands_and_results(transform):
@@ -359,6 +360,9 @@ def test_as_dict_is_a_copy():
         "bytes_in",
         "bytes_out",
         "exceptions",
+        "from_tape",
+        "reran",
+        "bytes_kept",
     }
 
 
@@ -371,13 +375,16 @@ def test_prints_as_an_aligned_table():
     header, *rows = str(prof).splitlines()
     assert header.split() == [
         *("function", "kind", "calls", "elements", "body", "crossing"),
-        *("in", "out", "exceptions"),
+        *("in", "out", "exceptions", "from", "tape", "reran", "kept"),
     ]
     assert len({len(line) for line in (header, *rows)}) == 1
     assert [row[:8].strip() for row in rows] == ["<f>", "cube", ""]
-    assert [row.split()[-1] for row in rows] == ["0", "0", "0"]
-    assert re.search(r"<f> +forward +1,500 +1,500 .* 5.9 MiB +5.9 MiB +0$", rows[0])
-    assert re.search(r"forward +1 +1 .* 4 B +4 B +0$", rows[1])
+    assert re.search(
+        r"<f> +forward +1,500 +1,500 .* 5.9 MiB +5.9 MiB +0 +0 +0 +0 B$", rows[0]
+    )
+    # A ticket of 16 bytes leaves with the result.
+    assert re.search(r"forward +1 +1 .* 4 B +20 B +0 +0 +0 +[1-9].* KiB$", rows[1])
+    assert re.search(r"vjp +1 +1 .* 24 B +4 B +0 +1 +0 +0 B$", rows[2])
     assert str(profile()).splitlines()[0].split() == header.split()
     html = prof._repr_html_()
     assert html.startswith("<table>")

@@ -58,11 +58,14 @@ class Recorded:
     Attributes:
         base: the primal.
         repeatable: whether it may be run again where the run is not kept.
+        under: operands that a derivative is taken by already. The derivative of a function
+            with a custom rule is then that of what the rule computes.
         widths: as of `Recording`.
     """
 
     base: Primal
     repeatable: bool
+    under: Indices = ()
     widths: tuple[int, ...] = ()
 
     @property
@@ -219,17 +222,20 @@ def jvp_of(body: Body, wrt: Indices, of: Indices, repeatable: bool) -> Body:
         repeatable: whether the Python function may be run again.
 
     Returns:
-        A body whose operands are those of `body`, then the ticket of its run if it
-        `is_recording`, then the tangents.
+        A body whose operands are those of `body`, then the ticket of its run if `body` runs
+        a Python function, then the tangents.
     """
     if isinstance(body, Batch):
         base = jvp_of(body.base, wrt, of, repeatable)
-        ticket = (True,) * is_recording(body)
-        stacked_in = body.stacked_in + ticket + tuple(body.stacked_in[i] for i in wrt)
+        tickets = len(base.in_avals) - len(body.base.in_avals) - len(wrt)
+        stacked_in = body.stacked_in + (True,) * tickets
+        stacked_in += tuple(body.stacked_in[i] for i in wrt)
         stacked_out = tuple(body.stacked_out[i] for i in of)
         return Batch(base, body.size, stacked_in, stacked_out)
+    if isinstance(body, Primal):
+        return Jvp(Recorded(body, repeatable), wrt, of)
     if isinstance(body, Recording):
-        return Jvp(Recorded(body.base, repeatable, body.widths), wrt, of)
+        return Jvp(Recorded(body.base, repeatable, body.wrt, body.widths), wrt, of)
     return Jvp(body, wrt, of)
 
 

@@ -14,7 +14,7 @@ from jpyfunc._body.primal import Primal
 from jpyfunc._errors import NotDifferentiableError, TapeLostError
 from jpyfunc._host import kept
 from jpyfunc._host.profile import note
-from jpyfunc._traces.tape import Record, Tape, is_taped
+from jpyfunc._traces.tape import Record, Tape
 
 
 def call(body: FlatBody, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -47,20 +47,27 @@ def _recording(
 def _recorded(body: Recorded, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     *primals, ticket = operands
     record = kept.find(body, ticket)
-    differentiated = [i for i, x in enumerate(primals) if is_taped(x)]
-    if record and set(differentiated) <= set(record.wrt):
-        note(from_tape=1)
-        return record.replay(primals)
-    if kept.is_void(ticket):  # and so is what is computed here
-        return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
-    if not body.repeatable:
-        raise TapeLostError(
-            f"{body.primal.label} is stateful, and the run that its derivative is to be "
-            "taken of is not kept any more; running it again would give the derivative of "
-            "another run. Raise the bound on what is kept: jpyfunc.set_tape_limit(nbytes)."
-        )
-    note(reran=1)
-    return body.base(_put(primals, body.base.in_avals, device))
+    if record and not record.covers(primals):
+        record = None
+    if record is None:
+        if kept.is_void(ticket):  # and so is what is computed here
+            return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
+        if not body.repeatable:
+            raise _lost(body)
+        primals = _put(primals, body.base.in_avals, device)
+    note(from_tape=int(record is not None), reran=int(record is None))
+    results = record.replay if record else body.base
+    if body.under:
+        return Tape(body.primal.label).record(results, primals, body.under).values
+    return results(primals)
+
+
+def _lost(body: Recorded) -> TapeLostError:
+    return TapeLostError(
+        f"{body.primal.label} is stateful, and the run that its derivative is to be taken "
+        "of is not kept any more; running it again would give the derivative of another "
+        "run. Raise the bound on what is kept: jpyfunc.set_tape_limit(nbytes)."
+    )
 
 
 def _jvp(body: Jvp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -82,7 +89,7 @@ def _record(body: Jvp | Vjp, operands: Sequence[Any], device: _compat.Device) ->
     base = body.base
     if isinstance(base, Recorded):
         record = kept.find(base, operands[-1])
-        if record and record.serves(body.wrt, operands):
+        if record and record.serves(body.wrt, operands, bool(base.under)):
             note(from_tape=1)
             return record
     primals = _put(operands, base.in_avals, device)

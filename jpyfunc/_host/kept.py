@@ -69,7 +69,7 @@ class _Kept:
         self._lock = threading.RLock()
         self._records: OrderedDict[int, tuple[Record, Avals]] = OrderedDict()
         self._shared: Counter[int] = Counter()  # by id, how many records have an array
-        self._functions: dict[int, tuple[Any, set[int]]] = {}
+        self._functions: dict[int, set[int]] = {}  # by id, the numbers of their runs
         self._next = 1
         self.limit = limit
         self.nbytes = 0
@@ -115,16 +115,14 @@ class _Kept:
         key = id(function)
         if key not in self._functions:
             try:
-                reference = weakref.ref(function, lambda _: self._drop_function(key))
+                weakref.finalize(function, self._drop_function, key).atexit = False
             except TypeError:  # built in, say
                 return
-            self._functions[key] = (reference, set())
-        self._functions[key][1].add(number)
+        self._functions.setdefault(key, set()).add(number)
 
     def _drop_function(self, key: int) -> None:
         with self._lock:
-            _, numbers = self._functions.pop(key, (None, ()))
-            dropped = [self._drop(number) for number in numbers]
+            dropped = [self._drop(number) for number in self._functions.pop(key, ())]
         del dropped
 
     def _drop(self, number: int) -> Record | None:

@@ -180,15 +180,20 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     The columns, by their names in `as_dict`:
 
     - `calls`: calls of the host by a compiled program, and eager calls.
-    - `elements`: how often these ran the body: a call under `jax.vmap` with
-      `vmap_method="sequential"` runs it once per element of the batch, any other once.
-    - `body_seconds`: time in the body, calls to other functions included. A derivative
-      is the body run under `jax.jvp` or `jax.vjp`.
+    - `elements`: what these computed: a call under `jax.vmap` with
+      `vmap_method="sequential"` one for each element of the batch, any other one.
+    - `body_seconds`: time in the body, calls to other functions included; of a
+      derivative, time to push or pull through its run.
     - `crossing_seconds`: the rest of the call: to convert operands and results, cut and
       stack batches, set up the caller's JAX settings. What XLA does before Python is
       reached, some 10 us, is not in it.
     - `bytes_in`, `bytes_out`: of the operands and of the results.
     - `exceptions`: calls that raised. They count in the other columns too.
+    - `from_tape`: elements of derivatives that were taken of a run that was kept, so that
+      the body was not run again.
+    - `reran`: elements of derivatives for which the body was run again.
+    - `bytes_kept`: what runs that were to be differentiated added to what is kept, at the
+      time; see `set_tape_limit`.
 
     Eager calls count, though nothing crosses there: their crossing is the check and the
     conversion of the results, and JAX may still compute when their body has returned.
@@ -270,6 +275,9 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
                 _bytes(counts["bytes_in"]),
                 _bytes(counts["bytes_out"]),
                 f"{counts['exceptions']:,}",
+                f"{counts['from_tape']:,}",
+                f"{counts['reran']:,}",
+                _bytes(counts["bytes_kept"]),
             ]
             for function, kinds in self.as_dict().items()
             for i, (kind, counts) in enumerate(kinds.items())
@@ -302,7 +310,8 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
 
 
 _HEADER = (
-    "function", "kind", "calls", "elements", "body", "crossing", "in", "out", "exceptions"
+    "function", "kind", "calls", "elements", "body", "crossing", "in", "out", "exceptions",
+    "from tape", "reran", "kept"
 )  # fmt: skip
 
 

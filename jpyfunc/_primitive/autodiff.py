@@ -65,7 +65,7 @@ def _py_func_jvp(
     body = recording_of(params.body, wrt)
     results = bind(primals, dataclasses.replace(params, body=body))
     ticket = results[-1:] if is_recording(body) else []
-    derived = params.derived(jvp_of(body, wrt, of, repeatable=not params.stateful))
+    derived = params.derived(jvp_of(params.body, wrt, of, repeatable=not params.stateful))
     operands = [*primals, *ticket, *(ad.instantiate_zeros(tangents[i]) for i in wrt)]
     pushed = dict(zip(of, bind(operands, derived), strict=True))
     results = results[: len(params.body.out_avals)]

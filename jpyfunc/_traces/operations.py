@@ -49,14 +49,28 @@ class Operation:
         stores: what JAX asks for when it transposes one with a custom rule.
     """
 
-    __slots__ = ("_linear", "avals", "call", "run", "stores")
+    __slots__ = ("_has_rules", "_linear", "avals", "call", "run", "stores")
 
-    def __init__(self, call: Callable[..., list[Any]], avals: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        call: Callable[..., list[Any]],
+        avals: Sequence[Any],
+        has_rules: bool | None = None,
+    ) -> None:
         self.call = call
+        self._has_rules = has_rules
         self.run = jax.jit(call)
         self.avals = tuple(map(_with_weak_type, avals))
         self.stores: list[tuple[Any, Any]] = []
         self._linear: dict[Indices, Linear] = {}
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether functions with custom rules are called in it."""
+        if self._has_rules is None:
+            with set_current_trace(_compat.eval_trace):
+                self._has_rules = _has_rules(jax.make_jaxpr(self.call)(*self.avals))
+        return self._has_rules
 
     def linear(self, active: Indices) -> Linear:
         """It with its derivatives by the operands `active`, which are floating."""
@@ -117,10 +131,11 @@ class Linear:
             return jax.tree.unflatten(structure[0], leaves)
 
         self.forward, push_at = operation, restored
-        if len(kept) > self.size and _is_cheap(closed):
+        # The derivative of what a custom rule computes is not that of the function.
+        if len(kept) > self.size and not operation.has_rules and _is_cheap(closed):
             self._sources, avals = range(len(operation.avals)), operation.avals
             push_at = lambda operands: linearized(operands)[1]  # noqa: E731
-        elif len(kept) > self.size:
+        elif len(kept) > self.size or operation.has_rules:
             evaluate = jaxpr_as_fun(closed)
             self.forward = Operation(
                 lambda *xs: [evaluate(*xs)[i] for i in kept], operation.avals
@@ -253,19 +268,26 @@ def _dependent(closed: Any, first: int) -> list[int]:
     return [i for i, v in enumerate(closed.jaxpr.outvars) if id(v) in live]
 
 
+def _has_rules(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")
+        or any(map(_has_rules, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
 def _is_cheap(jaxpr: Any) -> bool:
     """Whether to compute it again costs less than to store what it computes."""
     return all(
         eqn.primitive.name in _CHEAP
         or (
-            eqn.primitive.name in _CALLS
-            and all(_is_cheap(inner) for inner in jaxprs_in_params(eqn.params))
+            eqn.primitive is _compat.jit_p
+            and all(map(_is_cheap, jaxprs_in_params(eqn.params)))
         )
         for eqn in jaxpr.eqns
     )
 
 
-_CALLS = {"jit", "pjit", "custom_jvp_call", "custom_vjp_call"}
 _CHEAP = frozenset(
     """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy copy_p cos
@@ -366,7 +388,7 @@ def operation_of_jit(
         operation = None
         if not is_opaque(jaxpr):
             avals = [*map(jax.typeof, jaxpr.consts), *jaxpr.in_avals]
-            operation = Operation(_compat.opened(jaxpr), avals)
+            operation = Operation(_compat.opened(jaxpr), avals, _has_rules(jaxpr))
         known = (operation,)
         _operations.put(key, known, [jaxpr])
     return known[0]
@@ -414,7 +436,7 @@ def operation_of_custom(
     avals = [aval_of(x) for x in operands]
     with set_current_trace(_compat.eval_trace):
         closed = jax.make_jaxpr(call)(*map(_with_weak_type, avals))
-    operation = Operation(jaxpr_as_fun(closed), avals)
+    operation = Operation(jaxpr_as_fun(closed), avals, has_rules=True)
     # The rules are kept with it, because the key has their ids.
     cache.put(key, (operation, function.stores, rules))
     return operation

@@ -110,6 +110,8 @@ class Tape(Trace):
                 results = function(self.watch(operands, wrt))
         finally:
             notes, self._notes, self.is_open = self._notes, [], False
+            if is_tape(self.parent):
+                self.parent.reads.extend(self.reads)
         return Record(self, notes, self._slots, wrt, operands, results)
 
     def _new(self, value: Any) -> Taped:
@@ -362,7 +364,7 @@ def run(trace: Any, operation: Operation, operands: Sequence[Any]) -> list[Any]:
     if type(trace) is Tape:
         return trace.apply(operation, operands)
     if isinstance(trace, _compat.EvalTrace):
-        if _compat.current_trace() is _compat.eval_trace:
+        if _compat.is_eager():
             return operation.run(*operands)
         with set_current_trace(_compat.eval_trace):
             return operation.run(*operands)
@@ -429,13 +431,24 @@ class Record:
         yield from self.values
         yield from self._at
 
-    def serves(self, wrt: Indices, operands: Sequence[Any]) -> bool:
+    def serves(self, wrt: Indices, operands: Sequence[Any], without_rules: bool) -> bool:
         """Whether derivatives by `wrt` can be taken of it as it is.
 
-        Where operands are on a tape, they are only if it was made under that tape.
+        Args:
+            wrt: operands.
+            operands: of the run. Where some are on a tape, it must be that under which
+                the record was made.
+            without_rules: whether no custom rule may be used.
         """
-        same = self._tape is _compat.current_trace() or not any(map(is_taped, operands))
-        return same and set(wrt) <= set(self.wrt)
+        return (
+            set(wrt) <= set(self.wrt)
+            and not (without_rules and any(n.operation.has_rules for n in self._notes))
+            and (self._tape is _compat.current_trace() or not any(map(is_taped, operands)))
+        )
+
+    def covers(self, operands: Sequence[Any]) -> bool:
+        """Whether it can be replayed on operands, some of which are on a tape."""
+        return {i for i, x in enumerate(operands) if is_taped(x)} <= set(self.wrt)
 
     def push(self, wrt: Indices, tangents: Sequence[Any], of: Indices) -> list[Any]:
         """The tangents of results `of` by the tangents of operands `wrt`.
@@ -496,6 +509,8 @@ class Record:
     def replay(self, operands: Sequence[Any]) -> list[Any]:
         """The results of the same operations on other operands `wrt`."""
         trace = _compat.current_trace()
+        if is_tape(trace):
+            trace.reads.extend(self._reads)
         known: list[Any] = [operands[i] for i in self.wrt]
         known += [None] * (self._slots - len(known))
         for note in self._notes:

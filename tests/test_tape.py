@@ -1,0 +1,409 @@
+"""What a body sees while it is differentiated: values, and which reads cut a gradient."""
+
+import copy
+import linecache
+import math
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpyfunc import (
+    GradientCutWarning,
+    NotDifferentiableError,
+    numpy_func,
+    py_func,
+    raise_original,
+    set_tape_limit,
+)
+
+f32 = jax.ShapeDtypeStruct((), jnp.float32)
+
+# Each shows the body its operand once, differentiated.
+WAYS = {
+    "grad": jax.grad,
+    "jvp": lambda f: lambda x: jax.jvp(f, (x,), (1.0,))[1],
+    "hessian": jax.hessian,
+    "rev_rev": lambda f: jax.grad(jax.grad(f)),
+    "vmap": lambda f: lambda x: jax.vmap(jax.grad(f))(x[None])[0],
+    "scan": lambda f: jax.grad(
+        lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, length=1)[0]
+    ),
+    "while_loop": lambda f: (
+        lambda x: jax.jvp(
+            lambda x: jax.lax.while_loop(
+                lambda c: c[0] < 1, lambda c: (c[0] + 1, f(c[1])), (0, x)
+            )[1],
+            (x,),
+            (1.0,),
+        )[1]
+    ),
+    "cond": lambda f: jax.grad(lambda x: jax.lax.cond(x > 0, f, jnp.cos, x)),
+    "checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, transform):
+    return lambda f: transform(WAYS[request.param](f))
+
+
+@pytest.fixture(params=["kept", "not kept"])
+def tape_limit(request):
+    """With runs kept, and with none, where each derivative runs the body again."""
+    before = set_tape_limit(2**30 if request.param == "kept" else 0)
+    yield request.param
+    set_tape_limit(before)
+
+
+def call(function, *args):
+    """Call it and raise what a body raised."""
+    with raise_original():
+        return jax.block_until_ready(function(*args))
+
+
+def test_a_body_sees_values(way, tape_limit, capsys):
+    seen = []
+
+    def body(x):
+        print(x)
+        n = int(x)
+        seen.append(
+            (f"{x:.2f}", f"{x}", str(x), repr(x), bool(x > 1), n, list(range(n)), x == 2.5)
+        )
+        ys = jnp.stack([x, x**2, x**3])
+        return ys[n] if x < 3 else x
+
+    call(way(py_func(body, Tout=f32)), jnp.float32(2.5))
+    plain = jnp.float32(2.5)
+    want = ("2.50", "2.5", "2.5", repr(plain), True, 2, [0, 1], True)
+    assert set(map(repr, seen)) == {repr(want).replace("True)", f"{plain == 2.5!r})")}
+    assert set(capsys.readouterr().out.split("\n")) == {"2.5", ""}
+
+
+def test_what_an_array_says_of_itself():
+    said = []
+
+    def body(x):
+        said[:] = [
+            x.shape, x.dtype, x.ndim, x.size, len(x), x.nbytes, x.devices(), x.sharding,
+            x.is_fully_addressable, x.device, x.block_until_ready() is not None,
+            isinstance(x, jax.Array), [float(jax.lax.stop_gradient(y)) for y in x],
+            copy.deepcopy(x).shape, x.weak_type, x.T.shape, x[0].item,
+        ][:-1]  # fmt: skip
+        return x.sum()
+
+    wrapped = py_func(body, Tout=f32)
+    x = jnp.array([1.0, 2.0])
+    wrapped(x)
+    plain = list(said)
+    jax.grad(wrapped)(x)
+    assert said == plain
+
+
+def test_pdb_and_plots_see_values():
+    shown = []
+
+    def body(x):
+        shown.append(eval("x", {}, {"x": x}).__repr__())  # what `p x` of pdb prints
+        shown.append(np.asarray(jax.lax.stop_gradient(x)) * 2)  # what a plot is given
+        return x**2
+
+    assert jax.jit(jax.grad(py_func(body, Tout=f32)))(jnp.float32(3.0)) == 6.0
+    assert shown == [repr(jnp.float32(3.0)), 6.0]
+
+
+def test_stop_gradient_is_a_plain_array(way):
+    kinds = []
+
+    def body(x):
+        value = jax.lax.stop_gradient(x)
+        kinds.append(isinstance(value, jax.core.Tracer))
+        return x * float(value) * math.sin(value) + np.sin(value)
+
+    call(way(py_func(body, Tout=f32)), jnp.float32(0.5))
+    assert not any(kinds)
+
+
+READS = {
+    "float()": float,
+    "item()": lambda x: x.item(),
+    "tolist()": lambda x: x.tolist(),
+    "complex()": lambda x: complex(x).real,
+    "math": math.sin,
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_scalar_read_warns_once_per_line_and_is_a_constant(read, way, tape_limit):
+    def body(x):
+        for _ in range(3):
+            y = READS[read](x)
+        return x * x * y
+
+    wrapped = py_func(body, Tout=f32)
+    with pytest.warns(GradientCutWarning) as caught:
+        got = call(way(wrapped), jnp.float32(0.7))
+    constant = READS[read](jnp.float32(0.7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = way(lambda x: x * x * constant if True else jnp.cos(x))(jnp.float32(0.7))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    texts = {str(w.message) for w in caught}
+    assert all(
+        "py_func 'body'" in text and "jax.lax.stop_gradient" in text for text in texts
+    )
+    # Under the default filter, once in all: here the lambda or this body is the line.
+    assert all("test_tape.py" in text for text in texts)
+
+
+def test_the_default_filter_shows_a_warning_once():
+    def body(x):
+        return x * float(x)
+
+    grad = jax.grad(py_func(body, Tout=f32))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            assert grad(3.0) == 3.0
+    (warning,) = caught
+    assert warning.category is GradientCutWarning
+    assert issubclass(GradientCutWarning, UserWarning)
+    assert warning.filename == __file__
+    assert linecache.getline(__file__, warning.lineno).strip() == "return x * float(x)"
+
+
+CONVERSIONS = {
+    "asarray": np.asarray,
+    "ufunc": np.sin,
+    "method": lambda x: np.linspace(0, x, 3)[1] + 0,
+    "bytes": lambda x: np.frombuffer(x.tobytes(), np.float32),
+    "dlpack": np.from_dlpack,
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_a_conversion_to_numpy_raises_in_a_few_lines(conversion, transform, tape_limit):
+    def body(x):
+        return x * float(np.sum(CONVERSIONS[conversion](x)))
+
+    wrapped = py_func(body, Tout=f32)
+    with pytest.raises(NotDifferentiableError) as info:
+        call(transform(jax.grad(wrapped)), jnp.float32(0.7))
+    text = str(info.value)
+    assert "py_func 'body'" in text
+    assert "test_tape.py:" in text
+    for remedy in ("stop_gradient", "jax.custom_jvp", "jax.custom_vjp", "numpy_func"):
+        assert remedy in text
+    assert text.count("\n") <= 4
+    assert call(transform(jax.grad(py_func(jnp.sin, Tout=f32))), 0.0) == 1.0
+
+
+@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian], ids=repr)
+def test_a_result_that_a_read_cut_off_raises(take, transform, tape_limit):
+    """Where TensorFlow returns 0.0 and says nothing."""
+
+    def body(x):
+        return jnp.float32(math.sin(x))
+
+    with (
+        pytest.warns(GradientCutWarning),
+        pytest.raises(NotDifferentiableError, match=r"'body'.*depends on nothing.*read at"),
+    ):
+        call(transform(take(py_func(body, Tout=f32))), jnp.float32(0.7))
+
+
+def test_a_result_that_depends_on_nothing_without_a_read_has_a_zero_gradient(transform):
+    f = py_func(lambda x: jnp.float32(int(x)) if x > 0 else jnp.float32(2), Tout=f32)
+    assert transform(jax.grad(f))(1.5) == 0.0
+    assert transform(jax.grad(f))(-1.5) == 0.0
+
+
+def test_a_read_beside_a_result_that_is_not_differentiated(transform):
+    f = py_func(lambda x: (x**2, float(x)), Tout=(f32, f32))
+    with pytest.warns(GradientCutWarning):
+        got = transform(jax.grad(lambda x: f(x)[0]))(3.0)
+    assert got == 6.0
+
+
+def test_a_kept_argument_is_a_constant_or_a_clear_error(transform):
+    kept = []
+
+    def keeps(x):
+        kept.append(x)
+        return x * kept[0]
+
+    grad = transform(jax.grad(py_func(keeps, Tout=f32)))
+    assert grad(2.0) == 4.0  # x * x
+    for x in (3.0, 5.0):
+        try:
+            got = grad(x)
+        except Exception as error:  # noqa: BLE001 - any, if it is clear
+            assert "kept" in str(error) or "tracer" in str(error)  # noqa: PT017
+        else:
+            assert got == 2.0  # the value of then
+    assert float(kept[0]) == 2.0
+    assert np.asarray(kept[0]) == 2.0
+
+
+custom = jax.custom_vjp(lambda x: jnp.sin(x))
+custom.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (2 * g * jnp.cos(x),))
+
+
+@jax.custom_jvp
+def with_aux(x, y):
+    return jnp.sin(x) * y, x
+
+
+with_aux.defjvp(lambda p, t: (with_aux(*p), (3 * jnp.cos(p[0]) * t[0] * p[1] + t[1], t[0])))
+
+
+@jax.jit
+def jitted_with_callback(x):
+    y = jax.pure_callback(
+        lambda v: np.asarray(v) * 2, f32, jax.lax.stop_gradient(x), vmap_method="sequential"
+    )
+    return x * y
+
+
+inner_func = py_func(lambda x: x**2 if x > 0 else x, Tout=f32)
+inner_numpy = numpy_func(lambda x: np.floor(x), Tout=f32)
+
+BODIES = {
+    "relu": lambda x: jax.nn.relu(x) + jax.nn.relu(-x) * 2,
+    "softplus": lambda x: jax.nn.softplus(x) * x,
+    "logaddexp": lambda x: jnp.logaddexp(x, 2 * x),
+    "gelu": lambda x: jax.nn.gelu(x) * jax.nn.silu(x),
+    "custom_jvp": lambda x: with_aux(x, x * 2)[0] * with_aux(x, 1.0)[1],
+    "custom_vjp": lambda x: custom(x) * x,
+    "grad": lambda x: jax.grad(lambda y: jnp.sin(y) * y * x)(x),
+    "jvp": lambda x: jax.jvp(lambda y: jnp.sin(y) * x, (x,), (x,))[1],
+    "vmap": lambda x: jax.vmap(lambda y: y * jnp.sin(x * y))(jnp.arange(3.0)).sum(),
+    "jit_with_closure": lambda x: jax.jit(lambda y: y * x)(x + 1),
+    "scan": lambda x: jax.lax.scan(lambda c, _: (c * jnp.cos(c), c), x, None, length=3)[0],
+    "cond": lambda x: jax.lax.cond(x > 0, jnp.sin, jnp.cos, x),
+    "checkpoint": lambda x: jax.checkpoint(lambda y: jnp.sin(jnp.sin(y)))(x),
+    "callback": lambda x: jitted_with_callback(x),
+    "linalg": lambda x: (
+        jnp.linalg.solve(jnp.eye(2) * x + 0.1, jnp.ones(2) * x).sum()
+        + jnp.linalg.eigh(jnp.array([[2.0, 1.0], [1.0, 3.0]]) * x)[0].sum()
+    ),
+    "sort": lambda x: jnp.sort(jnp.stack([x, -x, 2 * x]))[1],
+    "indexing": lambda x: (
+        jnp.zeros(3).at[1].set(x)[1:].sum() * jnp.stack([x, x * 2])[jnp.array([0, 1])].sum()
+    ),
+    "random": lambda x: jax.random.normal(jax.random.key(3), (2,)).sum() * x**2,
+    "power": lambda x: x**x + 2**x + x**2.5,
+    "half": lambda x: (x.astype(jnp.bfloat16) ** 2).astype(jnp.float32) + x,
+    "complex": lambda x: jnp.abs(jnp.exp(1j * x) * x + x),
+    "py_func": lambda x: inner_func(x) * x + inner_func(-x),
+    "jitted_py_func": lambda x: jax.jit(lambda y: inner_func(y) * y)(x),
+    "grad_of_py_func": lambda x: jax.grad(lambda y: inner_func(y) * y * x)(x),
+    "vmap_of_py_func": lambda x: jax.vmap(inner_func)(jnp.stack([x, -x]) * x).sum(),
+    "scan_of_py_func": lambda x: jax.lax.scan(
+        lambda c, _: (inner_func(c) * x, None), x, None, length=2
+    )[0],
+    "numpy_func": lambda x: x * inner_numpy(jax.lax.stop_gradient(x + 1)),
+    "same_twice": lambda x: (x * x) * (x + x),
+    "whole": lambda x: jnp.outer(jnp.ones(2) * x, jnp.arange(2.0) * x).sum(),
+}
+ORDERS = {
+    "grad": jax.grad,
+    "rev_rev": lambda f: jax.grad(jax.grad(f)),
+    "fwd_rev": lambda f: jax.jacfwd(jax.grad(f)),
+    "vmap_grad": lambda f: lambda x: jax.vmap(jax.grad(f))(jnp.stack([x, x / 2])).sum(),
+}
+
+
+def plain(name):
+    """The body without py_func, whose branches plain JAX takes on values too."""
+    # Its callbacks are plain functions there, or functions with that derivative.
+    if name == "vmap_of_py_func":
+        return lambda x: (x * x) ** 2 + -x * x
+    return BODIES[name]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_gradients_of_what_jax_offers_a_body(body, transform):
+    """In turns, so that operations are met for the first time and again."""
+    wrapped = py_func(BODIES[body], Tout=f32, name=body)
+    for order, take in ORDERS.items():
+        if "py_func" in body and order == "vmap_grad" and body != "py_func":
+            continue
+        f = transform(take(wrapped))
+        for x in (0.7, 1.3):
+            np.testing.assert_allclose(
+                f(x), take(plain(body))(x), rtol=1e-2 if body == "half" else 5e-4, err_msg=order
+            )  # fmt: skip
+
+
+def test_debug_print_prints_once(transform, capsys):
+    def body(x):
+        jax.debug.print("x = {}", x)
+        jax.jit(lambda y: jax.debug.print("y = {}", y))(x)
+        return x**3
+
+    assert transform(jax.grad(jax.grad(py_func(body, Tout=f32))))(2.0) == 12.0
+    jax.effects_barrier()
+    assert sorted(capsys.readouterr().out.split("\n")) == ["", "x = 2.0", "y = 2.0"]
+
+
+def test_a_host_callback_that_a_gradient_flows_into_is_jaxs_error(transform):
+    def body(x):
+        return jax.pure_callback(np.sin, f32, x)
+
+    with pytest.raises(ValueError, match="Pure callbacks do not support JVP"):
+        call(transform(jax.grad(py_func(body, Tout=f32))), 0.7)
+
+
+def test_numpy_func_in_a_body_that_a_gradient_flows_into(transform):
+    with pytest.raises(NotDifferentiableError, match="numpy_func"):
+        call(transform(jax.grad(py_func(lambda x: inner_numpy(x), Tout=f32))), 0.7)
+
+
+def test_while_loop_in_a_body_forward_and_its_own_error_in_reverse(transform):
+    def body(x):
+        return jax.lax.while_loop(lambda c: c < 10, lambda c: c * x, x)
+
+    f = py_func(body, Tout=f32)
+    np.testing.assert_allclose(transform(jax.jacfwd(f))(2.0), 4 * 2.0**3, rtol=1e-6)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        call(transform(jax.grad(f)), 2.0)
+
+
+def test_the_traceback_of_a_differentiated_body_begins_at_the_users_line(transform):
+    def body(x):
+        y = x * 2
+        raise KeyError(f"{y:.1f}")
+
+    with pytest.raises(KeyError, match=r"4\.0") as info:
+        call(transform(jax.grad(py_func(body, Tout=f32))), 2.0)
+    assert info.traceback[-1].name == "body"
+
+
+def test_debug_nans_names_it_in_a_differentiated_body():
+    f = py_func(lambda x: jnp.log(x - 1) * 0, Tout=f32)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan|NaN"):
+        call(jax.grad(f), 0.5)
+
+
+def test_in_float64_and_in_both_precisions_in_turns():
+    for x64 in (True, False, True):
+        with jax.enable_x64(x64):
+            dtype = jnp.float64 if x64 else jnp.float32
+            f = py_func(lambda x: jnp.sin(x) * x if x > 0 else x, Tout=dtype)
+            got = jax.jit(jax.grad(f))(dtype(0.7))
+            assert got.dtype == dtype
+            np.testing.assert_allclose(
+                got, np.cos(0.7) * 0.7 + np.sin(0.7), rtol=1e-14 if x64 else 1e-6
+            )
+
+
+def test_error_texts_have_no_dangling_places():
+    """Where no frame is the user's: a body that is all NumPy."""
+    with pytest.raises(NotDifferentiableError) as info:
+        jax.grad(py_func(np.sin, Tout=f32))(0.5)
+    assert re.search(r"'sin'.*converted to NumPy", str(info.value))
