@@ -7,7 +7,9 @@ def test_resident_memory_of_20000_calls():
     out = run_program(
         """
         import gc, jax, jax.numpy as jnp, os
-        from jpyfunc import py_func, raise_original
+        from jpyfunc import py_func, set_tape_limit
+
+        set_tape_limit(2**20)  # which fills up meanwhile
 
         def resident():
             gc.collect()

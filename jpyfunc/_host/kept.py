@@ -24,8 +24,8 @@ from jpyfunc._body.primal import Avals, Primal, unwrapped
 from jpyfunc._traces.operations import aval_of
 from jpyfunc._traces.tape import Record
 
-# What an array costs beside its data: the buffer, and the objects that lead to it.
-ARRAY_OVERHEAD = 1024
+# What an array takes beside its data, in objects of XLA, JAX and Python, as measured.
+ARRAY_OVERHEAD = 4096
 DEFAULT_LIMIT = 2**30
 
 
@@ -39,7 +39,7 @@ def set_tape_limit(nbytes: int) -> int:
 
     Args:
         nbytes: the bound in bytes, arrays that several runs share counted once, each with
-            1 KiB for what Python and JAX hold of it; 0 keeps nothing.
+            4 KiB for the objects that hold it; 0 keeps nothing.
 
     Returns:
         The bound that was in force.

@@ -1,0 +1,452 @@
+"""Runs that are kept for their derivatives: how often bodies run, tickets, the bound."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import log_huber
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import run_program
+
+import jpyfunc
+from jpyfunc import TapeLostError, profile, py_func, raise_original, set_tape_limit
+
+f32 = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+@pytest.fixture
+def nothing_kept():
+    before = set_tape_limit(0)
+    yield
+    set_tape_limit(before)
+
+
+@pytest.fixture
+def runs():
+    return []
+
+
+@pytest.fixture
+def counted(runs):
+    """log_huber of one argument, which counts its runs."""
+
+    def body(x):
+        runs.append(1)
+        return log_huber(x, 2.0)
+
+    return py_func(body, Tout=f32)
+
+
+def plain(x):
+    return log_huber(x, 2.0)
+
+
+def looped(f):
+    def program(x):
+        return jax.lax.scan(lambda c, _: (f(c) * 0.5 + 1, f(c)), x, None, length=4)[1].sum()
+
+    return program
+
+
+def looped_plain(x):
+    total = 0.0
+    for _ in range(4):
+        total, x = total + plain(x), plain(x) * 0.5 + 1
+    return total
+
+
+ROW = jnp.arange(1, 4.0)
+ONCE = {
+    "value_and_grad": (jax.value_and_grad, 1),
+    "grad": (jax.grad, 1),
+    "vjp": (lambda f: lambda x: jax.vjp(f, x)[1](1.0)[0], 1),
+    "jvp": (lambda f: lambda x: jax.jvp(f, (x,), (1.0,)), 1),
+    "linearize": (lambda f: lambda x: jax.linearize(f, x)[1](2.0), 1),
+    "jacrev": (jax.jacrev, 1),
+    "jacfwd": (jax.jacfwd, 1),
+    "hessian": (jax.hessian, 1),
+    "rev_rev": (lambda f: jax.grad(jax.grad(f)), 1),
+    "fwd_fwd": (lambda f: jax.jacfwd(jax.jacfwd(f)), 1),
+    "third": (lambda f: jax.grad(jax.grad(jax.grad(f))), 1),
+    "vmap": (lambda f: lambda x: jax.vmap(jax.value_and_grad(f))(x * ROW), 3),
+    "vmap_hessian": (lambda f: lambda x: jax.vmap(jax.hessian(f))(x * ROW), 3),
+    "grad_of_vmap": (lambda f: jax.grad(lambda x: jax.vmap(f)(x * ROW).sum()), 3),
+    "cond": (lambda f: jax.grad(lambda x: jax.lax.cond(x > 0, f, jnp.sin, x)), 1),
+    "switch": (lambda f: jax.grad(lambda x: jax.lax.switch(1, [jnp.sin, f], x)), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("x", [0.7, 1.6])
+@pytest.mark.parametrize("take", ONCE)
+def test_a_body_runs_once_per_execution(take, x, counted, runs, transform):
+    derivative, times = ONCE[take]
+    program = transform(derivative(counted))
+    got = jax.block_until_ready(program(x))
+    assert len(runs) == times
+    before = set_tape_limit(0)
+    again = jax.block_until_ready(program(x))
+    set_tape_limit(before)
+    assert len(runs) >= 3 * times  # and once more for each derivative
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), got, again)
+
+
+@pytest.mark.parametrize("x", [0.7, 1.6])
+def test_a_scan_of_t_steps_runs_t_times(x, counted, runs, transform):
+    f = transform(jax.value_and_grad(looped(counted)))
+    got = jax.block_until_ready(f(x))
+    assert len(runs) == 8  # two calls in each of four steps
+    want = jax.value_and_grad(looped_plain)(x)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_while_loop_forward_runs_once_per_turn(counted, runs, transform):
+    def program(f):
+        return lambda x: jax.lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1]) * 0.5), (0, x)
+        )[1]
+
+    got = transform(jax.jacfwd(program(counted)))(1.5)
+    assert len(runs) == 3
+
+    def by_hand(x):
+        for _ in range(3):
+            x = plain(x) * 0.5
+        return x
+
+    np.testing.assert_allclose(got, jax.grad(by_hand)(1.5), rtol=1e-5)
+
+
+def test_checkpoint_runs_it_twice_and_keeps_one_run(counted, runs, transform):
+    """That is what checkpoint asks for; the first pass keeps nothing."""
+    f = transform(jax.value_and_grad(jax.checkpoint(counted)))
+    with profile() as prof:
+        value, slope = jax.block_until_ready(f(1.5))
+    np.testing.assert_allclose((value, slope), jax.value_and_grad(plain)(1.5), rtol=1e-6)
+    assert len(runs) == 2
+    if transform is jax.jit:
+        assert prof.as_dict()["body"]["vjp"]["from_tape"] == 1
+
+
+def test_sharded_jit_and_shard_map(counted, runs):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("d"))
+    x = jax.device_put(jnp.arange(1.0, 5.0), sharding)
+    f = py_func(
+        lambda x: runs.append(1) or (jnp.sin(x) if x.sum() > 0 else x), Tout=lambda x: x
+    )
+    got = jax.jit(jax.grad(lambda x: f(x).sum()))(x)
+    np.testing.assert_allclose(got, np.cos(x), rtol=1e-5)
+    assert len(runs) == 1
+    runs.clear()
+    mapped = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=PartitionSpec("d"), out_specs=PartitionSpec("d")
+    )
+    got = jax.jit(jax.grad(lambda x: mapped(f)(x).sum()))(x)
+    np.testing.assert_allclose(got, np.cos(x), rtol=1e-5)
+    assert len(runs) == 4
+
+
+def test_a_graphs_gradients_run_it_once(runs):
+    with jpyfunc.Graph().as_default(), jpyfunc.Session() as sess:
+        x = jpyfunc.placeholder(jnp.float32, ())
+        y = py_func(lambda x: runs.append(1) or x**3, [x], f32)
+        (slope,) = jpyfunc.gradients(y, x)
+        (curvature,) = jpyfunc.gradients(slope, x)
+        assert sess.run([y, slope, curvature], {x: 2.0}) == [8, 12, 12]
+    assert len(runs) == 1
+
+
+def test_one_linearization_is_used_many_times(counted, runs, transform):
+    pullback = transform(lambda x: jax.vjp(counted, x)[1])(1.5)
+    for _ in range(3):
+        np.testing.assert_allclose(pullback(1.0)[0], jax.grad(plain)(1.5), rtol=1e-6)
+    assert len(runs) == 1
+
+
+# Stateful bodies
+
+
+@pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
+def test_a_stateful_body_is_differentiated_where_it_was_evaluated(options, transform):
+    rng = np.random.default_rng(0)
+    drawn = []
+
+    def body(x):
+        drawn.append(rng.normal())
+        return x * drawn[-1] + x**2
+
+    f = transform(jax.value_and_grad(py_func(body, Tout=f32, **options)))
+    for x in (1.0, 2.0, 3.0):
+        value, slope = jax.block_until_ready(f(x))
+        np.testing.assert_allclose(value, x * drawn[-1] + x**2, rtol=1e-5)
+        np.testing.assert_allclose(slope, drawn[-1] + 2 * x, rtol=1e-5)
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian], ids=repr)
+def test_a_stateful_run_that_is_lost_is_never_repeated(take, runs, transform, nothing_kept):
+    f = py_func(lambda x: runs.append(1) or x**2, Tout=f32, stateful=True, name="step")
+    program = transform(take(f))
+    with (
+        pytest.raises(TapeLostError, match=r"'step' is stateful.*set_tape_limit") as info,
+        raise_original(),
+    ):
+        jax.block_until_ready(program(3.0))
+    assert "\n" not in str(info.value)
+    assert len(runs) == 1
+    set_tape_limit(2**20)
+    assert program(3.0) == (2.0 if take is jax.hessian else 6.0)
+
+
+def test_a_branch_not_taken_under_vmap_of_cond_runs_nothing_for_its_derivative(runs):
+    f = py_func(lambda x: runs.append(float(jax.lax.stop_gradient(x))) or x**2, Tout=f32)
+    xs = jnp.array([1.0, -2.0, 3.0])
+    take = jax.vmap(jax.grad(lambda x: jax.lax.cond(x > 0, f, jnp.sin, x)))
+    np.testing.assert_allclose(jax.jit(take)(xs), [2, np.cos(-2), 6], rtol=1e-6)
+    assert sorted(runs) == [-2.0, 1.0, 3.0]  # the forward runs both sides of a select
+
+
+# Tickets
+
+
+def test_tickets_are_of_elements_in_their_order(transform):
+    """A whole batch is one run; part of it, or another order, is not that run."""
+    f = py_func(
+        lambda x: jnp.sin(x) * x, Tout=lambda x: x, vmap_method="broadcast_all"
+    )  # fmt: skip
+    xs = jnp.arange(1.0, 5.0)
+    pullbacks = transform(jax.vmap(lambda x: jax.vjp(f, x)[1]))(xs)
+    want = np.cos(xs) * xs + np.sin(xs)
+
+    def pull(pullbacks, cotangents):
+        return transform(jax.vmap(lambda p, ct: p(ct)[0]))(pullbacks, cotangents)
+
+    ones = jnp.ones(4)
+    np.testing.assert_allclose(pull(pullbacks, ones), want, rtol=1e-5)
+    flipped = jax.tree.map(lambda r: r[::-1], pullbacks)
+    np.testing.assert_allclose(pull(flipped, ones), want[::-1], rtol=1e-5)
+    half = jax.tree.map(lambda r: r[1:3], pullbacks)
+    np.testing.assert_allclose(pull(half, ones[:2]), want[1:3], rtol=1e-5)
+    one = jax.tree.map(lambda r: r[2], pullbacks)
+    np.testing.assert_allclose(one(1.0)[0], want[2], rtol=1e-5)
+
+
+def test_tickets_of_sequential_batches_may_be_permuted(counted, runs):
+    xs = jnp.array([1.0, 3.0, 1.5])
+    pullbacks = jax.jit(jax.vmap(lambda x: jax.vjp(counted, x)[1]))(xs)
+    order = jnp.array([2, 0, 1])
+    permuted = jax.tree.map(lambda r: r[order], pullbacks)
+    got = jax.jit(jax.vmap(lambda p: p(1.0)[0]))(permuted)
+    np.testing.assert_allclose(got, [jax.grad(plain)(x) for x in xs[order]], rtol=1e-5)
+    assert len(runs) == 3
+
+
+RESIDUALS = """
+    import pickle, sys
+    import jax, jax.numpy as jnp, numpy as np
+    from jpyfunc import py_func
+
+    runs = []
+    def body(x, a):
+        runs.append(1)
+        return a * x**2 if x > 0 else x
+
+    f = py_func(body, Tout=jax.ShapeDtypeStruct((), jnp.float32))
+    _, pull = jax.vjp(f, jnp.float32(X), jnp.float32(A))
+    leaves, tree = jax.tree.flatten(pull)
+"""
+
+
+def test_a_ticket_of_another_process_is_none_of_ours(tmp_path):
+    """Residuals saved here and loaded there, where the numbers of runs are the same."""
+    path = tmp_path / "residuals"
+    save = RESIDUALS.replace("X", "3.0").replace("A)", "5.0)")
+    run_program(
+        save
+        + f"\n    pickle.dump([np.asarray(x) for x in leaves], open({str(path)!r}, 'wb'))",
+        limit=60,
+    )
+    load = RESIDUALS.replace("X", "1.0").replace("A)", "1.0)")
+    out = run_program(
+        load
+        + f"""
+    with open({str(path)!r}, "rb") as file:
+        loaded = pickle.load(file)
+    assert len(loaded) == len(leaves)
+    runs.clear()
+    print(*jax.tree.unflatten(tree, loaded)(1.0), len(runs))
+    """,
+        limit=60,
+    )
+    assert out.split() == ["30.0", "9.0", "1"]
+
+
+def test_a_forked_child_does_not_take_its_parents_tickets():
+    out = run_program(
+        """
+        import os
+        import numpy as np
+        from jpyfunc._host import kept
+        first = kept.keep(RECORDING, None)[0]
+        pid = os.fork()
+        if not pid:
+            again = kept.keep(RECORDING, None)[0]
+            print((first[:2] != again[:2]).any(), flush=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        """.replace("RECORDING", "type('Recording', (), {'widths': (), 'base': None})()"),
+        limit=60,
+    )
+    assert out.strip() == "True"
+
+
+# The bound
+
+
+def kept_bytes(prof, name):
+    return prof.as_dict()[name]["forward"]["bytes_kept"]
+
+
+def test_what_lives_is_counted_by_bytes_and_shared_arrays_once():
+    weight = jnp.ones((256, 256))  # 256 KiB
+    f = py_func(lambda x: (weight @ x).sum(), Tout=f32, name="shares")
+    x = jnp.ones(256)
+    with profile() as first:
+        _, pull = jax.vjp(f, x)
+    with profile() as second:
+        jax.vjp(f, x)
+    assert kept_bytes(first, "shares") > 2**18
+    assert 0 < kept_bytes(second, "shares") < 2**16
+    np.testing.assert_allclose(pull(1.0)[0], 256.0)
+
+
+def test_the_least_recently_used_run_goes_first(runs):
+    def body(x):
+        runs.append(1)
+        return (jnp.sin(x) * x).sum()
+
+    f, x = py_func(body, Tout=f32), jnp.ones(2**14)  # 64 KiB an array
+    before = set_tape_limit(2**19)
+    try:
+        a, b = (jax.vjp(f, x * i)[1] for i in (1, 2))
+        assert len(runs) == 2
+        a(1.0)  # is used
+        c = jax.vjp(f, x * 3)[1]
+        assert len(runs) == 3
+        a(1.0), c(1.0)
+        assert len(runs) == 3
+        b(1.0)
+        assert len(runs) == 4
+        np.testing.assert_allclose(b(1.0)[0], np.cos(2) * 2 + np.sin(2), rtol=1e-5)
+    finally:
+        set_tape_limit(before)
+
+
+def test_lowering_the_bound_frees_at_once():
+    f = py_func(lambda x: jnp.sin(x).sum(), Tout=f32, name="freed")
+    x = jnp.ones(2**20)
+    with profile() as prof:
+        pull = jax.vjp(f, x)[1]
+    assert kept_bytes(prof, "freed") > 2**22
+    before = set_tape_limit(0)
+    set_tape_limit(before)
+    with profile() as prof:
+        np.testing.assert_allclose(pull(1.0)[0][0], np.cos(1.0), rtol=1e-6)
+    assert prof.as_dict()["freed"]["vjp"]["reran"] == 1
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "1 GiB", True, None])
+def test_a_wrong_bound_says_what_to_write(wrong):
+    with pytest.raises(ValueError, match=r"set_tape_limit: expected nbytes.*2\*\*30"):
+        set_tape_limit(wrong)
+    assert set_tape_limit(2**30) == 2**30
+
+
+def test_a_run_larger_than_the_bound_is_not_kept(runs):
+    before = set_tape_limit(2**16)
+    f = py_func(lambda x: runs.append(1) or (x**2).sum(), Tout=f32)
+    got = jax.jit(jax.grad(f))(jnp.ones(2**16))
+    set_tape_limit(before)
+    assert got[0] == 2.0
+    assert len(runs) == 2
+
+
+def test_an_exception_half_way_keeps_nothing_and_leaves_all_well(transform):
+    def body(x):
+        y = jnp.sin(x)
+        if x > 1:
+            raise ValueError("half-way")
+        return y
+
+    f = transform(jax.grad(py_func(body, Tout=f32)))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="half-way"), raise_original():
+            jax.block_until_ready(f(2.0))
+        np.testing.assert_allclose(f(0.5), np.cos(0.5), rtol=1e-6)
+
+
+def test_memory_stays_under_the_bound():
+    """Backward passes that never come, as in tensorflow/tensorflow#35010."""
+    out = run_program(
+        """
+        import gc, os
+        import jax, jax.numpy as jnp, jpyfunc
+
+        def resident():
+            gc.collect()
+            with open("/proc/self/statm") as f:
+                return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        jpyfunc.set_tape_limit(2**24)
+        f = jpyfunc.py_func(lambda x: jnp.sin(x) * x if x > 0 else x, Tout=jnp.float32)
+        big = jpyfunc.py_func(lambda x: jnp.sin(x).sum(), Tout=jnp.float32)
+        forward = jax.jit(lambda x: jax.vjp(f, x)[1])
+        wide = jax.jit(lambda x: jax.vjp(big, x)[1])
+        ones = jnp.ones(10_000)
+
+        def run(n):
+            for i in range(n):
+                forward(float(i % 7))
+                if i % 10 == 0:
+                    jax.block_until_ready(wide(ones))
+
+        run(8000)
+        before = resident()
+        run(20_000)
+        print(resident() - before)
+        """,
+        limit=240,
+    )
+    assert int(out) < 2**23
+
+
+def test_a_small_run_is_counted_at_least_at_what_it_takes():
+    """So that a bound of n bytes is not passed by many small arrays."""
+    out = run_program(
+        """
+        import gc, os
+        import jax, jax.numpy as jnp, jpyfunc
+
+        def resident():
+            gc.collect()
+            with open("/proc/self/statm") as f:
+                return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        f = jpyfunc.py_func(lambda x: jnp.sin(x) * x if x > 0 else x, Tout=jnp.float32)
+        forward = jax.jit(lambda x: jax.vjp(f, x)[1])
+        def run(n):
+            with jpyfunc.profile() as prof:
+                for i in range(n):
+                    forward(float(i % 7 + 1))
+            return next(iter(prof.as_dict().values()))["forward"]["bytes_kept"]
+
+        run(1000)
+        before = resident()
+        counted = run(10_000)
+        print((resident() - before) / counted)
+        """,
+        limit=120,
+    )
+    assert 0.05 < float(out) < 1.0
