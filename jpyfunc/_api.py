@@ -31,7 +31,8 @@ from jpyfunc._inference import infer
 from jpyfunc._primitive.batching import BATCHERS
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._symbol import Symbol, noting
-from jpyfunc._traces.tape import is_taped, runs_now
+from jpyfunc._traces.tape import runs_now
+from jpyfunc._traces.taped import is_taped
 
 
 class _Inferred:

@@ -14,7 +14,7 @@ from jpyfunc._body.primal import Primal
 from jpyfunc._errors import NotDifferentiableError, TapeLostError
 from jpyfunc._host import kept
 from jpyfunc._host.profile import note
-from jpyfunc._traces.tape import Record, Tape
+from jpyfunc._traces.record import Record, record
 
 
 def call(body: FlatBody, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -38,27 +38,27 @@ def _recording(
     operands = _put(operands, body.in_avals, device)
     if not kept.keeps():
         return [*body.base(operands), kept.keep(body, None)[0]]
-    record = Tape(body.primal.label).record(body.base, operands, body.wrt)
-    ticket, nbytes = kept.keep(body, record)
+    run = record(body.base, operands, body.wrt, body.primal.label)
+    ticket, nbytes = kept.keep(body, run)
     note(bytes_kept=nbytes)
-    return [*record.values, ticket]
+    return [*run.values, ticket]
 
 
 def _recorded(body: Recorded, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     *primals, ticket = operands
-    record = kept.find(body, ticket)
-    if record and not record.covers(primals):
-        record = None
-    if record is None:
+    run = kept.find(body, ticket)
+    if run and not run.covers(primals):
+        run = None
+    if run is None:
         if kept.is_void(ticket):  # and so is what is computed here
             return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
         if not body.repeatable:
             raise _lost(body)
         primals = _put(primals, body.base.in_avals, device)
-    note(from_tape=int(record is not None), reran=int(record is None))
-    results = record.replay if record else body.base
+    note(from_tape=int(run is not None), reran=int(run is None))
+    results = run.replay if run else body.base
     if body.under:
-        return Tape(body.primal.label).record(results, primals, body.under).values
+        return record(results, primals, body.under, body.primal.label).values
     return results(primals)
 
 
@@ -73,28 +73,28 @@ def _lost(body: Recorded) -> TapeLostError:
 def _jvp(body: Jvp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     n = len(body.base.in_avals)
     tangents = _put(operands[n:], body.in_avals[n:], device)
-    record = _record(body, operands[:n], device)
-    return record.push(body.wrt, tangents, body.of)
+    run = _run(body, operands[:n], device)
+    return run.push(body.wrt, tangents, body.of)
 
 
 def _vjp(body: Vjp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     n = len(body.base.in_avals)
     cotangents = _put(operands[n:], body.in_avals[n:], device)
-    record = _record(body, operands[:n], device)
-    return record.pull(body.of, cotangents, body.wrt)
+    run = _run(body, operands[:n], device)
+    return run.pull(body.of, cotangents, body.wrt)
 
 
-def _record(body: Jvp | Vjp, operands: Sequence[Any], device: _compat.Device) -> Record:
+def _run(body: Jvp | Vjp, operands: Sequence[Any], device: _compat.Device) -> Record:
     """A run of the base that the derivative can be taken of."""
     base = body.base
     if isinstance(base, Recorded):
-        record = kept.find(base, operands[-1])
-        if record and record.serves(body.wrt, operands, bool(base.under)):
+        run = kept.find(base, operands[-1])
+        if run and run.serves(body.wrt, operands, bool(base.under)):
             note(from_tape=1)
-            return record
+            return run
     primals = _put(operands, base.in_avals, device)
-    tape = Tape(body.primal.label)
-    return tape.record(lambda values: call(base, values, device), primals, body.wrt)
+    label = body.primal.label
+    return record(lambda values: call(base, values, device), primals, body.wrt, label)
 
 
 def _transpose(

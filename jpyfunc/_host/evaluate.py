@@ -14,7 +14,7 @@ from jpyfunc import _compat
 from jpyfunc._body.derived import Batch, Body
 from jpyfunc._host.derivatives import call
 from jpyfunc._host.profile import Run, annotated, kind_of, measure_body, open_profiles
-from jpyfunc._traces.tape import is_taped
+from jpyfunc._traces.taped import is_taped
 
 
 def evaluate(body: Body, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -91,7 +91,9 @@ def _evaluate_taped_batch(
         for i in range(batch.size)
     ]
     return [
-        (jnp.stack(column) if stacked else sum(column[1:], column[0])).astype(aval.dtype)
+        jnp.asarray(
+            jnp.stack(column) if stacked else sum(column[1:], column[0]), aval.dtype
+        )
         for column, stacked, aval in zip(
             zip(*elements, strict=True), batch.stacked_out, batch.out_avals, strict=True
         )

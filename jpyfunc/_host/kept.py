@@ -22,7 +22,7 @@ import numpy as np
 from jpyfunc._body.derived import TICKET, Recorded, Recording
 from jpyfunc._body.primal import Avals, Primal, unwrapped
 from jpyfunc._traces.operations import aval_of
-from jpyfunc._traces.tape import Record
+from jpyfunc._traces.record import Record
 
 # What an array takes beside its data, in objects of XLA, JAX and Python, as measured.
 ARRAY_OVERHEAD = 4096

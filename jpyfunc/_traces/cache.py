@@ -1,0 +1,221 @@
+"""Finds the operation that a bind is, compiled when it was met first.
+
+The caches are bounded and hold nothing of the user's beyond its own life: an operation
+that is made of a jaxpr goes when that jaxpr does, and one that is made of a function
+with a custom rule is kept by that function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import jaxpr_as_fun, set_current_trace
+
+from jpyfunc import _compat
+from jpyfunc._traces.operations import Operation, aval_of, has_rules, with_weak_type
+
+MAX_OPERATIONS = 2048  # in all, and of one function with a custom rule 64
+MAX_OF_FUNCTION = 64
+
+
+class Uncacheable(Exception):  # noqa: N818 - it is no error
+    """A parameter that is a function or holds one, and so may be new in every call."""
+
+
+class _Cache:
+    """Operations by key, the least recently used of which goes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        # Dead jaxprs are dropped by the garbage collector, which may run anywhere.
+        self._lock = threading.RLock()
+        self._kept: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
+
+    def get(self, key: Any) -> Any:
+        # Without the lock, because it is on the way of every operation.
+        entry = self._kept.get(key)
+        if entry is None:
+            return None
+        with contextlib.suppress(KeyError):  # gone meanwhile
+            self._kept.move_to_end(key)
+        return entry[0]
+
+    def put(self, key: Any, value: Any, owners: Sequence[Any] = ()) -> None:
+        """Keep `value` while all `owners` live, whose ids are in the key."""
+        references = [weakref.ref(x, lambda _: self._kept.pop(key, None)) for x in owners]
+        with self._lock:
+            self._kept[key] = (value, references)
+            if len(self._kept) > self._size:
+                self._kept.popitem(last=False)
+
+
+_operations = _Cache(MAX_OPERATIONS)
+_ATOMS = {bool, int, float, complex, str, bytes, type(None), np.dtype, type}
+_LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes")
+
+
+def operation_of(
+    primitive: Any, operands: Sequence[Any], params: dict[str, Any], context: Any
+) -> Operation:
+    """The operation that a bind of `primitive` is.
+
+    Args:
+        primitive: of JAX.
+        operands: what it is bound to.
+        params: of the bind.
+        context: the JAX settings in force, or what stands for them.
+
+    Raises:
+        Uncacheable: it is made anew in every call.
+    """
+    owners: list[Any] = []
+    key = (
+        context,
+        primitive,
+        tuple([_key(value, owners) for value in params.values()]),
+        tuple([_signature(x) for x in operands]),
+    )
+    operation = _operations.get(key)
+    if operation is None:
+        # A copy of a jaxpr, so that the operation does not keep its owner alive.
+        bound = {k: _copied(v) for k, v in params.items()} if owners else params
+        operation = Operation(binding(primitive, bound), [aval_of(x) for x in operands])
+        _operations.put(key, operation, owners)
+    return operation
+
+
+def binding(primitive: Any, params: dict[str, Any]) -> Callable[..., list[Any]]:
+    """A bind of `primitive` as a function to a list of results."""
+
+    def call(*operands: Any) -> list[Any]:
+        results = primitive.bind(*operands, **params)
+        return list(results) if primitive.multiple_results else [results]
+
+    return call
+
+
+def operation_of_jit(
+    jaxpr: Any, context: Any, is_opaque: Callable[[Any], bool]
+) -> Operation | None:
+    """The operation that a call of a jitted function is; its constants come first.
+
+    None if `is_opaque(jaxpr)`.
+    """
+    key = (context, id(jaxpr))
+    known = _operations.get(key)
+    if known is None:
+        operation = None
+        if not is_opaque(jaxpr):
+            avals = [*map(jax.typeof, jaxpr.consts), *jaxpr.in_avals]
+            operation = Operation(_compat.opened(jaxpr), avals, has_rules(jaxpr))
+        known = (operation,)
+        _operations.put(key, known, [jaxpr])
+    return known[0]
+
+
+def operation_of_custom(
+    primitive: Any,
+    functions: Sequence[Any],
+    operands: Sequence[Any],
+    params: dict[str, Any],
+    context: Any,
+) -> Operation:
+    """The operation that a call of a function with a custom rule is.
+
+    Args:
+        primitive: that of `jax.custom_jvp` or `jax.custom_vjp`.
+        functions: the function and its rules, as JAX wraps them.
+        operands: what it is called with.
+        params: of the bind.
+        context: the JAX settings in force, or what stands for them.
+    """
+    function, *rules = functions
+    cache = _cache_of(function.f)
+    key = (
+        context,
+        primitive,
+        function.transforms,
+        *(id(rule.f) for rule in rules),
+        tuple([_signature(x) for x in operands]),
+    )
+    try:
+        known = cache.get(key)
+    except TypeError:  # an argument of the function that JAX does not trace
+        known, cache = None, _Cache(1)
+        key = ()
+    if known is not None:
+        operation, stores, _ = known
+        # The structure of the results, which JAX asks of the function that it passed.
+        function.populate_stores(stores)
+        return operation
+
+    def call(*xs: Any) -> list[Any]:
+        return primitive.bind(*xs, subfuns=tuple(functions), **params)
+
+    avals = [aval_of(x) for x in operands]
+    with set_current_trace(_compat.eval_trace):
+        closed = jax.make_jaxpr(call)(*map(with_weak_type, avals))
+    operation = Operation(jaxpr_as_fun(closed), avals, has_rules=True)
+    # The rules are kept with it, because the key has their ids.
+    cache.put(key, (operation, function.stores, rules))
+    return operation
+
+
+def _cache_of(function: Any) -> _Cache:
+    """The operations of a function with a custom rule, which holds them itself.
+
+    They refer to it, so that a table of ours would keep it alive.
+    """
+    try:
+        return vars(function).setdefault("__jpyfunc_operations__", _Cache(MAX_OF_FUNCTION))
+    except TypeError:  # it can hold nothing
+        return _Cache(1)
+
+
+def _signature(x: Any) -> tuple[Any, ...]:
+    aval = aval_of(x)
+    return (aval.shape, aval.dtype, getattr(aval, "weak_type", False))
+
+
+def _key(value: Any, owners: list[Any]) -> Any:
+    """What tells a parameter from others; the jaxprs in it are added to `owners`."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if isinstance(value, tuple):
+        return (kind, *[_key(item, owners) for item in value])
+    if _compat.is_jaxpr(value):
+        owners.append(value)
+        return id(value)
+    if isinstance(value, types.FunctionType):
+        known = value.__module__.partition(".")[0] in _LIBRARIES and not value.__closure__
+    else:
+        module = getattr(kind, "__module__", "").partition(".")[0]
+        known = isinstance(value, enum.Enum | type) or (
+            module in _LIBRARIES
+            and not callable(value)
+            and not isinstance(value, jax.Array)
+        )
+    if not known:
+        raise Uncacheable
+    try:
+        hash(value)
+    except TypeError:
+        raise Uncacheable from None
+    return value
+
+
+def _copied(value: Any) -> Any:
+    """`value` with other jaxprs of the same content."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(map(_copied, value))
+    return _compat.copied_jaxpr(value) if _compat.is_jaxpr(value) else value

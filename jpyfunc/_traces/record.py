@@ -1,0 +1,179 @@
+"""What a run of a body leaves: the way back through it, for derivatives of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend.core import set_current_trace
+
+from jpyfunc import _compat
+from jpyfunc._errors import NotDifferentiableError
+from jpyfunc._traces.tape import Tape, is_tape, run
+from jpyfunc._traces.taped import REMEDIES, is_taped
+
+Indices = tuple[int, ...]
+
+
+def record(
+    function: Callable[[list[Any]], Sequence[Any]],
+    operands: Sequence[Any],
+    wrt: Indices,
+    label: str,
+) -> Record:
+    """Run a function on a tape.
+
+    Args:
+        function: from operands to results.
+        operands: arrays.
+        wrt: the operands that it can be differentiated by afterwards.
+        label: what errors call it.
+    """
+    tape = Tape(label)
+    try:
+        with set_current_trace(tape):
+            results = function(tape.watch(operands, wrt))
+        return Record(tape, wrt, operands, results)
+    finally:
+        tape.close()
+
+
+class Record:
+    """A run of a function, as a tape noted it.
+
+    Tangents are pushed through it and cotangents pulled back, operation by operation, and
+    it can be replayed without the function.
+
+    Attributes:
+        wrt: the operands of the run that it can be differentiated by.
+        values: its results.
+    """
+
+    def __init__(
+        self, tape: Tape, wrt: Indices, at: Sequence[Any], results: Sequence[Any]
+    ) -> None:
+        self._label = tape.label
+        self._reads = tape.reads
+        self._notes = tape.notes
+        self._slots = tape.slots  # those of the operands `wrt` come first
+        self.wrt = wrt
+        self._of = [x.slot if tape.owns(x) else None for x in results]
+        self.values = [x.value if tape.owns(x) else x for x in results]
+        self._at = at
+        self._tape = tape.parent if is_tape(tape.parent) else None
+
+    def arrays(self) -> Iterator[Any]:
+        """Every array that it keeps, some more than once."""
+        for note in self._notes:
+            yield from note.values
+            yield from note.residuals
+        yield from self.values
+        yield from self._at
+
+    def serves(self, wrt: Indices, operands: Sequence[Any], without_rules: bool) -> bool:
+        """Whether derivatives by `wrt` can be taken of it as it is.
+
+        Args:
+            wrt: operands.
+            operands: of the run. Where some are on a tape, it must be that under which
+                the record was made.
+            without_rules: whether no custom rule may be used.
+        """
+        return (
+            set(wrt) <= set(self.wrt)
+            and not (without_rules and any(n.operation.has_rules for n in self._notes))
+            and (self._tape is _compat.current_trace() or not any(map(is_taped, operands)))
+        )
+
+    def covers(self, operands: Sequence[Any]) -> bool:
+        """Whether it can be replayed on operands, some of which are on a tape."""
+        return {i for i, x in enumerate(operands) if is_taped(x)} <= set(self.wrt)
+
+    def push(self, wrt: Indices, tangents: Sequence[Any], of: Indices) -> list[Any]:
+        """The tangents of results `of` by the tangents of operands `wrt`.
+
+        Raises:
+            NotDifferentiableError: a result depends on none of the operands that the run
+                was differentiated by, although one was read.
+        """
+        self._check_not_cut(of)
+        trace = _compat.current_trace()
+        known: list[Any] = [None] * self._slots
+        for i, tangent in zip(wrt, tangents, strict=True):
+            known[self.wrt.index(i)] = tangent
+        for note in self._notes:
+            given = tuple([k for k, s in enumerate(note.inputs) if known[s] is not None])
+            if given:
+                pushed = [known[note.inputs[k]] for k in given]
+                operation = note.linear.push(given)
+                results = run(trace, operation, [*note.residuals, *pushed])
+                known[note.first : note.first + len(results)] = results
+        return [self._or_zero(known, self._of[i], self.values[i]) for i in of]
+
+    def pull(self, of: Indices, cotangents: Sequence[Any], wrt: Indices) -> list[Any]:
+        """The cotangents of operands `wrt` by the cotangents of results `of`.
+
+        Raises:
+            NotDifferentiableError: as `push`.
+        """
+        self._check_not_cut(of)
+        trace = _compat.current_trace()
+        known: list[Any] = [None] * self._slots
+
+        for i, cotangent in zip(of, cotangents, strict=True):
+            slot = self._of[i]
+            if slot is not None:
+                before = known[slot]  # one value may be several results
+                known[slot] = cotangent if before is None else before + cotangent
+        for note in reversed(self._notes):
+            n = note.first
+            given = tuple(
+                [k for k in range(len(note.linear.of)) if known[n + k] is not None]
+            )
+            if not given:
+                continue
+            slots = list(dict.fromkeys(note.inputs))
+            targets = tuple([slots.index(s) for s in note.inputs])
+            sums = tuple([k for k, s in enumerate(slots) if known[s] is not None])
+            operation = note.linear.pull(given, targets, sums)
+            operands = [*note.residuals, *[known[n + k] for k in given]]
+            operands += [known[slots[k]] for k in sums]
+            for k in given:
+                known[n + k] = None
+            results = run(trace, operation, operands)
+            for slot, cotangent in zip(slots, results, strict=True):
+                known[slot] = cotangent
+        return [self._or_zero(known, self.wrt.index(i), self._at[i]) for i in wrt]
+
+    def replay(self, operands: Sequence[Any]) -> list[Any]:
+        """The results of the same operations on other operands `wrt`."""
+        trace = _compat.current_trace()
+        if is_tape(trace):
+            trace.reads.extend(self._reads)
+        known: list[Any] = [operands[i] for i in self.wrt]
+        known += [None] * (self._slots - len(known))
+        for note in self._notes:
+            values = list(note.values)
+            for i, slot in zip(note.active, note.inputs, strict=True):
+                values[i] = known[slot]
+            results = run(trace, note.operation, values)
+            for k, i in enumerate(note.linear.of):
+                known[note.first + k] = results[i]
+        return [
+            value if slot is None else known[slot]
+            for slot, value in zip(self._of, self.values, strict=True)
+        ]
+
+    def _check_not_cut(self, of: Indices) -> None:
+        if self._reads and any(self._of[i] is None for i in of):
+            raise NotDifferentiableError(
+                f"{self._label}: a result depends on nothing that is differentiated, "
+                f"although its value was read{self._reads[0]}, so its gradient would be "
+                f"zero without a word. {REMEDIES}"
+            )
+
+    def _or_zero(self, known: list[Any], slot: int | None, like: Any) -> Any:
+        if slot is not None and known[slot] is not None:
+            return known[slot]
+        return np.zeros(np.shape(like), like.dtype)

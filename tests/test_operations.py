@@ -1,0 +1,151 @@
+"""Compiled operations: how many are compiled, and what their caches keep alive."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from programs import run_program
+
+from jpyfunc import py_func
+
+f32 = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def test_a_loop_of_varying_length_compiles_nothing_after_a_while():
+    """However many turns it takes, its operations are the same."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    def body(x, n):
+        y = x
+        for _ in range(int(n)):
+            y = jnp.sin(y) * x + 0.1
+            if y > 2:
+                y = y - 1
+        return y
+
+    grad = jax.jit(jax.grad(py_func(body, Tout=f32)))
+    turns = np.random.default_rng(0).integers(1, 61, 300)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for n in turns[:100]:
+            grad(1.3, int(n))
+        assert compiled
+        compiled.clear()
+        for n in turns[100:]:
+            grad(1.3, int(n))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+    np.testing.assert_allclose(grad(1.3, 7), jax.grad(body)(1.3, 7), rtol=1e-5)
+
+
+LIVES = """
+    import gc, weakref
+    import jax, jax.numpy as jnp
+    import jpyfunc
+    from jpyfunc import py_func
+
+    f32 = jax.ShapeDtypeStruct((), jnp.float32)
+    alive = []
+
+    def noted(thing):
+        alive.append(weakref.ref(thing))
+        return thing
+
+    def left():
+        jax.clear_caches()  # JAX's, which has none of ours
+        gc.collect()
+        return sum(ref() is not None for ref in alive)
+"""
+
+
+def test_functions_made_anew_in_each_run_are_let_go_of():
+    out = run_program(
+        LIVES
+        + """
+    jpyfunc.set_tape_limit(2**16)
+
+    def body(x):
+        weights = noted(jnp.arange(3.0))
+        step = noted(lambda c, w: (c * jnp.cos(c) * w + weights.sum(), None))
+        x = jax.lax.scan(step, x, jnp.ones(2))[0]
+        x = jax.jit(noted(lambda y: y * x + weights[1]))(x)
+        rule = jax.custom_jvp(noted(lambda y: jnp.sin(y)))
+        rule.defjvp(noted(lambda p, t: (rule(*p), t[0] * jnp.cos(p[0]))))
+        other = jax.custom_vjp(noted(lambda y: jnp.sin(y)))
+        other.defvjp(
+            noted(lambda y: (jnp.sin(y), y)), noted(lambda y, g: (g * jnp.cos(y),))
+        )
+        return rule(x) + other(x) if x > 0 else x
+
+    grad = jax.jit(jax.grad(py_func(body, Tout=f32)))
+    for i in range(20):
+        grad(0.1 * i)
+    jpyfunc.set_tape_limit(0)
+    print(left(), len(alive))
+    """,
+        limit=120,
+    )
+    assert out.split() == ["0", "160"]
+
+
+def test_what_a_body_leaves_goes_with_it():
+    """Though there is room for its runs."""
+    out = run_program(
+        LIVES
+        + """
+    def use(i):
+        weights = noted(jnp.arange(3.0) + i)
+        body = noted(lambda x: (weights * x).sum() if x > 0 else x)
+        f = py_func(body, Tout=f32)
+        jax.grad(f)(1.0)
+        jax.jit(jax.hessian(f))(1.0)
+        jax.vmap(jax.grad(f))(jnp.ones(2))
+
+    for i in range(10):
+        use(i)
+    print(left())
+    """,
+        limit=120,
+    )
+    assert out.split() == ["0"]
+
+
+def test_many_threads_that_meet_the_same_operations_first(tmp_path):
+    out = run_program(
+        """
+        import threading
+        import jax, jax.numpy as jnp, numpy as np, jpyfunc
+
+        jpyfunc.set_tape_limit(2**17)  # so that runs are dropped while others are used
+
+        def body(x, n):
+            y = x
+            for _ in range(int(n)):
+                y = jnp.tanh(y) * x if y.sum() > 0 else y + x
+            return y.sum()
+
+        f = jpyfunc.py_func(body, Tout=jax.ShapeDtypeStruct((), jnp.float32))
+        grad = jax.jit(jax.value_and_grad(f))
+        wrong = []
+
+        def work(i):
+            for k in range(30):
+                n, x = (i + k) % 5 + 1, jnp.full(100, 0.1 * (i + 1))
+                got = grad(x, n)
+                if k % 10 == 0:
+                    want = jax.value_and_grad(body)(x, n)
+                    if not all(map(lambda a, b: np.allclose(a, b, rtol=1e-4), got, want)):
+                        wrong.append((i, k))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(wrong)
+        """,
+        limit=180,
+    )
+    assert out.strip() == "[]"
