@@ -152,6 +152,9 @@ def default_device() -> Device:
     return device
 
 
+LARGE = 2**16  # bytes, below which XLA copies an array inline
+
+
 def put(value: np.ndarray, aval: ShapedArray, device: Device) -> jax.Array:
     """`value` as an uncommitted array on `device`, without a copy where XLA allows.
 
@@ -171,7 +174,7 @@ def _aligned(value: np.ndarray) -> np.ndarray:
     not: from 100 kB on another thread. NumPy copies 64 MB four times as fast, because it
     asks for huge pages.
     """
-    if value.nbytes < 2**16 or value.ctypes.data % 64 == 0:
+    if value.nbytes < LARGE or value.ctypes.data % 64 == 0:
         return value
     buffer = np.empty(value.nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from cases import CASES, assert_close, scalar
 from programs import run_program
 
 from jpyfunc import py_func
@@ -40,6 +42,32 @@ def test_a_loop_of_varying_length_compiles_nothing_after_a_while():
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled
     np.testing.assert_allclose(grad(1.3, 7), jax.grad(body)(1.3, 7), rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_a_structure_that_is_met_again_and_again(case):
+    """From the third time on, its cotangents are pulled by one program."""
+    grad = jax.jit(jax.value_and_grad(scalar(case.wrapped), tuple(range(len(case.args)))))
+    want = jax.value_and_grad(scalar(case.body), tuple(range(len(case.args))))
+    for scale in (1.0, 1.1, 0.9, 1.2, -0.5, 1.05, -0.55, -0.6, -0.65):
+        args = jax.tree.map(lambda x, scale=scale: jnp.asarray(x) * scale, case.args)
+        if scale < 0 and "py_func" in case.name:
+            continue  # log_huber of a negative threshold is NaN
+        assert_close(grad(*args), want(*args))
+
+
+def test_more_structures_than_are_compiled():
+    """A body that branches on each of four elements has sixteen, each met six times."""
+
+    def body(x):
+        return sum(jnp.sin(v) * v if v > 0 else v**3 for v in x)
+
+    grad = jax.jit(jax.grad(py_func(body, Tout=f32)))
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        x = jnp.float32(rng.normal(size=4))
+        want = jnp.where(x > 0, jnp.cos(x) * x + jnp.sin(x), 3 * x**2)
+        np.testing.assert_allclose(grad(x), want, rtol=1e-5)
 
 
 LIVES = """

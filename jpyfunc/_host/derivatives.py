@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 
 from jpyfunc import _compat
 from jpyfunc._body.derived import FlatBody, Jvp, Recorded, Recording, Transpose, Vjp, others
@@ -72,16 +73,14 @@ def _lost(body: Recorded) -> TapeLostError:
 
 def _jvp(body: Jvp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     n = len(body.base.in_avals)
-    tangents = _put(operands[n:], body.in_avals[n:], device)
     run = _run(body, operands[:n], device)
-    return run.push(body.wrt, tangents, body.of)
+    return run.push(body.wrt, _put_large(operands[n:], device), body.of)
 
 
 def _vjp(body: Vjp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     n = len(body.base.in_avals)
-    cotangents = _put(operands[n:], body.in_avals[n:], device)
     run = _run(body, operands[:n], device)
-    return run.pull(body.of, cotangents, body.wrt)
+    return run.pull(body.of, _put_large(operands[n:], device), body.wrt)
 
 
 def _run(body: Jvp | Vjp, operands: Sequence[Any], device: _compat.Device) -> Record:
@@ -129,6 +128,19 @@ def _put(operands: Sequence[Any], avals: Any, device: _compat.Device) -> list[An
     return [
         x if isinstance(x, jax.Array) else _compat.put(x, aval, device)
         for x, aval in zip(operands, avals, strict=True)
+    ]
+
+
+def _put_large(operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+    """What operations alone take, which put small NumPy arrays on the device themselves.
+
+    They would do so with large ones on threads that the program holds.
+    """
+    return [
+        x
+        if isinstance(x, jax.Array) or x.nbytes < _compat.LARGE
+        else _compat.put(x, ShapedArray(x.shape, x.dtype), device)
+        for x in operands
     ]
 
 

@@ -8,13 +8,12 @@ this one, never find anything.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import struct
 import threading
 import weakref
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ class _Kept:
         # Reentrant, because freeing arrays may run finalizers that come here.
         self._lock = threading.RLock()
         self._records: OrderedDict[int, tuple[Record, Avals]] = OrderedDict()
-        self._shared: Counter[int] = Counter()  # by id, how many records have an array
+        self._shared: dict[int, int] = {}  # by id, how many records have an array
         self._functions: dict[int, set[int]] = {}  # by id, the numbers of their runs
         self._next = 1
         self.limit = limit
@@ -90,12 +89,14 @@ class _Kept:
     def add(self, number: int, record: Record, primal: Primal) -> int:
         """Keep a record, if there is room; returns how many bytes that takes."""
         arrays = {id(x): x for x in record.arrays()}
+        shared = self._shared
         with self._lock:
-            size = sum(_size(x) for i, x in arrays.items() if i not in self._shared)
+            size = sum([_size(x) for i, x in arrays.items() if i not in shared])
             if size > self.limit:
                 return 0
             self._own(unwrapped(primal.func), number)
-            self._shared.update(arrays.keys())
+            for i in arrays:
+                shared[i] = shared.get(i, 0) + 1
             self.nbytes += size
             self._records[number] = (record, primal.in_avals)
             dropped = self._shrink()
@@ -128,10 +129,12 @@ class _Kept:
     def _drop(self, number: int) -> Record | None:
         record, _ = self._records.pop(number, (None, None))
         if record:
+            shared = self._shared
             for i, x in {id(x): x for x in record.arrays()}.items():
-                self._shared[i] -= 1
-                if not self._shared[i]:
-                    del self._shared[i]
+                if shared[i] > 1:
+                    shared[i] -= 1
+                else:
+                    del shared[i]
                     self.nbytes -= _size(x)
         return record
 
@@ -143,12 +146,8 @@ class _Kept:
 
 
 def _size(x: Any) -> int:
-    return _size_of(aval_of(x))
-
-
-@functools.lru_cache(1024)
-def _size_of(aval: Any) -> int:
-    return aval.size * aval.dtype.itemsize + ARRAY_OVERHEAD
+    aval = aval_of(x)
+    return math.prod(aval.shape) * aval.dtype.itemsize + ARRAY_OVERHEAD
 
 
 _kept = _Kept(DEFAULT_LIMIT)

@@ -31,7 +31,7 @@ class Uncacheable(Exception):  # noqa: N818 - it is no error
     """A parameter that is a function or holds one, and so may be new in every call."""
 
 
-class _Cache:
+class Cache:
     """Operations by key, the least recently used of which goes."""
 
     def __init__(self, size: int) -> None:
@@ -58,7 +58,7 @@ class _Cache:
                 self._kept.popitem(last=False)
 
 
-_operations = _Cache(MAX_OPERATIONS)
+_operations = Cache(MAX_OPERATIONS)
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), np.dtype, type}
 _LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes")
 
@@ -150,7 +150,7 @@ def operation_of_custom(
     try:
         known = cache.get(key)
     except TypeError:  # an argument of the function that JAX does not trace
-        known, cache = None, _Cache(1)
+        known, cache = None, Cache(1)
         key = ()
     if known is not None:
         operation, stores, _ = known
@@ -170,15 +170,15 @@ def operation_of_custom(
     return operation
 
 
-def _cache_of(function: Any) -> _Cache:
+def _cache_of(function: Any) -> Cache:
     """The operations of a function with a custom rule, which holds them itself.
 
     They refer to it, so that a table of ours would keep it alive.
     """
     try:
-        return vars(function).setdefault("__jpyfunc_operations__", _Cache(MAX_OF_FUNCTION))
+        return vars(function).setdefault("__jpyfunc_operations__", Cache(MAX_OF_FUNCTION))
     except TypeError:  # it can hold nothing
-        return _Cache(1)
+        return Cache(1)
 
 
 def _signature(x: Any) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._errors import NotDifferentiableError
+from jpyfunc._traces.sweep import pull, whole_pull
 from jpyfunc._traces.tape import Tape, is_tape, run
 from jpyfunc._traces.taped import REMEDIES, is_taped
 
@@ -109,7 +111,11 @@ class Record:
                 operation = note.linear.push(given)
                 results = run(trace, operation, [*note.residuals, *pushed])
                 known[note.first : note.first + len(results)] = results
-        return [self._or_zero(known, self._of[i], self.values[i]) for i in of]
+        slots = [self._of[i] for i in of]
+        return [
+            self._or_zero(None if slot is None else known[slot], self.values[i])
+            for slot, i in zip(slots, of, strict=True)
+        ]
 
     def pull(self, of: Indices, cotangents: Sequence[Any], wrt: Indices) -> list[Any]:
         """The cotangents of operands `wrt` by the cotangents of results `of`.
@@ -119,32 +125,24 @@ class Record:
         """
         self._check_not_cut(of)
         trace = _compat.current_trace()
-        known: list[Any] = [None] * self._slots
-
+        given: dict[int, Any] = {}
         for i, cotangent in zip(of, cotangents, strict=True):
             slot = self._of[i]
-            if slot is not None:
-                before = known[slot]  # one value may be several results
-                known[slot] = cotangent if before is None else before + cotangent
-        for note in reversed(self._notes):
-            n = note.first
-            given = tuple(
-                [k for k in range(len(note.linear.of)) if known[n + k] is not None]
-            )
-            if not given:
-                continue
-            slots = list(dict.fromkeys(note.inputs))
-            targets = tuple([slots.index(s) for s in note.inputs])
-            sums = tuple([k for k, s in enumerate(slots) if known[s] is not None])
-            operation = note.linear.pull(given, targets, sums)
-            operands = [*note.residuals, *[known[n + k] for k in given]]
-            operands += [known[slots[k]] for k in sums]
-            for k in given:
-                known[n + k] = None
-            results = run(trace, operation, operands)
-            for slot, cotangent in zip(slots, results, strict=True):
+            if slot is not None:  # one value may be several results
+                given[slot] = given[slot] + cotangent if slot in given else cotangent
+        residuals = [note.residuals for note in self._notes]
+        slots = [self.wrt.index(i) for i in wrt]
+        whole = None if is_tape(trace) else whole_pull(self._notes, [*given], slots)
+        if whole:
+            with set_current_trace(_compat.eval_trace):
+                pulled = whole(residuals, [*given.values()])
+        else:
+            known: list[Any] = [None] * self._slots
+            for slot, cotangent in given.items():
                 known[slot] = cotangent
-        return [self._or_zero(known, self.wrt.index(i), self._at[i]) for i in wrt]
+            pull(self._notes, known, residuals, functools.partial(run, trace))
+            pulled = [known[slot] for slot in slots]
+        return [self._or_zero(x, self._at[i]) for x, i in zip(pulled, wrt, strict=True)]
 
     def replay(self, operands: Sequence[Any]) -> list[Any]:
         """The results of the same operations on other operands `wrt`."""
@@ -173,7 +171,6 @@ class Record:
                 f"zero without a word. {REMEDIES}"
             )
 
-    def _or_zero(self, known: list[Any], slot: int | None, like: Any) -> Any:
-        if slot is not None and known[slot] is not None:
-            return known[slot]
-        return np.zeros(np.shape(like), like.dtype)
+    @staticmethod
+    def _or_zero(derivative: Any, like: Any) -> Any:
+        return np.zeros(np.shape(like), like.dtype) if derivative is None else derivative
