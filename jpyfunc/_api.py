@@ -60,7 +60,8 @@ def py_func(
     Under `jax.jit` the function runs on the host at every execution, on `jax.Array`s,
     with ordinary Python control flow, `float(x)`, NumPy, `print` and `breakpoint()`.
     Outside any transform it is simply called. It is differentiable to every order,
-    forward and reverse, by running it again under `jax.jvp` and `jax.vjp`.
+    forward and reverse. While it is differentiated it sees values too, and it runs once:
+    its operations are noted, and the run is kept for the derivative (`set_tape_limit`).
 
     Three forms: `py_func(func, [x, y], Tout)` calls at once, as TensorFlow's does;
     `g = py_func(func, Tout=...)` returns the wrapped function; `@py_func(Tout=...)`
@@ -99,6 +100,13 @@ def py_func(
         InferenceError: shapes that cannot be inferred.
         ResultError: the body returned what `Tout` does not declare.
         UnsupportedError: `vmap` of an ordered call, or `jax.export` of any.
+        NotDifferentiableError: a body that is differentiated converts what its gradient
+            flows through to NumPy, or returns what a read has cut from its operands.
+        TapeLostError: the derivative of a stateful call whose run is not kept any more.
+
+    Warns:
+        GradientCutWarning: a body that is differentiated reads a number (`float(x)`,
+            `x.item()`, `math.sin(x)`) that its gradient flows through.
 
     Example:
         >>> import jax, jax.numpy as jnp

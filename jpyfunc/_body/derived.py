@@ -21,7 +21,6 @@ from jpyfunc._body.primal import Avals, Primal
 
 Indices = tuple[int, ...]
 
-
 # Names a run of a Python function: 64 bits that say which process, 64 that say which run.
 TICKET = ShapedArray((4,), np.uint32)
 

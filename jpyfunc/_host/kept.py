@@ -8,6 +8,7 @@ this one, never find anything.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import struct
@@ -66,7 +67,7 @@ class _Kept:
     def __init__(self, limit: int) -> None:
         # Reentrant, because freeing arrays may run finalizers that come here.
         self._lock = threading.RLock()
-        self._records: OrderedDict[int, tuple[Record, Avals]] = OrderedDict()
+        self._records: OrderedDict[int, tuple[Record, Avals, int]] = OrderedDict()
         self._shared: dict[int, int] = {}  # by id, how many records have an array
         self._functions: dict[int, set[int]] = {}  # by id, the numbers of their runs
         self._next = 1
@@ -94,41 +95,47 @@ class _Kept:
             size = sum([_size(x) for i, x in arrays.items() if i not in shared])
             if size > self.limit:
                 return 0
-            self._own(unwrapped(primal.func), number)
             for i in arrays:
                 shared[i] = shared.get(i, 0) + 1
             self.nbytes += size
-            self._records[number] = (record, primal.in_avals)
+            owner = self._own(unwrapped(primal.func), number)
+            self._records[number] = (record, primal.in_avals, owner)
             dropped = self._shrink()
         del dropped
         return size
 
     def find(self, number: int, primal: Primal) -> Record | None:
         with self._lock:
-            record, in_avals = self._records.get(number, (None, None))
+            record, in_avals, _ = self._records.get(number, (None, None, 0))
             if record is None or in_avals != primal.in_avals:
                 return None
             self._records.move_to_end(number)
             return record
 
-    def _own(self, function: Any, number: int) -> None:
-        """See to it that a record goes when the function does whose run it is of."""
+    def _own(self, function: Any, number: int) -> int:
+        """See to it that a record goes when the function does whose run it is of.
+
+        Returns:
+            The key of the function.
+        """
         key = id(function)
         if key not in self._functions:
-            try:
+            with contextlib.suppress(TypeError):  # built in, say, and lives on
                 weakref.finalize(function, self._drop_function, key).atexit = False
-            except TypeError:  # built in, say
-                return
-        self._functions.setdefault(key, set()).add(number)
+            self._functions[key] = set()
+        self._functions[key].add(number)
+        return key
 
     def _drop_function(self, key: int) -> None:
         with self._lock:
-            dropped = [self._drop(number) for number in self._functions.pop(key, ())]
+            numbers = self._functions.pop(key, set())
+            dropped = [self._drop(number) for number in numbers]
         del dropped
 
     def _drop(self, number: int) -> Record | None:
-        record, _ = self._records.pop(number, (None, None))
+        record, _, owner = self._records.pop(number, (None, None, 0))
         if record:
+            self._functions.get(owner, set()).discard(number)
             shared = self._shared
             for i, x in {id(x): x for x in record.arrays()}.items():
                 if shared[i] > 1:
@@ -160,7 +167,8 @@ def _forget() -> None:
     _kept, _nonce = _Kept(_kept.limit), os.urandom(8)
 
 
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def keeps() -> bool:
