@@ -12,7 +12,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Effect, Primitive
 
 from jpyfunc import _compat
-from jpyfunc._body.derived import Body
+from jpyfunc._body.derived import Body, Recorded
 from jpyfunc._host.evaluate import evaluate
 
 py_func_p = Primitive("py_func")
@@ -54,7 +54,8 @@ class Params:
         kinds = []
         body: Any = self.body
         while hasattr(body, "base"):
-            kinds.append(type(body).__name__.lower())
+            if not isinstance(body, Recorded):
+                kinds.append(type(body).__name__.lower())
             body = body.base
         return " of ".join([*kinds, self.body.primal.name])
 
