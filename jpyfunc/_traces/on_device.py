@@ -41,7 +41,9 @@ class OnDevice(_compat.EvalTrace):
             return x
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             dtype = cast(Any, x.dtype)
-            return jax.random.wrap_key_data(self.move(jax.random.key_data(x)), dtype=dtype)
+            with set_current_trace(_compat.eval_trace):
+                data = self.move(jax.random.key_data(x))
+                return jax.random.wrap_key_data(data, dtype=dtype)
         aval = ShapedArray(x.shape, x.dtype, x.aval.weak_type)
         return _compat.put(np.asarray(x), aval, self._device)
 
