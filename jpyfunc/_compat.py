@@ -243,6 +243,11 @@ def is_jaxpr(value: Any) -> bool:
     return isinstance(value, ClosedJaxpr | Jaxpr)
 
 
+def is_stateful(jaxpr: Any) -> bool:
+    """Whether a jaxpr has effects other than those of `jax.debug`."""
+    return any("Debug" not in type(effect).__name__ for effect in jaxpr.effects)
+
+
 def copied_jaxpr(jaxpr: Any) -> Any:
     """Another object of the same content."""
     if hasattr(jaxpr, "with_consts"):  # JAX 0.12

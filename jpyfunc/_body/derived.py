@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jax.core import ShapedArray
@@ -201,6 +202,14 @@ def is_recording(body: Body) -> bool:
     return (
         is_recording(body.base) if isinstance(body, Batch) else isinstance(body, Recording)
     )
+
+
+def ticket_of(body: FlatBody) -> int | None:
+    """Which operand of `body` is a ticket, if one is."""
+    base: Any = body
+    while isinstance(base, _Derived):
+        base = base.base
+    return len(base.base.in_avals) if isinstance(base, Recorded) else None
 
 
 def without_recording(body: Body) -> Body:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 
-from jpyfunc._body.derived import Body, FlatBody, batch_of, widen
+from jpyfunc._body.derived import Batch, Body, batch_of, ticket_of, widen
 from jpyfunc._body.primal import Primal
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._primitive.primitive import Params, bind
@@ -72,12 +72,15 @@ def _broadcast_all(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
 ) -> Batched:
     """Run the body once; an operand that all elements share is repeated for each."""
+    ticket = None if isinstance(body, Batch) else ticket_of(body)
+    if isinstance(body, Batch) or (ticket is not None and not batched[ticket]):
+        # Derivatives of one run, whose ticket is not that of a batch of runs.
+        return _sequential(body, operands, size, batched)
     repeated = [
         x if b else jnp.broadcast_to(x, (size, *jnp.shape(x)))
         for x, b in zip(operands, batched, strict=True)
     ]
-    # One call has one method, so no rule made a `Batch` of this body.
-    return repeated, widen(cast(FlatBody, body), size, (True,) * len(batched))
+    return repeated, widen(body, size, (True,) * len(batched))
 
 
 BATCHERS = {

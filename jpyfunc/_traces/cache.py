@@ -81,6 +81,7 @@ def operation_of(
     key = (
         context,
         primitive,
+        tuple(params),
         tuple([_key(value, owners) for value in params.values()]),
         tuple([_signature(x) for x in operands]),
     )
@@ -88,7 +89,11 @@ def operation_of(
     if operation is None:
         # A copy of a jaxpr, so that the operation does not keep its owner alive.
         bound = {k: _copied(v) for k, v in params.items()} if owners else params
-        operation = Operation(binding(primitive, bound), [aval_of(x) for x in operands])
+        operation = Operation(
+            binding(primitive, bound),
+            [aval_of(x) for x in operands],
+            is_stateful=any(_compat.is_stateful(jaxpr) for jaxpr in owners),
+        )
         _operations.put(key, operation, owners)
     return operation
 
@@ -129,7 +134,7 @@ def operation_of_custom(
     params: dict[str, Any],
     context: Any,
 ) -> Operation:
-    """The operation that a call of a function with a custom rule is.
+    """The operation that a call of a function of JAX with a custom rule is.
 
     Args:
         primitive: that of `jax.custom_jvp` or `jax.custom_vjp`.
@@ -137,7 +142,12 @@ def operation_of_custom(
         operands: what it is called with.
         params: of the bind.
         context: the JAX settings in force, or what stands for them.
+
+    Raises:
+        Uncacheable: it is not JAX's, and its rules may look at values and at the world.
     """
+    if not all(_is_of_jax(function.f) for function in functions):
+        raise Uncacheable
     function, *rules = functions
     cache = _cache_of(function.f)
     key = (
@@ -170,6 +180,10 @@ def operation_of_custom(
     return operation
 
 
+def _is_of_jax(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").partition(".")[0] == "jax"
+
+
 def _cache_of(function: Any) -> Cache:
     """The operations of a function with a custom rule, which holds them itself.
 
@@ -189,8 +203,10 @@ def _signature(x: Any) -> tuple[Any, ...]:
 def _key(value: Any, owners: list[Any]) -> Any:
     """What tells a parameter from others; the jaxprs in it are added to `owners`."""
     kind = type(value)
+    if kind is float:
+        return value.hex()  # 0.0 equals -0.0
     if kind in _ATOMS:
-        return value
+        return (kind, value)  # 1 equals True
     if isinstance(value, tuple):
         return (kind, *[_key(item, owners) for item in value])
     if _compat.is_jaxpr(value):

@@ -8,11 +8,14 @@ so that there are derivatives of every order.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import (
     Literal,
     jaxpr_as_fun,
@@ -33,17 +36,28 @@ class Operation:
         run: the same, compiled.
         avals: of its operands.
         stores: what JAX asks for when it transposes one with a custom rule.
+        is_stateful: whether to run it again would be another run of something.
     """
 
-    __slots__ = ("_has_rules", "_linear", "avals", "call", "run", "stores")
+    __slots__ = (
+        "_has_rules",
+        "_linear",
+        "avals",
+        "call",
+        "is_stateful",
+        "run",
+        "stores",
+    )
 
     def __init__(
         self,
         call: Callable[..., list[Any]],
         avals: Sequence[Any],
         has_rules: bool | None = None,
+        is_stateful: bool = False,
     ) -> None:
         self.call = call
+        self.is_stateful = is_stateful
         self._has_rules = has_rules
         self.run = jax.jit(call)
         self.avals = tuple(map(with_weak_type, avals))
@@ -123,9 +137,12 @@ class Linear:
             push_at = lambda operands: linearized(operands)[1]  # noqa: E731
         elif len(kept) > self.size or operation.has_rules:
             evaluate = jaxpr_as_fun(closed)
-            self.forward = Operation(
-                lambda *xs: [evaluate(*xs)[i] for i in kept], operation.avals
-            )
+
+            def kept_only(*operands: Any) -> list[Any]:
+                outputs = evaluate(*operands)
+                return [outputs[i] for i in kept]
+
+            self.forward = Operation(kept_only, operation.avals)
 
         def push(residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
             _compat.fill(self._stores)
@@ -144,6 +161,9 @@ class Linear:
         """What the derivatives need of a run of `forward`."""
         pool = [*operands, *results]
         return [pool[i] for i in self._sources]
+
+    def _push_flat(self, residuals: Sequence[Any], *tangents: Any) -> list[Any]:
+        return self._push(residuals, tangents)
 
     def push(self, given: Indices) -> Operation:
         """From residuals and tangents to the tangents of the results `of`.
@@ -182,17 +202,9 @@ class Linear:
             n, m = len(free), len(free) + len(given)
 
             def call(*operands: Any) -> list[Any]:
-                def linear(*tangents: Any) -> list[Any]:
-                    pushed = self._push(operands[:n], tangents)
-                    return [pushed[i] for i in given]
-
-                cotangents = list(operands[n:m])
-                pulled = jax.linear_transpose(linear, *tangents)(cotangents)
-                results = dict(zip(sums, operands[m:], strict=True))
-                for i, cotangent in zip(targets, pulled, strict=True):
-                    known = results.get(i)
-                    results[i] = cotangent if known is None else known + cotangent
-                return [results[i] for i in range(len(results))]
+                push = functools.partial(self._push_flat, operands[:n])
+                pulled = _transposed(push, tangents, given, operands[n:m])
+                return _summed(pulled, targets, dict(zip(sums, operands[m:], strict=True)))
 
             with set_current_trace(_compat.eval_trace):
                 pushed = jax.eval_shape(self._push, free, tangents)
@@ -200,6 +212,117 @@ class Linear:
             avals += [tangents[targets.index(i)] for i in sums]
             self._pulls[key] = Operation(call, avals)
         return self._pulls[key]
+
+
+class Loose:
+    """A function from flat operands to results that may be another in every call.
+
+    It is not compiled, and linearized anew at the values of each call: a function whose
+    custom rules are the user's Python, which may look at values and at the world.
+    """
+
+    __slots__ = ("call",)
+
+    has_rules = True
+    is_stateful = False
+
+    def __init__(self, call: Callable[..., list[Any]]) -> None:
+        self.call = call
+
+    @property
+    def run(self) -> Callable[..., list[Any]]:
+        return self.call
+
+    def linearized(
+        self, operands: Sequence[Any], active: Indices
+    ) -> tuple[list[Any], LooseLinear]:
+        """Its results, and its derivative there by the operands `active`."""
+        inexact: list[int] = []
+
+        def restricted(*values: Any) -> tuple[list[Any], list[Any]]:
+            full = list(operands)
+            for i, value in zip(active, values, strict=True):
+                full[i] = value
+            results = self.call(*full)
+            inexact[:] = [i for i, x in enumerate(results) if is_inexact(aval_of(x))]
+            return [results[i] for i in inexact], results
+
+        at = [operands[i] for i in active]
+        _, push, results = jax.linearize(restricted, *at, has_aux=True)
+        tangents = [_tangent(aval_of(x)) for x in at]
+        return results, LooseLinear(push, tangents, tuple(inexact), len(results))
+
+
+class LooseLinear:
+    """As `Linear`, of one call of a `Loose`."""
+
+    def __init__(
+        self, push: Any, tangents: list[jax.ShapeDtypeStruct], of: Indices, size: int
+    ) -> None:
+        self._leaves, self._tree = jax.tree.flatten(push)
+        self._tangents = tangents
+        self.of = of
+        self.size = size
+
+    def residuals(self, operands: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+        """As `Linear.residuals`."""
+        return self._leaves
+
+    def push(self, given: Indices) -> Loose:
+        """As `Linear.push`."""
+        n = len(self._leaves)
+
+        def call(*operands: Any) -> list[Any]:
+            full: list[Any] = [np.zeros(t.shape, t.dtype) for t in self._tangents]
+            for i, tangent in zip(given, operands[n:], strict=True):
+                full[i] = tangent
+            with _wide_enough(self._tangents):
+                return list(jax.tree.unflatten(self._tree, operands[:n])(*full))
+
+        return Loose(call)
+
+    def pull(self, given: Indices, targets: Indices, sums: Indices) -> Loose:
+        """As `Linear.pull`."""
+        n = len(self._leaves)
+
+        def call(*operands: Any) -> list[Any]:
+            push = jax.tree.unflatten(self._tree, operands[:n])
+            m = n + len(given)
+            with _wide_enough(self._tangents):
+                pulled = _transposed(push, self._tangents, given, operands[n:m])
+                return _summed(pulled, targets, dict(zip(sums, operands[m:], strict=True)))
+
+        return Loose(call)
+
+
+def _wide_enough(avals: Sequence[Any]) -> Any:
+    """Enables 64-bit types where a body did so, and left that when this is called."""
+    narrow = any(jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype for a in avals)
+    return jax.enable_x64(True) if narrow else contextlib.nullcontext()
+
+
+def _transposed(
+    push: Callable[..., Any],
+    tangents: Sequence[Any],
+    given: Indices,
+    cotangents: Sequence[Any],
+) -> Sequence[Any]:
+    """Pull the cotangents of results `given` of a linear function back through it."""
+
+    def linear(*tangents: Any) -> list[Any]:
+        pushed = push(*tangents)
+        return [pushed[i] for i in given]
+
+    return jax.linear_transpose(linear, *tangents)(list(cotangents))
+
+
+def _summed(
+    cotangents: Sequence[Any], targets: Indices, results: dict[int, Any]
+) -> list[Any]:
+    """Add each cotangent to the result that is its target."""
+    for i, cotangent in zip(targets, cotangents, strict=True):
+        results[i] = results[i] + cotangent if i in results else cotangent
+    return [results[i] for i in range(len(results))]
 
 
 def aval_of(x: Any) -> Any:

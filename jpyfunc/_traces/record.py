@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._errors import NotDifferentiableError
+from jpyfunc._errors import NotDifferentiableError, UnsupportedError
 from jpyfunc._traces.sweep import pull, whole_pull
 from jpyfunc._traces.tape import Tape, is_tape, run
 from jpyfunc._traces.taped import REMEDIES, is_taped
@@ -152,6 +152,12 @@ class Record:
         known: list[Any] = [operands[i] for i in self.wrt]
         known += [None] * (self._slots - len(known))
         for note in self._notes:
+            if note.operation.is_stateful:
+                raise UnsupportedError(
+                    f"{self._label}: its derivative is differentiated again, and a call in "
+                    "it that is stateful, in jax.lax.scan, cond or while_loop, would have "
+                    "to run once more. Call it outside of these, or make it pure."
+                )
             values = list(note.values)
             for i, slot in zip(note.active, note.inputs, strict=True):
                 values[i] = known[slot]

@@ -15,19 +15,19 @@ from typing import Any, Protocol
 import jax
 
 from jpyfunc._traces.cache import Cache
-from jpyfunc._traces.operations import Linear, Operation
+from jpyfunc._traces.operations import Linear, Loose, LooseLinear, Operation
 
 MAX_STEPS = 64  # of one program, because compiling it takes the longer the more it has
 MAX_STRUCTURES = 8  # of runs of one function, beyond which there may be any number
 MIN_RUNS = 3  # of one structure
 
-Apply = Callable[[Operation, Sequence[Any]], list[Any]]
+Apply = Callable[[Operation | Loose, Sequence[Any]], list[Any]]
 
 
 class Step(Protocol):
     """One operation of a run: the slots of its operands, and the first of its results."""
 
-    linear: Linear
+    linear: Linear | LooseLinear
     inputs: list[int]
     first: int
 
@@ -72,7 +72,7 @@ def whole_pull(
     Returns:
         From residuals, a list for each step, and cotangents to cotangents; or None.
     """
-    if not 1 < len(steps) <= MAX_STEPS:
+    if not 1 < len(steps) <= MAX_STEPS or any(type(s.linear) is LooseLinear for s in steps):
         return None
     # Runs of one function begin with the same operation.
     family = _families.get(id(steps[0].linear))

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Trace
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
+from jpyfunc._errors import NotDifferentiableError
 from jpyfunc._traces.cache import (
     Uncacheable,
     binding,
@@ -24,7 +26,7 @@ from jpyfunc._traces.cache import (
     operation_of_jit,
 )
 from jpyfunc._traces.on_device import OnDevice
-from jpyfunc._traces.operations import Linear, Operation, aval_of
+from jpyfunc._traces.operations import Linear, Loose, LooseLinear, Operation, aval_of
 from jpyfunc._traces.taped import Taped
 
 Indices = tuple[int, ...]
@@ -53,8 +55,8 @@ class Note:
 
     def __init__(
         self,
-        operation: Operation,
-        linear: Linear,
+        operation: Operation | Loose,
+        linear: Linear | LooseLinear,
         active: Indices,
         inputs: list[int],
         values: list[Any],
@@ -94,6 +96,7 @@ class Tape(Trace):
         self.notes: list[Note] = []
         self.slots = 0
         settings = _compat.current_settings()
+        self._settings: tuple[Any, ...] | None = settings
         self._context = _contexts.setdefault(settings, len(_contexts))
 
     def watch(self, values: Sequence[Any], wrt: Indices) -> list[Any]:
@@ -126,9 +129,19 @@ class Tape(Trace):
         if operand._trace is self:
             return operand.value
         # One that a body kept from a run that is over is a constant.
-        return operand if operand._trace.is_open else operand.array
+        self._check_open(operand)
+        return operand
 
-    def apply(self, operation: Operation, operands: Sequence[Any]) -> list[Any]:
+    def _check_open(self, operand: Taped) -> None:
+        tape = operand._trace
+        if not tape.is_open:
+            raise NotDifferentiableError(
+                f"{self.label} uses an array that {tape.label} kept from a run that is "
+                "over, as an attribute, a global variable or one of a function that JAX "
+                "traced then. Keep jax.lax.stop_gradient(x), or pass it as an argument."
+            )
+
+    def apply(self, operation: Operation | Loose, operands: Sequence[Any]) -> list[Any]:
         """Run an operation, and note it if it is to be differentiated."""
         # One loop, because this is on the way of every operation.
         values, active, inputs = [], [], []
@@ -138,18 +151,24 @@ class Tape(Trace):
                     active.append(i)
                     inputs.append(x.slot)
                     x = x.value
-                elif not x._trace.is_open:
-                    x = x.array  # one that a body kept from a run that is over
+                else:
+                    self._check_open(x)
+            elif not isinstance(x, jax.Array) and np.ndim(x):
+                x = np.array(x)  # a copy, because its owner may write to it
             values.append(x)
         if self._move is not None:
             values = [self._move(x) for x in values]
         if not active:
             return run(self.parent, operation, values)
         active = tuple(active)
-        linear = operation.linear(active)
-        if not linear.of:
-            return run(self.parent, operation, values)
-        results = run(self.parent, linear.forward, values)
+        if isinstance(operation, Loose):
+            with set_current_trace(self.parent):
+                results, linear = operation.linearized(values, active)
+        else:
+            linear = operation.linear(active)
+            if not linear.of:
+                return run(self.parent, operation, values)
+            results = run(self.parent, linear.forward, values)
         residuals = linear.residuals(values, results)
         results = results[: linear.size]
         first = self.slots
@@ -172,12 +191,10 @@ class Tape(Trace):
         if primitive is jax.lax.convert_element_type_p and _is_identity(*tracers, **params):
             return tracers[0]
         try:
+            self._check_settings()
             operation = operation_of(primitive, tracers, params, self._context)
         except Uncacheable:
-            operation = Operation(binding(primitive, params), [*map(aval_of, tracers)])
-            active = self._active(tracers)
-            if not active or not operation.linear(active).of:
-                return self._bind(primitive, tracers, params)
+            operation = Loose(binding(primitive, params))
         results = self.apply(operation, tracers)
         return results if primitive.multiple_results else results[0]
 
@@ -187,7 +204,11 @@ class Tape(Trace):
             return primitive.bind(*map(self._value, operands), **params)
 
     def _call_jitted(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
-        operation = operation_of_jit(jaxpr, self._context, _is_opaque)
+        try:
+            self._check_settings()
+            operation = operation_of_jit(jaxpr, self._context, _is_opaque)
+        except Uncacheable:
+            operation = None
         if operation is None:
             # What runs Python or has an effect happens once, in whatever order of
             # derivative, so what surrounds it is taken apart.
@@ -210,13 +231,25 @@ class Tape(Trace):
     ) -> list[Any]:
         if not self._active(operands):
             return self._bind(primitive, operands, {"subfuns": functions, **params})
-        operation = operation_of_custom(
-            primitive, functions, operands, params, self._context
-        )
+        try:
+            self._check_settings()
+            operation = operation_of_custom(
+                primitive, functions, operands, params, self._context
+            )
+        except Uncacheable:
+            bound = {"subfuns": functions, **params}
+            return self.apply(Loose(lambda *xs: primitive.bind(*xs, **bound)), operands)
         results = self.apply(operation, operands)
         for rule in functions[1:]:
             operation.stores.extend(_compat.taken(rule))
         return results
+
+    def _check_settings(self) -> None:
+        """Raise `Uncacheable` once the body has changed the settings."""
+        if _compat.current_settings() != self._settings:
+            self._settings = None  # and of what it leaves, dtypes that are off again
+        if self._settings is None:
+            raise Uncacheable
 
 
 def _is_identity(
@@ -237,7 +270,7 @@ def _is_opaque(jaxpr: Any) -> bool:
     )
 
 
-def run(trace: Any, operation: Operation, operands: Sequence[Any]) -> list[Any]:
+def run(trace: Any, operation: Operation | Loose, operands: Sequence[Any]) -> list[Any]:
     """Run an operation under `trace`: compiled, where nothing else looks on."""
     if type(trace) is Tape:
         return trace.apply(operation, operands)
