@@ -208,6 +208,21 @@ def test_a_branch_not_taken_under_vmap_of_cond_runs_nothing_for_its_derivative(r
     assert sorted(runs) == [-2.0, 1.0, 3.0]  # the forward runs both sides of a select
 
 
+@pytest.mark.parametrize("vmap_method", ["expand_dims", "broadcast_all"])
+def test_derivatives_of_a_stateful_run_of_a_whole_batch(vmap_method, runs, transform):
+    def body(x):
+        runs.append(1)
+        return jnp.sin(x) * x
+
+    f = py_func(body, Tout=lambda x: x, stateful=True, vmap_method=vmap_method)
+    x = jnp.array([0.5, 0.3, 2.0])
+    want = jnp.diag(jnp.cos(x) * x + jnp.sin(x))
+    for take in (jax.jacrev(f), jax.jacfwd(f), jax.jacrev(jax.vmap(f))):
+        runs.clear()
+        np.testing.assert_allclose(transform(take)(x), want, rtol=1e-5)
+        assert len(runs) == 1
+
+
 # Tickets
 
 

@@ -142,6 +142,35 @@ def test_what_a_body_leaves_goes_with_it():
     assert out.split() == ["0"]
 
 
+def test_runs_that_are_kept_hold_nothing_that_was_compiled_for_them_alone():
+    """Some megabytes for each call of a function that a body jits anew."""
+    out = run_program(
+        """
+        import gc, os
+        import jax, jax.numpy as jnp, jpyfunc
+
+        def resident():
+            gc.collect()
+            with open("/proc/self/statm") as f:
+                return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        def body(x):
+            return jax.jit(lambda y: y * x)(x) if x > 0 else x
+
+        f = jpyfunc.py_func(body, Tout=jax.ShapeDtypeStruct((), jnp.float32))
+        grad = jax.jit(jax.grad(f))
+        for i in range(10):
+            grad(1.0)
+        before = resident()
+        for i in range(30):
+            grad(1.0)
+        print(resident() - before)
+        """,
+        limit=120,
+    )
+    assert int(out) < 30 * 2**19
+
+
 def test_many_threads_that_meet_the_same_operations_first(tmp_path):
     out = run_program(
         """

@@ -51,7 +51,14 @@ class Cache:
 
     def put(self, key: Any, value: Any, owners: Sequence[Any] = ()) -> None:
         """Keep `value` while all `owners` live, whose ids are in the key."""
-        references = [weakref.ref(x, lambda _: self._kept.pop(key, None)) for x in owners]
+
+        def drop(_: Any) -> None:
+            entry = self._kept.pop(key, None)
+            for operation in entry[0] if entry and isinstance(entry[0], tuple) else ():
+                if isinstance(operation, Operation):
+                    operation.orphan()
+
+        references = [weakref.ref(x, drop) for x in owners]
         with self._lock:
             self._kept[key] = (value, references)
             if len(self._kept) > self._size:
@@ -85,8 +92,8 @@ def operation_of(
         tuple([_key(value, owners) for value in params.values()]),
         tuple([_signature(x) for x in operands]),
     )
-    operation = _operations.get(key)
-    if operation is None:
+    known = _operations.get(key)
+    if known is None:
         # A copy of a jaxpr, so that the operation does not keep its owner alive.
         bound = {k: _copied(v) for k, v in params.items()} if owners else params
         operation = Operation(
@@ -94,8 +101,9 @@ def operation_of(
             [aval_of(x) for x in operands],
             is_stateful=any(_compat.is_stateful(jaxpr) for jaxpr in owners),
         )
-        _operations.put(key, operation, owners)
-    return operation
+        _operations.put(key, (operation,), owners)
+        return operation
+    return known[0]
 
 
 def binding(primitive: Any, params: dict[str, Any]) -> Callable[..., list[Any]]:

@@ -37,6 +37,10 @@ class Operation:
         avals: of its operands.
         stores: what JAX asks for when it transposes one with a custom rule.
         is_stateful: whether to run it again would be another run of something.
+        is_wide: whether operands are of 64 bits while these are off, as a body may leave
+            them: no such function can be traced.
+        is_orphan: whether no later call can be of it, so that only runs that are kept
+            hold it, without what was compiled of it.
     """
 
     __slots__ = (
@@ -44,7 +48,9 @@ class Operation:
         "_linear",
         "avals",
         "call",
+        "is_orphan",
         "is_stateful",
+        "is_wide",
         "run",
         "stores",
     )
@@ -59,10 +65,19 @@ class Operation:
         self.call = call
         self.is_stateful = is_stateful
         self._has_rules = has_rules
-        self.run = jax.jit(call)
+        self.run = _compiled(call)
+        self.is_orphan = False
         self.avals = tuple(map(with_weak_type, avals))
+        self.is_wide = any(map(_is_wide, self.avals))
         self.stores: list[tuple[Any, Any]] = []
         self._linear: dict[Indices, Linear] = {}
+
+    def orphan(self) -> None:
+        """Say that no later call can be of it."""
+        self.is_orphan = True
+        self.run = _compiled(self.call)
+        for linear in self._linear.values():
+            linear.forget()
 
     @property
     def has_rules(self) -> bool:
@@ -78,6 +93,11 @@ class Operation:
         if linear is None:
             linear = self._linear[active] = Linear(self, active)
         return linear
+
+
+def _compiled(call: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    # Of a function that nothing else holds: JAX keeps what it compiled as long as that.
+    return jax.jit(lambda *operands: call(*operands))
 
 
 class Linear:
@@ -157,6 +177,12 @@ class Linear:
         self._pushes: dict[Indices, Operation] = {}
         self._pulls: dict[tuple[Indices, ...], Operation] = {}
 
+    def forget(self) -> None:
+        """Drop what was compiled: some megabytes, beside which arrays may be nothing."""
+        self.forward.run = _compiled(self.forward.call)
+        self._pushes.clear()
+        self._pulls.clear()
+
     def residuals(self, operands: Sequence[Any], results: Sequence[Any]) -> list[Any]:
         """What the derivatives need of a run of `forward`."""
         pool = [*operands, *results]
@@ -224,6 +250,7 @@ class Loose:
     __slots__ = ("call",)
 
     has_rules = True
+    is_orphan = False
     is_stateful = False
 
     def __init__(self, call: Callable[..., list[Any]]) -> None:
@@ -297,8 +324,15 @@ class LooseLinear:
 
 def _wide_enough(avals: Sequence[Any]) -> Any:
     """Enables 64-bit types where a body did so, and left that when this is called."""
-    narrow = any(jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype for a in avals)
-    return jax.enable_x64(True) if narrow else contextlib.nullcontext()
+    wide = any(map(_is_wide, avals))
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def _is_wide(aval: Any) -> bool:
+    """Whether `aval` is of 64 bits, and these are off."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+        return False
+    return jax.dtypes.canonicalize_dtype(aval.dtype) != aval.dtype
 
 
 def _transposed(

@@ -27,6 +27,7 @@ Apply = Callable[[Operation | Loose, Sequence[Any]], list[Any]]
 class Step(Protocol):
     """One operation of a run: the slots of its operands, and the first of its results."""
 
+    operation: Operation | Loose
     linear: Linear | LooseLinear
     inputs: list[int]
     first: int
@@ -55,6 +56,8 @@ def pull(
         for k in given:
             known[n + k] = None
         results = apply(linear.pull(given, targets, sums), operands)
+        if step.operation.is_orphan and isinstance(linear, Linear):
+            linear.forget()
         for slot, cotangent in zip(slots, results, strict=True):
             known[slot] = cotangent
 
@@ -116,7 +119,9 @@ class _Structure:
     def _pull(self, residuals: Any, cotangents: Any) -> list[Any]:
         # Only traced while a run has these operations, so all of them live.
         steps: Any = [
-            types.SimpleNamespace(linear=reference(), first=first, inputs=inputs)
+            types.SimpleNamespace(
+                operation=Loose, linear=reference(), first=first, inputs=inputs
+            )
             for reference, (first, inputs) in zip(self._linears, self._places, strict=True)
         ]
         known: list[Any] = [None] * (steps[-1].first + len(steps[-1].linear.of))

@@ -161,6 +161,8 @@ class Tape(Trace):
         if not active:
             return run(self.parent, operation, values)
         active = tuple(active)
+        if isinstance(operation, Operation) and operation.is_wide:
+            operation = Loose(operation.call)
         if isinstance(operation, Loose):
             with set_current_trace(self.parent):
                 results, linear = operation.linearized(values, active)
