@@ -128,7 +128,6 @@ class Tape(Trace):
             return operand
         if operand._trace is self:
             return operand.value
-        # One that a body kept from a run that is over is a constant.
         self._check_open(operand)
         return operand
 
@@ -153,7 +152,7 @@ class Tape(Trace):
                     x = x.value
                 else:
                     self._check_open(x)
-            elif not isinstance(x, jax.Array) and np.ndim(x):
+            elif not isinstance(x, jax.Array) and getattr(x, "ndim", 0):
                 x = np.array(x)  # a copy, because its owner may write to it
             values.append(x)
         if self._move is not None:
