@@ -198,7 +198,8 @@ class Linear:
             given: positions in `active` of the tangents that are given; the others
                 are zero.
         """
-        if given not in self._pushes:
+        operation = self._pushes.get(given)
+        if operation is None:
             free, tangents = self._avals
 
             def call(*operands: Any) -> list[Any]:
@@ -208,8 +209,8 @@ class Linear:
                 return self._push(operands[: len(free)], full)
 
             avals = [*free, *(tangents[i] for i in given)]
-            self._pushes[given] = Operation(call, avals)
-        return self._pushes[given]
+            operation = self._pushes[given] = Operation(call, avals)
+        return operation
 
     def pull(self, given: Indices, targets: Indices, sums: Indices) -> Operation:
         """From residuals and cotangents to the cotangents of the operands `active`.
@@ -223,7 +224,8 @@ class Linear:
                 each: what other operations contribute.
         """
         key = (given, targets, sums)
-        if key not in self._pulls:
+        operation = self._pulls.get(key)
+        if operation is None:
             free, tangents = self._avals
             n, m = len(free), len(free) + len(given)
 
@@ -236,8 +238,8 @@ class Linear:
                 pushed = jax.eval_shape(self._push, free, tangents)
             avals = [*free, *(_tangent(pushed[i]) for i in given)]
             avals += [tangents[targets.index(i)] for i in sums]
-            self._pulls[key] = Operation(call, avals)
-        return self._pulls[key]
+            operation = self._pulls[key] = Operation(call, avals)
+        return operation
 
 
 class Loose:
