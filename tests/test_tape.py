@@ -340,6 +340,13 @@ def test_gradients_of_what_jax_offers_a_body(body):
             np.testing.assert_allclose(f(x), take(plain(body))(x), rtol, err_msg=order)
 
 
+def test_an_empty_batch_of_a_py_func_in_a_body(transform):
+    def body(x):
+        return jax.vmap(inner_func)(jnp.zeros((0,)) * x).sum() + x
+
+    assert transform(jax.grad(py_func(body, Tout=f32)))(2.0) == 1.0
+
+
 def test_debug_print_prints_once(transform, capsys):
     def body(x):
         jax.debug.print("x = {}", x)

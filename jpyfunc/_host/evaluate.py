@@ -78,6 +78,8 @@ def _evaluate_taped_batch(
     batch: Batch, operands: Sequence[Any], device: _compat.Device, run: Run
 ) -> list[Any]:
     """A batch in a body that is differentiated: the tape follows slices and stacks."""
+    if not batch.size:
+        return [np.zeros(aval.shape, aval.dtype) for aval in batch.out_avals]
     elements = [
         evaluate_with(
             batch.base,
