@@ -427,9 +427,9 @@ def test_memory_stays_under_the_bound():
                 if i % 10 == 0:
                     jax.block_until_ready(wide(ones))
 
-        run(8000)
+        run(4000)
         before = resident()
-        run(20_000)
+        run(8000)
         print(resident() - before)
         """,
         limit=240,
@@ -459,7 +459,7 @@ def test_a_small_run_is_counted_at_least_at_what_it_takes():
 
         run(1000)
         before = resident()
-        counted = run(10_000)
+        counted = run(4000)
         print((resident() - before) / counted)
         """,
         limit=120,

@@ -49,7 +49,7 @@ def test_a_structure_that_is_met_again_and_again(case):
     """From the third time on, its cotangents are pulled by one program."""
     grad = jax.jit(jax.value_and_grad(scalar(case.wrapped), tuple(range(len(case.args)))))
     want = jax.value_and_grad(scalar(case.body), tuple(range(len(case.args))))
-    for scale in (1.0, 1.1, 0.9, 1.2, -0.5, 1.05, -0.55, -0.6, -0.65):
+    for scale in (1.0, 1.1, -0.5, 0.9, -0.55, 1.2, -0.6, -0.65):
         args = jax.tree.map(lambda x, scale=scale: jnp.asarray(x) * scale, case.args)
         if scale < 0 and "py_func" in case.name:
             continue  # log_huber of a negative threshold is NaN
@@ -110,14 +110,14 @@ def test_functions_made_anew_in_each_run_are_let_go_of():
         return rule(x) + other(x) if x > 0 else x
 
     grad = jax.jit(jax.grad(py_func(body, Tout=f32)))
-    for i in range(20):
+    for i in range(8):
         grad(0.1 * i)
     jpyfunc.set_tape_limit(0)
     print(left(), len(alive))
     """,
         limit=120,
     )
-    assert out.split() == ["0", "160"]
+    assert out.split() == ["0", "64"]
 
 
 def test_what_a_body_leaves_goes_with_it():
