@@ -10,6 +10,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
+import jpyfunc
+
+# What tests leave behind would otherwise make each garbage collection a long one.
+jpyfunc.set_tape_limit(2**26)
+
 
 @pytest.fixture(params=["eager", "jit"])
 def transform(request):

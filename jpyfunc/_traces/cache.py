@@ -23,7 +23,7 @@ from jax.extend.core import jaxpr_as_fun, set_current_trace
 from jpyfunc import _compat
 from jpyfunc._traces.operations import Operation, aval_of, has_rules, with_weak_type
 
-MAX_OPERATIONS = 2048  # in all, and of one function with a custom rule 64
+MAX_OPERATIONS = 1024  # in all, and of one function with a custom rule 64
 MAX_OF_FUNCTION = 64
 
 

@@ -245,6 +245,19 @@ class Tape(Trace):
             operation.stores.extend(_compat.taken(rule))
         return results
 
+    def process_shard_map(
+        self, primitive: Any, fun: Any, tracers: Any, /, **params: Any
+    ) -> Any:
+        structure: list[Any] = []
+
+        def call(*operands: Any) -> list[Any]:
+            results = primitive.bind(*operands, subfuns=(fun,), **params)
+            structure[:] = [results]
+            return [*results]
+
+        results = self.apply(Loose(call), tracers)
+        return structure[0].update(results)  # a flat tree of JAX
+
     def _check_settings(self) -> None:
         """Raise `Uncacheable` once the body has changed the settings."""
         if _compat.current_settings() != self._settings:
