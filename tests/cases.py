@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpyfunc import py_func
+from jpyfunc import py_func, set_tape_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +149,16 @@ def scalar(function: Callable[..., Any]) -> Callable[..., jax.Array]:
         return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(function(*args)))
 
     return summed
+
+
+def with_runs_kept_and_not(program: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """Results where derivatives are taken of kept runs, and where they run bodies again."""
+    kept = jax.block_until_ready(program(*args))
+    before = set_tape_limit(0)
+    try:
+        return kept, jax.block_until_ready(program(*args))
+    finally:
+        set_tape_limit(before)
 
 
 def assert_close(got: Any, want: Any, rtol: float = 2e-4, atol: float = 2e-5) -> None:

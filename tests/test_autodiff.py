@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, CUSTOM_VJP, Case, assert_close, log_huber, scalar
+from cases import (
+    CASES,
+    CUSTOM_VJP,
+    Case,
+    assert_close,
+    log_huber,
+    scalar,
+    with_runs_kept_and_not,
+)
 from jax.test_util import check_grads
 
 from jpyfunc import py_func
@@ -62,15 +70,19 @@ MIXES = {
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_derivative(case: Case, derivative: str, transform):
     take = DERIVATIVES[derivative]
-    got = transform(lambda *args: take(case.wrapped, args))(*case.args)
-    assert_close(got, take(case.body, case.args))
+    program = transform(lambda *args: take(case.wrapped, args))
+    want = take(case.body, case.args)
+    for got in with_runs_kept_and_not(program, *case.args):
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("case", CASES[1:5], ids=repr)
 def test_second_order(case: Case, mix: str, transform):
-    got = transform(lambda *args: MIXES[mix](case.wrapped, args))(*case.args)
-    assert_close(got, MIXES[mix](case.body, case.args))
+    program = transform(lambda *args: MIXES[mix](case.wrapped, args))
+    want = MIXES[mix](case.body, case.args)
+    for got in with_runs_kept_and_not(program, *case.args):
+        assert_close(got, want)
 
 
 THIRD_ORDER = {
@@ -85,9 +97,9 @@ THIRD_ORDER = {
 @pytest.mark.parametrize("order", THIRD_ORDER)
 def test_third_order(order, x, transform):
     wrapped = py_func(log_huber, Tout=jnp.float32)
-    got = transform(THIRD_ORDER[order](wrapped))(x, 2.0)
-    # d3/dx3 of x**2 is 0, of m**2 log(x**2) is 4 m**2 / x**3.
-    np.testing.assert_allclose(got, 0.0 if x <= 2 else 16 / x**3, rtol=1e-5)
+    for got in with_runs_kept_and_not(transform(THIRD_ORDER[order](wrapped)), x, 2.0):
+        # d3/dx3 of x**2 is 0, of m**2 log(x**2) is 4 m**2 / x**3.
+        np.testing.assert_allclose(got, 0.0 if x <= 2 else 16 / x**3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("modes", [["fwd"], ["rev"]], ids="+".join)
