@@ -86,7 +86,7 @@ class _Derived:
     """A linear map derived from `base` at its operands.
 
     Attributes:
-        base: what it is derived from, and re-runs.
+        base: what it is derived from.
         wrt: operands of `base` that the derivative is with respect to.
         of: results of `base` that it is of.
     """
@@ -118,7 +118,7 @@ class Jvp(_Derived):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Vjp(_Derived):
-    """Cotangents of operands `wrt` by cotangents of results `of`: re-runs `base`.
+    """Cotangents of operands `wrt` by cotangents of results `of`.
 
     Operands: those of `base`, then one cotangent per entry of `of`.
     """

@@ -1,8 +1,8 @@
 """Finds the operation that a bind is, compiled when it was met first.
 
 The caches are bounded and hold nothing of the user's beyond its own life: an operation
-that is made of a jaxpr goes when that jaxpr does, and one that is made of a function
-with a custom rule is kept by that function.
+that is made of a jaxpr goes when that jaxpr does, and one that is made of a function of
+JAX with a custom rule is kept by that function.
 """
 
 from __future__ import annotations
@@ -240,6 +240,6 @@ def _key(value: Any, owners: list[Any]) -> Any:
 
 def _copied(value: Any) -> Any:
     """`value` with other jaxprs of the same content."""
-    if isinstance(value, tuple) and type(value) is tuple:
+    if type(value) is tuple:
         return tuple(map(_copied, value))
     return _compat.copied_jaxpr(value) if _compat.is_jaxpr(value) else value

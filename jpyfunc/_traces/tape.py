@@ -77,8 +77,8 @@ class Tape(Trace):
 
     Attributes:
         label: what errors call the function that is run.
-        is_open: whether the function is still running; afterwards, what was watched is
-            constant.
+        is_open: whether the function is still running; afterwards, no operation takes
+            what was watched.
         reads: where values were read that gradients flow through.
         notes: the operations.
         slots: how many values there are that depend on what is watched.
