@@ -26,12 +26,13 @@ from jpyfunc._body.primal import (
 )
 from jpyfunc._body.tout import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
 from jpyfunc._errors import not_differentiable
-from jpyfunc._host.profile import Run, annotated, measure, open_profiles
+from jpyfunc._host.profile import Run, annotated, measure, note, open_profiles
 from jpyfunc._inference import infer
 from jpyfunc._primitive.batching import BATCHERS
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._symbol import Symbol, noting
-from jpyfunc._traces.tape import runs_now
+from jpyfunc._traces.batched import CannotBatch, is_batched, running_batch
+from jpyfunc._traces.running import runs_now
 from jpyfunc._traces.taped import is_taped
 
 
@@ -53,7 +54,7 @@ def py_func(
     *,
     stateful: bool = False,
     ordered: bool = False,
-    vmap_method: str = "sequential",
+    vmap_method: str | None = None,
 ) -> Any:
     """Run a Python function eagerly, with real values, from inside compiled JAX.
 
@@ -83,10 +84,13 @@ def py_func(
             So does a body that returns nothing. Otherwise calls are taken to be pure:
             unused ones are removed.
         ordered: run in program order with other ordered calls; implies `stateful`.
-        vmap_method: under `jax.vmap`, in one host call: `"sequential"` runs the body
-            once per element; `"expand_dims"` once in all, with an axis of length 1 on
-            operands that the elements share; `"broadcast_all"` once in all, with these
-            repeated. The meanings are those of `jax.pure_callback`.
+        vmap_method: under `jax.vmap`, in one host call: `"by_branch"` runs the body once
+            for all elements that take the same branches, on values of which each stands
+            for many; `"sequential"` once per element; `"expand_dims"` once in all, with an
+            axis of length 1 on operands that the elements share; `"broadcast_all"` once
+            in all, with these repeated. The meanings of the last three are those of
+            `jax.pure_callback`. By default, pure calls are batched `"by_branch"`, and
+            those that are stateful or return nothing `"sequential"`.
 
     Returns:
         The results in the structure of `Tout` (the first form), or the wrapped
@@ -96,7 +100,8 @@ def py_func(
     Raises:
         TypeError: an argument of the wrong kind; a body that closes over a traced
             value; a `Tout` that is none.
-        ValueError: an unknown `vmap_method`; 64-bit results while they are off.
+        ValueError: an unknown `vmap_method`, or `"by_branch"` of a call that counts its
+            runs; 64-bit results while they are off.
         InferenceError: shapes that cannot be inferred.
         ResultError: the body returned what `Tout` does not declare.
         UnsupportedError: `vmap` of an ordered call, or `jax.export` of any.
@@ -135,7 +140,7 @@ def numpy_func(
     *,
     stateful: bool = False,
     ordered: bool = False,
-    vmap_method: str = "sequential",
+    vmap_method: str | None = None,
 ) -> Any:
     """Run a Python function on NumPy arrays from inside compiled JAX.
 
@@ -151,7 +156,7 @@ def numpy_func(
         name: as for `py_func`.
         stateful: as for `py_func`.
         ordered: as for `py_func`.
-        vmap_method: as for `py_func`.
+        vmap_method: as for `py_func`, without `"by_branch"`: `"sequential"` by default.
 
     Returns:
         As `py_func`; the results are `jax.Array`s.
@@ -216,7 +221,7 @@ class PyFunc:
         name: str | None,
         stateful: bool,
         ordered: bool,
-        vmap_method: str,
+        vmap_method: str | None,
     ) -> None:
         functools.update_wrapper(self, func)
         # The documentation of a partial is that of `functools.partial`.
@@ -225,7 +230,7 @@ class PyFunc:
         self.__name__ = name or getattr(inner, "__name__", None) or type(inner).__name__
         self.node_name = name
         self._where = f"{kind} {self.__name__!r}"
-        if vmap_method not in BATCHERS:
+        if vmap_method is not None and vmap_method not in BATCHERS:
             raise ValueError(
                 f"{self._where}: expected vmap_method to be one of "
                 f"{', '.join(map(repr, BATCHERS))}, got {vmap_method!r}."
@@ -241,6 +246,9 @@ class PyFunc:
             else None
         )
         self._stateful = stateful or ordered
+        if vmap_method == "by_branch" and (self._numpy or self._stateful):
+            what = "takes NumPy arrays" if self._numpy else "is stateful"
+            raise self._no_batch_by_branch(what)
         self._ordered = ordered
         self._vmap_method = vmap_method
         self._key = (
@@ -264,6 +272,12 @@ class PyFunc:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
+    def _no_batch_by_branch(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self._where}: vmap_method='by_branch' runs a body on many elements at once, "
+            f"and this one {what}. Leave vmap_method out, or write 'sequential'."
+        )
+
     @property
     def template(self) -> Template | None:
         """`Tout`, if it is known without the arguments."""
@@ -280,8 +294,7 @@ class PyFunc:
         for leaf in leaves:
             if isinstance(leaf, Symbol):
                 return leaf.call_py_func(self, args, kwargs)
-        traced = [x for x in leaves if isinstance(x, Tracer)]
-        if runs_now() and all(map(is_taped, traced)):
+        if runs_now() and all(map(_has_value, leaves)):
             return self._call(leaves, tree)
         return self._bind(leaves, tree)
 
@@ -289,6 +302,8 @@ class PyFunc:
         """Call the function here and now, with the checks that a bind has."""
         if self._numpy and any(map(is_taped, leaves)):
             raise not_differentiable(self._where)
+        if self._stateful and running_batch():
+            raise CannotBatch
         if self._ordered:
             jax.effects_barrier()  # what was dispatched before it runs before it
         arrays = [
@@ -308,9 +323,13 @@ class PyFunc:
                 for x in arrays
             ]
         args, kwargs = jax.tree.unflatten(tree, arrays)
+        batch = running_batch()
+        note(runs=1, elements=len(batch.part.rows) - 1 if batch else 0)
         result = run(self.__name__, self._func, *args, **kwargs)
         if template is None:
             template = Template.undeclared(result)
+        if not template.leaves and batch:
+            raise CannotBatch  # it is stateful
         outputs = [
             # A declared dtype is a strong one, and what the body returned on the host
             # becomes an array of the caller's device.
@@ -354,11 +373,15 @@ class PyFunc:
             tuple(physical_aval(a.shape, a.dtype, a.weak_type) for a in avals),
             self._numpy,
         )
+        stateful = self._stateful or not template.leaves
+        if stateful and self._vmap_method == "by_branch":
+            raise self._no_batch_by_branch("returns nothing, so that its runs count")
+        default = "sequential" if stateful or self._numpy else "by_branch"
         params = Params(
             body,
-            self._stateful or not template.leaves,
+            stateful,
             self._ordered,
-            self._vmap_method,
+            self._vmap_method or default,
             _compat.current_settings(),
         )
         results = [
@@ -409,6 +432,10 @@ class PyFunc:
         filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
         args, kwargs = jax.tree.unflatten(tree, filled)
         return self._func(*args, **kwargs)
+
+
+def _has_value(leaf: Any) -> bool:
+    return not isinstance(leaf, Tracer) or is_taped(leaf) or is_batched(leaf)
 
 
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -22,7 +22,8 @@ from jpyfunc._body.primal import Avals, Primal
 
 Indices = tuple[int, ...]
 
-# Names a run of a Python function: 64 bits that say which process, 64 that say which run.
+# Names a run of a Python function, and which of the elements that it was of: 48 bits say
+# which process, 48 which run, 32 which element.
 TICKET = ShapedArray((4,), np.uint32)
 
 
@@ -151,7 +152,7 @@ class Transpose(_Derived):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """`base`, run once per element of a batch in one host call.
+    """`base` for each element of a batch, in one host call.
 
     Attributes:
         base: what runs on each element; never called as a function of whole batches.
@@ -159,12 +160,15 @@ class Batch:
         stacked_in: one per operand, whether it has a leading batch axis.
         stacked_out: one per result: stacked on a leading axis, or summed over the
             batch (the cotangent of an operand that all elements share).
+        by_branch: whether it runs on many elements at once, as long as they take the same
+            branches.
     """
 
     base: Body
     size: int
     stacked_in: tuple[bool, ...]
     stacked_out: tuple[bool, ...]
+    by_branch: bool
 
     @property
     def in_avals(self) -> Avals:
@@ -239,7 +243,7 @@ def jvp_of(body: Body, wrt: Indices, of: Indices, repeatable: bool) -> Body:
         stacked_in = body.stacked_in + (True,) * tickets
         stacked_in += tuple(body.stacked_in[i] for i in wrt)
         stacked_out = tuple(body.stacked_out[i] for i in of)
-        return Batch(base, body.size, stacked_in, stacked_out)
+        return Batch(base, body.size, stacked_in, stacked_out, body.by_branch)
     if isinstance(body, Primal):
         return Jvp(Recorded(body, repeatable), wrt, of)
     if isinstance(body, Recording):
@@ -264,7 +268,7 @@ def transpose_of(body: Body, wrt: Indices, of: Indices) -> tuple[Body, Indices]:
         stacked_in = tuple(body.stacked_in[i] for i in kept)
         stacked_in += tuple(body.stacked_out[i] for i in of)
         stacked_out = tuple(body.stacked_in[i] for i in wrt)
-        return Batch(base, body.size, stacked_in, stacked_out), kept
+        return Batch(base, body.size, stacked_in, stacked_out, body.by_branch), kept
     if isinstance(body, Jvp | Vjp):
         n = len(body.base.in_avals)
         if all(i >= n for i in wrt):
@@ -277,9 +281,11 @@ def transpose_of(body: Body, wrt: Indices, of: Indices) -> tuple[Body, Indices]:
     return Transpose(body, wrt, of), others(body, wrt)
 
 
-def batch_of(body: Body, size: int, batched: tuple[bool, ...]) -> Batch:
-    """`body` run once per element, where operand `i` has a batch axis if `batched[i]`."""
-    return Batch(body, size, batched, (True,) * len(body.out_avals))
+def batch_of(
+    body: Body, size: int, batched: tuple[bool, ...], by_branch: bool = False
+) -> Batch:
+    """`body` for each element, where operand `i` has a batch axis if `batched[i]`."""
+    return Batch(body, size, batched, (True,) * len(body.out_avals), by_branch)
 
 
 def widen(body: FlatBody, size: int, batched: tuple[bool, ...]) -> FlatBody:

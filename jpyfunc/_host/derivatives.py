@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jpyfunc._body.primal import Primal
 from jpyfunc._errors import NotDifferentiableError, TapeLostError
 from jpyfunc._host import kept
 from jpyfunc._host.profile import note
+from jpyfunc._traces.batched import running_batch
 from jpyfunc._traces.record import Record, record
 
 
@@ -30,6 +32,7 @@ def call(body: FlatBody, operands: Sequence[Any], device: _compat.Device) -> lis
 
 
 def _primal(body: Primal, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+    note(runs=1)
     return body(operands if body.numpy else _put(operands, body.in_avals, device))
 
 
@@ -38,8 +41,9 @@ def _recording(
 ) -> list[Any]:
     operands = _put(operands, body.in_avals, device)
     if not kept.keeps():
-        return [*body.base(operands), kept.keep(body, None)[0]]
-    run = record(body.base, operands, body.wrt, body.primal.label)
+        return [*_primal(body.base, operands, device), kept.keep(body, None)[0]]
+    function = functools.partial(_primal, body.base, device=device)
+    run = record(function, operands, body.wrt, body.primal.label)
     ticket, nbytes = kept.keep(body, run)
     note(bytes_kept=nbytes)
     return [*run.values, ticket]
@@ -56,8 +60,8 @@ def _recorded(body: Recorded, operands: Sequence[Any], device: _compat.Device) -
         if not body.repeatable:
             raise _lost(body)
         primals = _put(primals, body.base.in_avals, device)
-    note(from_tape=int(run is not None), reran=int(run is None))
-    results = run.replay if run else body.base
+    _note_source(run is not None)
+    results = run.replay if run else functools.partial(_primal, body.base, device=device)
     if body.under:
         return record(results, primals, body.under, body.primal.label).values
     return results(primals)
@@ -89,11 +93,18 @@ def _run(body: Jvp | Vjp, operands: Sequence[Any], device: _compat.Device) -> Re
     if isinstance(base, Recorded):
         run = kept.find(base, operands[-1])
         if run and run.serves(body.wrt, operands, bool(base.under)):
-            note(from_tape=1)
+            _note_source(True)
             return run
     primals = _put(operands, base.in_avals, device)
     label = body.primal.label
     return record(lambda values: call(base, values, device), primals, body.wrt, label)
+
+
+def _note_source(is_kept: bool) -> None:
+    """Count the elements that run now."""
+    batch = running_batch()
+    count = len(batch.part.rows) if batch else 1
+    note(**{"from_tape" if is_kept else "reran": count})
 
 
 def _transpose(

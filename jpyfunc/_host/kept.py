@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import struct
 import threading
 import weakref
 from collections import OrderedDict
@@ -21,6 +20,7 @@ import numpy as np
 
 from jpyfunc._body.derived import TICKET, Recorded, Recording
 from jpyfunc._body.primal import Avals, Primal, unwrapped
+from jpyfunc._traces.batched import Part, running_batch
 from jpyfunc._traces.operations import aval_of
 from jpyfunc._traces.record import Record
 
@@ -62,15 +62,16 @@ def set_tape_limit(nbytes: int) -> int:
 
 
 class _Kept:
-    """Records by number, the least recently used of which goes."""
+    """Records by name, the least recently used of which goes."""
 
     def __init__(self, limit: int) -> None:
         # Reentrant, because freeing arrays may run finalizers that come here.
         self._lock = threading.RLock()
-        self._records: OrderedDict[int, tuple[Record, Avals, int]] = OrderedDict()
+        self._records: OrderedDict[bytes, tuple[Record, Avals, int]] = OrderedDict()
         self._shared: dict[int, int] = {}  # by id, how many records have an array
-        self._functions: dict[int, set[int]] = {}  # by id, the numbers of their runs
-        self._next = 1
+        self._functions: dict[int, set[bytes]] = {}  # by id, the names of their runs
+        self._nonce = os.urandom(6)
+        self._last = 0
         self.limit = limit
         self.nbytes = 0
 
@@ -81,13 +82,13 @@ class _Kept:
         del dropped  # outside the lock
         return before
 
-    def number(self, count: int) -> int:
-        """The first of `count` numbers that were never given before."""
+    def new_name(self) -> bytes:
+        """What no run was ever called: 6 bytes say which process, 6 say which run."""
         with self._lock:
-            self._next += count
-            return self._next - count
+            self._last += 1
+            return self._nonce + self._last.to_bytes(6)
 
-    def add(self, number: int, record: Record, primal: Primal) -> int:
+    def add(self, name: bytes, record: Record, primal: Primal) -> int:
         """Keep a record, if there is room; returns how many bytes that takes."""
         arrays = {id(x): x for x in record.arrays()}
         shared = self._shared
@@ -98,21 +99,21 @@ class _Kept:
             for i in arrays:
                 shared[i] = shared.get(i, 0) + 1
             self.nbytes += size
-            owner = self._own(unwrapped(primal.func), number)
-            self._records[number] = (record, primal.in_avals, owner)
+            owner = self._own(unwrapped(primal.func), name)
+            self._records[name] = (record, primal.in_avals, owner)
             dropped = self._shrink()
         del dropped
         return size
 
-    def find(self, number: int, primal: Primal) -> Record | None:
+    def find(self, name: bytes, primal: Primal) -> Record | None:
         with self._lock:
-            record, in_avals, _ = self._records.get(number, (None, None, 0))
+            record, in_avals, _ = self._records.get(name, (None, None, 0))
             if record is None or in_avals != primal.in_avals:
                 return None
-            self._records.move_to_end(number)
+            self._records.move_to_end(name)
             return record
 
-    def _own(self, function: Any, number: int) -> int:
+    def _own(self, function: Any, name: bytes) -> int:
         """See to it that a record goes when the function does whose run it is of.
 
         Returns:
@@ -123,19 +124,19 @@ class _Kept:
             with contextlib.suppress(TypeError):  # built in, say, and lives on
                 weakref.finalize(function, self._drop_function, key).atexit = False
             self._functions[key] = set()
-        self._functions[key].add(number)
+        self._functions[key].add(name)
         return key
 
     def _drop_function(self, key: int) -> None:
         with self._lock:
-            numbers = self._functions.pop(key, set())
-            dropped = [self._drop(number) for number in numbers]
+            names = self._functions.pop(key, set())
+            dropped = [self._drop(name) for name in names]
         del dropped
 
-    def _drop(self, number: int) -> Record | None:
-        record, _, owner = self._records.pop(number, (None, None, 0))
+    def _drop(self, name: bytes) -> Record | None:
+        record, _, owner = self._records.pop(name, (None, None, 0))
         if record:
-            self._functions.get(owner, set()).discard(number)
+            self._functions.get(owner, set()).discard(name)
             shared = self._shared
             for i, x in {id(x): x for x in record.arrays()}.items():
                 if shared[i] > 1:
@@ -158,13 +159,12 @@ def _size(x: Any) -> int:
 
 
 _kept = _Kept(DEFAULT_LIMIT)
-_nonce = os.urandom(8)
 
 
 def _forget() -> None:
     """Start anew in a child process, which has its parent's memory."""
-    global _kept, _nonce
-    _kept, _nonce = _Kept(_kept.limit), os.urandom(8)
+    global _kept
+    _kept = _Kept(_kept.limit)
 
 
 if hasattr(os, "register_at_fork"):
@@ -182,32 +182,45 @@ def keep(recording: Recording, record: Record | None) -> tuple[np.ndarray, int]:
     Returns:
         The ticket, an array of shape `(*recording.widths, 4)`, and the bytes kept.
     """
-    count = math.prod(recording.widths)
-    first = _kept.number(count)
-    size = _kept.add(first, record, recording.base) if record else 0
-    tickets = np.frombuffer(_tickets(first, count), TICKET.dtype)
+    name = _kept.new_name()
+    size = _kept.add(name, record, recording.base) if record else 0
+    ticket = np.frombuffer(name + bytes(4), TICKET.dtype)
+    if not recording.widths:
+        return ticket, size
+    tickets = of_rows(ticket, math.prod(recording.widths))
     return tickets.reshape(*recording.widths, *TICKET.shape), size
+
+
+def of_rows(ticket: np.ndarray, count: int) -> np.ndarray:
+    """The tickets of the rows of a run of `count` elements, whose ticket is given."""
+    tickets = np.tile(ticket, (count, 1))
+    tickets[:, 3] = np.arange(count)
+    return tickets
 
 
 def find(recorded: Recorded, ticket: Any) -> Record | None:
     """The record of the run that a ticket is of, if it is kept."""
-    data = np.asarray(ticket).tobytes()
-    if not data:
+    data = np.asarray(ticket)
+    if not data.size:
         return None
-    _, first = _TICKET.unpack_from(data)
-    # All elements of a whole batch, and in their order; and of this process.
-    if data != _tickets(first, len(data) // _TICKET.size):
+    first = data.reshape(-1, 4)[0]
+    # All elements of a whole batch, and in their order.
+    if data.ndim > 1 and (data.reshape(-1, 4) != of_rows(first, data.size // 4)).any():
         return None
-    return _kept.find(first, recorded.base)
+    record = _kept.find(first[:3].tobytes(), recorded.base)
+    if record is None or record.part is None:
+        return None if first[3] else record
+    # A run by branch serves parts of its own alone.
+    batch = running_batch()
+    return record if batch and batch.part.places_in(record.part) is not None else None
+
+
+def part_of(recorded: Recorded, ticket: np.ndarray) -> tuple[bool, Part | None]:
+    """Whether the run is kept that a ticket is of, and the elements it was of by branch."""
+    record = _kept.find(ticket[:3].tobytes(), recorded.base)
+    return record is not None, record and record.part
 
 
 def is_void(ticket: Any) -> bool:
     """Whether a ticket is of no run: zeros, which JAX puts for a branch not taken."""
     return not np.asarray(ticket).any()
-
-
-_TICKET = struct.Struct("=8sQ")  # the process, the run
-
-
-def _tickets(first: int, count: int) -> bytes:
-    return b"".join([_TICKET.pack(_nonce, n) for n in range(first, first + count)])

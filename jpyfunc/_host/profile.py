@@ -76,6 +76,12 @@ def kind_of(body: Body) -> str:
     return KINDS[type(body)]
 
 
+def title_of(body: Body) -> str:
+    """The name of a run of `body` in the traces of `jax.profiler`."""
+    name, kind = body.primal.name, kind_of(body)
+    return name if kind == "forward" else f"{name} ({kind})"
+
+
 def measure_body(body: Body, operands: Iterable[Any], execute: Callable[[Run], Any]) -> Any:
     """`measure` for a body of the primitive."""
     primal = body.primal
@@ -149,6 +155,7 @@ class Counts:
 
     calls: int = 0
     elements: int = 0
+    runs: int = 0
     body_seconds: float = 0.0
     crossing_seconds: float = 0.0
     bytes_in: int = 0
@@ -180,8 +187,10 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     The columns, by their names in `as_dict`:
 
     - `calls`: calls of the host by a compiled program, and eager calls.
-    - `elements`: what these computed: a call under `jax.vmap` with
-      `vmap_method="sequential"` one for each element of the batch, any other one.
+    - `elements`: what these computed: a call under `jax.vmap` by branch or one by one
+      one for each element of the batch, any other one.
+    - `runs`: how often the body itself was run for that: by branch once for many elements,
+      and not at all for a derivative that is taken of a run that was kept.
     - `body_seconds`: time in the body, calls to other functions included; of a
       derivative, time to push or pull through its run.
     - `crossing_seconds`: the rest of the call: to convert operands and results, cut and
@@ -270,6 +279,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
                 kind,
                 f"{counts['calls']:,}",
                 f"{counts['elements']:,}",
+                f"{counts['runs']:,}",
                 _seconds(counts["body_seconds"]),
                 _seconds(counts["crossing_seconds"]),
                 _bytes(counts["bytes_in"]),
@@ -310,8 +320,8 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
 
 
 _HEADER = (
-    "function", "kind", "calls", "elements", "body", "crossing", "in", "out", "exceptions",
-    "from tape", "reran", "kept"
+    "function", "kind", "calls", "elements", "runs", "body", "crossing", "in", "out",
+    "exceptions", "from tape", "reran", "kept"
 )  # fmt: skip
 
 

@@ -56,6 +56,13 @@ def _sequential(
     return operands, batch_of(body, size, batched)
 
 
+def _by_branch(
+    body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
+) -> Batched:
+    """Run the body once per branch that elements take."""
+    return operands, batch_of(body, size, batched, by_branch=True)
+
+
 def _expand_dims(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
 ) -> Batched:
@@ -84,6 +91,7 @@ def _broadcast_all(
 
 
 BATCHERS = {
+    "by_branch": _by_branch,
     "sequential": _sequential,
     "expand_dims": _expand_dims,
     "broadcast_all": _broadcast_all,

@@ -27,7 +27,7 @@ class Params:
         body: what runs on the host.
         stateful: whether it runs exactly once per execution, its results used or not.
         ordered: whether it runs in program order with other ordered calls.
-        vmap_method: `"sequential"`, `"expand_dims"` or `"broadcast_all"`.
+        vmap_method: a key of `BATCHERS`.
         settings: the caller's, as `_compat.current_settings` gave them.
     """
 

@@ -16,7 +16,7 @@ from jpyfunc._primitive.primitive import (
     _py_func_impl,
     py_func_p,
 )
-from jpyfunc._traces.tape import CALLS
+from jpyfunc._traces.running import CALLS
 
 py_func_p.def_impl(_py_func_impl)
 py_func_p.def_effectful_abstract_eval(_py_func_abstract_eval)

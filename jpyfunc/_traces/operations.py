@@ -26,6 +26,7 @@ from jax.extend.core import (
 from jpyfunc import _compat
 
 Indices = tuple[int, ...]
+Axes = tuple[int | None, ...]
 
 
 class Operation:
@@ -44,6 +45,7 @@ class Operation:
     """
 
     __slots__ = (
+        "_batched",
         "_has_rules",
         "_linear",
         "avals",
@@ -71,13 +73,42 @@ class Operation:
         self.is_wide = any(map(_is_wide, self.avals))
         self.stores: list[tuple[Any, Any]] = []
         self._linear: dict[Indices, Linear] = {}
+        self._batched: dict[Axes, Callable[..., list[Any]] | None] = {}
 
     def orphan(self) -> None:
         """Say that no later call can be of it."""
         self.is_orphan = True
-        self.run = _compiled(self.call)
+        self.forget()
         for linear in self._linear.values():
             linear.forget()
+
+    def forget(self) -> None:
+        """Drop what was compiled: some megabytes, beside which arrays may be nothing."""
+        self.run = _compiled(self.call)
+        self._batched.clear()
+
+    def batched(self, axes: Axes) -> Callable[..., list[Any]] | None:
+        """It for many operands at once, compiled, or None where that cannot be.
+
+        Args:
+            axes: for each operand, 0 if it has a leading axis, or None. All results do.
+        """
+        if axes not in self._batched:
+            self._batched[axes] = self._make_batched(axes)
+        return self._batched[axes]
+
+    def _make_batched(self, axes: Axes) -> Callable[..., list[Any]] | None:
+        function = jax.vmap(lambda *operands: self.call(*operands), axes)
+        avals = [
+            aval if axis is None else aval.update(shape=(2, *aval.shape))
+            for aval, axis in zip(self.avals, axes, strict=True)
+        ]
+        with set_current_trace(_compat.eval_trace):
+            try:
+                closed = jax.make_jaxpr(function)(*avals)
+            except Exception:  # noqa: BLE001 - it may have no rule; else it is raised later
+                return None
+        return None if _calls_host(closed) else jax.jit(function)
 
     @property
     def has_rules(self) -> bool:
@@ -178,8 +209,8 @@ class Linear:
         self._pulls: dict[tuple[Indices, ...], Operation] = {}
 
     def forget(self) -> None:
-        """Drop what was compiled: some megabytes, beside which arrays may be nothing."""
-        self.forward.run = _compiled(self.forward.call)
+        """As `Operation.forget`."""
+        self.forward.forget()
         self._pushes.clear()
         self._pulls.clear()
 
@@ -424,6 +455,16 @@ def has_rules(jaxpr: Any) -> bool:
     return any(
         eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")
         or any(map(has_rules, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _calls_host(jaxpr: Any) -> bool:
+    """Whether a jaxpr has an effect, or calls the host."""
+    return bool(jaxpr.effects) or any(
+        eqn.primitive.name == "py_func"
+        or "callback" in eqn.primitive.name
+        or any(map(_calls_host, jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )
 

@@ -11,8 +11,10 @@ from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._errors import NotDifferentiableError, UnsupportedError
+from jpyfunc._traces.batched import is_batched, running_batch
+from jpyfunc._traces.running import Running, run
 from jpyfunc._traces.sweep import pull, whole_pull
-from jpyfunc._traces.tape import Tape, is_tape, run
+from jpyfunc._traces.tape import Tape, is_tape
 from jpyfunc._traces.taped import REMEDIES, is_taped
 
 Indices = tuple[int, ...]
@@ -50,6 +52,7 @@ class Record:
     Attributes:
         wrt: the operands of the run that it can be differentiated by.
         values: its results.
+        part: the elements that the run was of, if it was one by branch.
     """
 
     def __init__(
@@ -64,14 +67,21 @@ class Record:
         self.values = [x.value if tape.owns(x) else x for x in results]
         self._at = at
         self._tape = tape.parent if is_tape(tape.parent) else None
+        batch = running_batch()
+        self.part = batch.part if batch else None
 
     def arrays(self) -> Iterator[Any]:
         """Every array that it keeps, some more than once."""
+        for values in self._values():
+            for x in values:
+                yield x.value if is_batched(x) else x
+
+    def _values(self) -> Iterator[Sequence[Any]]:
         for note in self._notes:
-            yield from note.values
-            yield from note.residuals
-        yield from self.values
-        yield from self._at
+            yield note.values
+            yield note.residuals
+        yield self.values
+        yield self._at
 
     def serves(self, wrt: Indices, operands: Sequence[Any], without_rules: bool) -> bool:
         """Whether derivatives by `wrt` can be taken of it as it is.
@@ -132,7 +142,9 @@ class Record:
                 given[slot] = given[slot] + cotangent if slot in given else cotangent
         residuals = [note.residuals for note in self._notes]
         slots = [self.wrt.index(i) for i in wrt]
-        whole = None if is_tape(trace) else whole_pull(self._notes, [*given], slots)
+        whole = (
+            None if isinstance(trace, Running) else whole_pull(self._notes, [*given], slots)
+        )
         if whole:
             with set_current_trace(_compat.eval_trace):
                 pulled = whole(residuals, [*given.values()])

@@ -8,39 +8,21 @@ derivatives of every order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Trace
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._errors import NotDifferentiableError
-from jpyfunc._traces.cache import (
-    Uncacheable,
-    binding,
-    operation_of,
-    operation_of_custom,
-    operation_of_jit,
-)
-from jpyfunc._traces.on_device import OnDevice
-from jpyfunc._traces.operations import Linear, Loose, LooseLinear, Operation, aval_of
+from jpyfunc._traces.cache import Uncacheable, operation_of_custom
+from jpyfunc._traces.operations import Linear, Loose, LooseLinear, Operation
+from jpyfunc._traces.running import Running, run
 from jpyfunc._traces.taped import Taped
 
 Indices = tuple[int, ...]
-
-# Primitives that run Python, each with what is called in their place, under the tape,
-# with operands and parameters: what Python does goes on the same tape.
-CALLS: dict[Any, Callable[[Sequence[Any], dict[str, Any]], Any]] = {}
-
-_contexts: dict[tuple[Any, ...], int] = {}  # settings are few
-
-
-def runs_now() -> bool:
-    """Whether operations run at once on this thread: nothing but tapes is tracing."""
-    return isinstance(_compat.current_trace(), Tape | _compat.EvalTrace)
 
 
 def is_tape(trace: Any) -> bool:
@@ -72,7 +54,7 @@ class Note:
         self.first = first  # slot of the first of the results `linear.of`
 
 
-class Tape(Trace):
+class Tape(Running):
     """Runs operations at once, and notes those that depend on what it watches.
 
     Attributes:
@@ -85,19 +67,12 @@ class Tape(Trace):
     """
 
     def __init__(self, label: str) -> None:
-        super().__init__()
-        _compat.share_state(self)
+        super().__init__(_compat.current_trace())
         self.label = label
-        self.parent = _compat.current_trace()
-        # What an array is put through before an operation takes it.
-        self._move = self.parent.move if isinstance(self.parent, OnDevice) else None
         self.is_open = True
         self.reads: list[str] = []
         self.notes: list[Note] = []
         self.slots = 0
-        settings = _compat.current_settings()
-        self._settings: tuple[Any, ...] | None = settings
-        self._context = _contexts.setdefault(settings, len(_contexts))
 
     def watch(self, values: Sequence[Any], wrt: Indices) -> list[Any]:
         """`values`, those at `wrt` such that what depends on them is noted."""
@@ -155,8 +130,8 @@ class Tape(Trace):
             elif not isinstance(x, jax.Array) and getattr(x, "ndim", 0):
                 x = np.array(x)  # a copy, because its owner may write to it
             values.append(x)
-        if self._move is not None:
-            values = [self._move(x) for x in values]
+        if self.move is not None:
+            values = [self.move(x) for x in values]
         if not active:
             return run(self.parent, operation, values)
         active = tuple(active)
@@ -178,44 +153,15 @@ class Tape(Trace):
             results[i] = self._new(results[i])
         return results
 
-    def stage_value(self, val: Any) -> Any:
-        return val if isinstance(val, jax.Array) else _compat.eval_trace.stage_value(val)
-
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
-        if primitive is _compat.jit_p:
-            return self._call_jitted(params["jaxpr"], tracers)
-        if primitive in CALLS:
-            with set_current_trace(self):
-                return CALLS[primitive](tracers, params)
         if primitive is _compat.stop_gradient_p:
             return self._bind(primitive, tracers, params)
-        if primitive is jax.lax.convert_element_type_p and _is_identity(*tracers, **params):
-            return tracers[0]
-        try:
-            self._check_settings()
-            operation = operation_of(primitive, tracers, params, self._context)
-        except Uncacheable:
-            operation = Loose(binding(primitive, params))
-        results = self.apply(operation, tracers)
-        return results if primitive.multiple_results else results[0]
+        return super().process_primitive(primitive, tracers, params)
 
     def _bind(self, primitive: Any, operands: Sequence[Any], params: Any) -> Any:
         """Bind `primitive` below this tape, which differentiates nothing of it."""
         with set_current_trace(self.parent):
             return primitive.bind(*map(self._value, operands), **params)
-
-    def _call_jitted(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
-        try:
-            self._check_settings()
-            operation = operation_of_jit(jaxpr, self._context, _is_opaque)
-        except Uncacheable:
-            operation = None
-        if operation is None:
-            # What runs Python or has an effect happens once, in whatever order of
-            # derivative, so what surrounds it is taken apart.
-            with set_current_trace(self):
-                return _compat.opened(jaxpr)(*jaxpr.consts, *operands)
-        return self.apply(operation, [*jaxpr.consts, *operands])
 
     def process_custom_jvp_call(
         self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **params: Any
@@ -257,41 +203,3 @@ class Tape(Trace):
 
         results = self.apply(Loose(call), tracers)
         return structure[0].update(results)  # a flat tree of JAX
-
-    def _check_settings(self) -> None:
-        """Raise `Uncacheable` once the body has changed the settings."""
-        if _compat.current_settings() != self._settings:
-            self._settings = None  # and of what it leaves, dtypes that are off again
-        if self._settings is None:
-            raise Uncacheable
-
-
-def _is_identity(
-    x: Any, new_dtype: Any, weak_type: bool = False, sharding: Any = None, **_: Any
-) -> bool:
-    """Whether a conversion, which JAX binds for what has a value, changes nothing."""
-    aval = aval_of(x)
-    return aval.dtype == new_dtype and aval.weak_type == weak_type and sharding is None
-
-
-@_compat.weakref_lru_cache
-def _is_opaque(jaxpr: Any) -> bool:
-    """Whether a jitted function calls Python at once, or has an effect."""
-    return bool(jaxpr.effects) or any(
-        eqn.primitive in CALLS
-        or (eqn.primitive is _compat.jit_p and _is_opaque(eqn.params["jaxpr"]))
-        for eqn in jaxpr.eqns
-    )
-
-
-def run(trace: Any, operation: Operation | Loose, operands: Sequence[Any]) -> list[Any]:
-    """Run an operation under `trace`: compiled, where nothing else looks on."""
-    if type(trace) is Tape:
-        return trace.apply(operation, operands)
-    if isinstance(trace, _compat.EvalTrace):
-        if _compat.is_eager():
-            return operation.run(*operands)
-        with set_current_trace(_compat.eval_trace):
-            return operation.run(*operands)
-    with set_current_trace(trace):
-        return operation.call(*operands)

@@ -1,0 +1,346 @@
+"""Runs a body for every element of a batch: one by one, or once per branch taken."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray, Tracer
+
+from jpyfunc import _compat
+from jpyfunc._body.derived import Batch, Recorded, Recording, Transpose, ticket_of
+from jpyfunc._body.primal import unwrapped
+from jpyfunc._host import kept
+from jpyfunc._host.derivatives import call
+from jpyfunc._host.profile import Run, note, title_of
+from jpyfunc._traces.batched import Batched, CannotBatch, Part
+from jpyfunc._traces.branches import Branches
+from jpyfunc._traces.cache import Cache
+
+MAX_BYTES = 2**26  # of operands and results that a run by branch begins with
+
+
+def evaluate_batch(
+    batch: Batch, operands: Sequence[Any], device: _compat.Device, run: Run
+) -> list[Any]:
+    """As `evaluate`, of a batch."""
+    elements = _Elements(batch, device, run)
+    if not elements.count:
+        return [np.zeros(aval.shape, aval.dtype) for aval in batch.out_avals]
+    if any(isinstance(x, Tracer) for x in operands):
+        return elements.traced(operands)
+    elements.take(operands)
+    if batch.by_branch and elements.count > 1 and not isinstance(elements.base, Transpose):
+        _by_branch(elements)
+    else:
+        elements.run_each(range(elements.count))
+    return [
+        result.array.reshape(aval.shape).astype(aval.dtype, copy=False)
+        for result, aval in zip(elements.results, batch.out_avals, strict=True)
+    ]
+
+
+class _Elements:
+    """The elements of a batch, or of batches of batches as if they were one.
+
+    Attributes:
+        base: what runs on each.
+        sizes: of the batch axes, outermost first.
+        count: of the elements.
+        columns: the operands.
+        results: what the elements left so far.
+    """
+
+    def __init__(self, batch: Batch, device: _compat.Device, run: Run) -> None:
+        levels: list[Any] = [batch]
+        while isinstance(levels[-1].base, Batch):
+            levels.append(levels[-1].base)
+        self.base = levels[-1].base
+        self.sizes = tuple(level.size for level in levels)
+        self.count = math.prod(self.sizes)
+        self._device, self._run = device, run
+        self._stacked_in = [*zip(*(level.stacked_in for level in levels), strict=True)]
+        self._stacked_out = [*zip(*(level.stacked_out for level in levels), strict=True)]
+
+    def take(self, operands: Sequence[Any]) -> None:
+        """Set `columns` and `results`."""
+        base = self.base
+        device = None if base.primal.numpy else self._device
+        self.columns = [
+            _Column(x, self._places(stacked), aval, device)
+            for x, stacked, aval in zip(
+                operands, self._stacked_in, base.in_avals, strict=True
+            )
+        ]
+        self.results = [
+            _Result(aval, self._places(stacked), all(stacked))
+            for stacked, aval in zip(self._stacked_out, base.out_avals, strict=True)
+        ]
+
+    def _places(self, stacked: Sequence[bool]) -> np.ndarray:
+        """Where each element is in an array that has some axes, these made one."""
+        numbers = np.arange(self.count)
+        if all(stacked):
+            return numbers
+        places = np.zeros_like(numbers)
+        indices = np.unravel_index(numbers, self.sizes)
+        for size, index, has in zip(self.sizes, indices, stacked, strict=True):
+            places = places * size + index if has else places
+        return places
+
+    @property
+    def nbytes(self) -> int:
+        """What each element has for itself, results included."""
+        avals = self.base.out_avals
+        return sum(column.nbytes for column in self.columns) + sum(
+            math.prod(aval.shape) * aval.dtype.itemsize for aval in avals
+        )
+
+    def part(self, batch: Branches, part: Part) -> list[Any]:
+        """The operands of a part; of their tickets, which are of one run, one."""
+        ticket = ticket_of(self.base)
+        return [
+            column.element(part.rows[0])
+            if i == ticket
+            else column.part(batch, part, self._device)
+            for i, column in enumerate(self.columns)
+        ]
+
+    def run(self, operands: Sequence[Any]) -> list[Any]:
+        """Run the base, on one element or on a part that runs by branch."""
+        return self._run(title_of(self.base), call, self.base, operands, self._device)
+
+    def run_each(self, rows: Iterable[int]) -> None:
+        """Run elements one by one."""
+        for row in rows:
+            try:
+                values = self.run([column.element(row) for column in self.columns])
+            except BaseException as error:
+                at = row if len(self.sizes) == 1 else np.unravel_index(row, self.sizes)
+                shown = at if isinstance(at, int) else tuple(int(i) for i in at)
+                error.add_note(
+                    f"{self.base.primal.label} ran on element {shown} of a batch of "
+                    f"{' by '.join(map(str, self.sizes))}."
+                )
+                raise
+            for result, value in zip(self.results, values, strict=True):
+                result.add(row, np.asarray(value))
+
+    def put(self, batch: Branches, values: Sequence[Any]) -> None:
+        """Take the results of a run by branch."""
+        part = batch.part
+        count = len(part.rows)
+        for i, (result, value) in enumerate(zip(self.results, values, strict=True)):
+            if isinstance(self.base, Recording) and i == len(values) - 1:
+                rows = kept.of_rows(np.asarray(value), count)
+            elif isinstance(value, Batched):
+                rows = np.asarray(value.on(part))[:count]
+            else:
+                array = np.asarray(value)
+                rows = np.broadcast_to(array, (count, *array.shape))
+            result.add_rows(part.rows, rows)
+
+    def traced(self, operands: Sequence[Any]) -> list[Any]:
+        """The results in a body that is differentiated or runs by branch itself.
+
+        The trace follows slices and stacks.
+        """
+        columns = [
+            (jnp.reshape(x, (places[-1] + 1, *aval.shape)), places)
+            for x, aval, places in zip(
+                operands,
+                self.base.in_avals,
+                map(self._places, self._stacked_in),
+                strict=True,
+            )
+        ]
+        elements = [
+            self.run([column[int(places[row])] for column, places in columns])
+            for row in range(self.count)
+        ]
+        results = []
+        for values, stacked, aval in zip(
+            zip(*elements, strict=True), self._stacked_out, self.base.out_avals, strict=True
+        ):
+            array = jnp.stack(values).reshape(*self.sizes, *aval.shape)
+            summed = [i for i, has in enumerate(stacked) if not has]
+            results.append(jnp.asarray(array.sum(summed) if summed else array, aval.dtype))
+        return results
+
+
+class _Column:
+    """An operand of all elements."""
+
+    def __init__(self, operand: Any, places: np.ndarray, aval: Any, device: Any) -> None:
+        self._places = places
+        self._aval = aval
+        self._shared: Any = None
+        self._rows: Any = None
+        if places[-1]:
+            # Slices are made in NumPy, at a tenth of the cost of JAX operations.
+            self._rows = np.asarray(operand).reshape(places[-1] + 1, *aval.shape)
+            return
+        if np.shape(operand) != aval.shape:
+            operand = np.asarray(operand).reshape(aval.shape)
+        if isinstance(operand, np.ndarray) and device is not None:
+            operand = _compat.put(operand, aval, device)  # once
+        self._shared = operand
+
+    @property
+    def nbytes(self) -> int:
+        """What each element has for itself."""
+        return 0 if self._rows is None else self._rows[0].nbytes
+
+    def element(self, row: int) -> Any:
+        # A 0-d slice must stay an array: an index gives a NumPy scalar.
+        return self._shared if self._rows is None else self._rows[self._places[row], ...]
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Those of some elements."""
+        if self._rows is None:
+            return np.broadcast_to(self._shared, (len(rows), *self._aval.shape))
+        return self._rows[self._places[rows]]
+
+    def part(self, batch: Branches, part: Part, device: _compat.Device) -> Any:
+        """What a body takes that runs on a part by branch."""
+        if self._rows is None:
+            return self._shared
+        rows = self.rows(part.pad(part.rows))
+        aval = ShapedArray(rows.shape, rows.dtype, self._aval.weak_type)
+        return Batched(batch, part, _compat.put(rows, aval, device))
+
+
+class _Result:
+    """A result of all elements: one row for each, or sums."""
+
+    def __init__(self, aval: Any, places: np.ndarray, stacked: bool) -> None:
+        dtype = aval.dtype
+        # Half precision loses terms of long sums, as XLA knows.
+        half = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+        accumulator = np.float32 if half and not stacked else dtype
+        self.array = np.zeros((places[-1] + 1, *aval.shape), accumulator)
+        self._places, self._stacked = places, stacked
+
+    def add(self, row: int, value: np.ndarray) -> None:
+        if self._stacked:
+            self.array[row] = value
+        else:
+            self.array[self._places[row]] += value.astype(self.array.dtype)
+
+    def add_rows(self, rows: np.ndarray, values: np.ndarray) -> None:
+        if self._stacked:
+            self.array[rows] = values
+        elif len(self.array) == 1:
+            self.array[0] += values.sum(0, dtype=self.array.dtype)
+        else:
+            np.add.at(self.array, self._places[rows], values.astype(self.array.dtype))
+
+
+def _by_branch(elements: _Elements) -> None:
+    if _is_scattered(elements):
+        elements.run_each(range(elements.count))
+        return
+    most = max(1, MAX_BYTES // max(1, elements.nbytes))
+    runs = 0
+    for root in _roots(elements):
+        for start in range(0, len(root.rows), most):
+            chunk = root
+            if len(root.rows) > most:
+                chunk = root.cut(np.arange(start, min(start + most, len(root.rows))))
+            runs += _run_part(elements, chunk)
+    if 2 * runs > elements.count:
+        _remember(elements, _size(elements))
+
+
+def _roots(elements: _Elements) -> Iterator[Part]:
+    """What can run at once: elements whose runs are kept as one, or not kept."""
+    every = np.arange(elements.count)
+    ticket = ticket_of(elements.base)
+    if ticket is None:
+        yield Part(every, None, every)
+        return
+    tickets = elements.columns[ticket].rows(every)
+    names = np.ascontiguousarray(tickets[:, :3]).view("V12").ravel()
+    _, first, labels = np.unique(names, return_index=True, return_inverse=True)
+    lost = []
+    for label, place in enumerate(first):
+        rows = np.flatnonzero(labels == label)
+        if kept.is_void(tickets[place]):  # and so is what is computed here
+            continue
+        known, part = kept.part_of(_recorded(elements.base), tickets[place])
+        if not known:
+            lost.append(rows)
+        else:
+            yield Part(rows, part, tickets[rows, 3].astype(np.intp))
+    if lost:
+        rows = np.concatenate(lost)
+        yield Part(rows, None, rows)
+
+
+def _recorded(body: Any) -> Recorded:
+    while not isinstance(body, Recorded):
+        body = body.base
+    return body
+
+
+def _run_part(elements: _Elements, root: Part) -> int:
+    """Run a part by branch; returns how many runs that took."""
+    if len(root.rows) == 1 and root.parent is None:
+        elements.run_each(root.rows.tolist())
+        return 1
+    batch = Branches(elements.sizes)
+    operands = elements.part(batch, root)
+    waiting: list[Any] = [(root, [])]
+    runs = 0
+    while waiting:
+        part, log = waiting.pop()
+        runs += 1
+        if len(part.rows) == 1 and part is not root:
+            elements.run_each(part.rows.tolist())
+            continue
+        try:
+            with batch.running(part, log):
+                values = elements.run(operands)
+        except (CannotBatch, Exception):  # noqa: BLE001 - raised again, if it is theirs
+            # As it would have been from the start, its exception included.
+            note(elements=-1)
+            rest = [batch.part, *(part for part, _ in waiting + batch.waiting)]
+            elements.run_each(row for part in rest for row in part.rows.tolist())
+            _remember(elements, None)
+            return elements.count
+        elements.put(batch, values)
+        note(elements=len(batch.part.rows) - 1)
+        waiting += batch.waiting
+        batch.waiting = []
+    return runs
+
+
+# The bodies that are not run by branch: for batches of up to a power of two, or any.
+_unlike: Cache = Cache(256)
+
+
+def _key(elements: _Elements, size: int | None) -> tuple[Any, Any]:
+    """What a kind of call is known by, and what must live for it to be."""
+    function = unwrapped(elements.base.primal.func)
+    owner = getattr(function, "__func__", function)  # a bound method is made anew
+    return (id(owner), title_of(elements.base), elements.base.in_avals, size), owner
+
+
+def _size(elements: _Elements) -> int:
+    return (elements.count - 1).bit_length()
+
+
+def _is_scattered(elements: _Elements) -> bool:
+    """Whether elements of such calls were found to have little in common."""
+    return any(_unlike.get(_key(elements, size)[0]) for size in (None, _size(elements)))
+
+
+def _remember(elements: _Elements, size: int | None) -> None:
+    """Run such calls one by one from now on."""
+    key, owner = _key(elements, size)
+    with contextlib.suppress(TypeError):  # built in, say
+        _unlike.put(key, True, [owner])

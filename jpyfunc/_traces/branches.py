@@ -1,0 +1,168 @@
+"""Runs a body on many elements of a batch at once, and splits them where it branches.
+
+Each operation is run on arrays with one row per element. Where a truth test or a read finds
+elements that differ, those that agree go on. The others are run again from the start, where
+the operations up to the split are not: what they gave is taken over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import set_current_trace
+
+from jpyfunc import _compat
+from jpyfunc._traces.batched import Batched, CannotBatch, Part, enter_batch
+from jpyfunc._traces.operations import Loose, Operation
+from jpyfunc._traces.running import Running, ground, run
+
+MAX_LOG = 2**28  # bytes of results that are kept for the parts that are split off
+
+# An operation of a run, its operands and its results.
+Entry = tuple[Operation, Sequence[Any], list[Any]]
+
+
+class Branches(Running):
+    """Runs operations on a part of a batch, which gets smaller where elements differ.
+
+    Attributes:
+        part: the elements that run now.
+        waiting: the parts that were split off, each with the operations before.
+        sizes: the axes of the batch.
+    """
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__(ground())
+        self.sizes = sizes
+        self.part: Part
+        self.waiting: list[tuple[Part, list[Entry]]] = []
+        self._log: list[Entry] = []
+        self._done = 0  # how many operations of the log this run has come to
+        self._nbytes = 0  # of the results in the log
+
+    @contextmanager
+    def running(self, part: Part, log: list[Entry]) -> Iterator[None]:
+        """Run what is called in the block on `part`, which did `log` already."""
+        self.part, self._log, self._done = part, log, 0
+        self._nbytes = 0
+        try:
+            with enter_batch(self), set_current_trace(self):
+                yield
+        finally:
+            self._log = []
+
+    def number(self, row: int) -> int | tuple[int, ...]:
+        """What the user calls an element."""
+        if len(self.sizes) == 1:
+            return row
+        return tuple(int(i) for i in np.unravel_index(row, self.sizes))
+
+    def agree(self, rows: np.ndarray) -> Any:
+        """Go on with elements that have one value; return it.
+
+        Args:
+            rows: a value for each element of the part.
+        """
+        flat = rows.reshape(len(rows), -1)
+        if len(rows) > 1 and flat.shape[1]:
+            bits = np.ascontiguousarray(flat).view(np.uint8)
+            if (bits != bits[:1]).any():
+                whole = bits.view(np.dtype((np.void, bits.shape[1]))).ravel()
+                return rows[self._split(whole)]
+        return rows[0]
+
+    def _split(self, values: np.ndarray) -> int:
+        """Go on with the most elements that have one value; return where one of them is."""
+        _, labels, counts = np.unique(values, return_inverse=True, return_counts=True)
+        places = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+        groups = sorted(places, key=lambda group: group[0], reverse=True)
+        largest = max(groups, key=lambda group: (len(group), -group[0]))
+        part, log = self.part, self._log[: self._done]
+        self.waiting += [(part.cut(g), log) for g in groups if g is not largest]
+        self.part = part.cut(largest)
+        return int(largest[0])
+
+    def batched(self, value: Any) -> Batched:
+        """An array with a row for each element of the part, padded."""
+        return Batched(self, self.part, value)
+
+    def apply(self, operation: Operation | Loose, operands: Sequence[Any]) -> list[Any]:
+        """Run an operation on all elements of the part."""
+        if isinstance(operation, Loose):
+            with set_current_trace(self):
+                return operation.call(*operands)
+        if self._done < len(self._log):
+            known, before, results = self._log[self._done]
+            if known is operation and all(map(_is_same, operands, before)):
+                self._done += 1
+                return [*results]
+            del self._log[self._done :]  # the body is not as it was
+        axes = tuple([0 if type(x) is Batched else None for x in operands])
+        part = self.part
+        values = [x.on(part) if type(x) is Batched else x for x in operands]
+        if 0 not in axes:
+            if operation.is_stateful:
+                raise CannotBatch
+            with enter_batch(None):
+                results = run(self.parent, operation, values)
+        else:
+            function = None if operation.is_wide else operation.batched(axes)
+            if function is None:
+                raise CannotBatch
+            if self.move is not None:
+                values = [self.move(x) for x in values]
+            with set_current_trace(_compat.eval_trace):
+                results = [self.batched(y) for y in function(*values)]
+        self._note(operation, operands, results)
+        return [*results]
+
+    def _note(self, operation: Operation, operands: Any, results: list[Any]) -> None:
+        if self._nbytes < MAX_LOG:
+            self._log.append((operation, operands, results))
+            self._done += 1
+            for x in results:
+                self._nbytes += x.value.nbytes if type(x) is Batched else 0
+
+    def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
+        if primitive is _compat.stop_gradient_p:
+            return tracers[0]
+        return super().process_primitive(primitive, tracers, params)
+
+    def apply_uncacheable(self, loose: Loose, operands: Sequence[Any]) -> list[Any]:
+        raise CannotBatch
+
+    def process_custom_jvp_call(
+        self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **_: Any
+    ) -> Any:
+        return self._call(fun, tracers)
+
+    def process_custom_vjp_call(
+        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **_: Any
+    ) -> Any:
+        return self._call(fun, tracers)
+
+    def _call(self, fun: Any, operands: Any) -> Any:
+        with set_current_trace(self):
+            return fun.call_wrapped(*operands)
+
+    def process_shard_map(self, *_: Any, **__: Any) -> Any:
+        raise CannotBatch
+
+
+def _is_same(x: Any, before: Any) -> bool:
+    """Whether an operand is what it was in the run before."""
+    if x is before:
+        return True
+    if type(x) is Batched or type(before) is Batched or type(x) is not type(before):
+        return False
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
+        if x.size != 1 or x.shape != before.shape or x.dtype != before.dtype:
+            return False
+        if getattr(x, "weak_type", False) != getattr(before, "weak_type", False):
+            return False
+        return np.asarray(x).tobytes() == np.asarray(before).tobytes()
+    return isinstance(x, bool | int | float | complex) and x == before
