@@ -324,12 +324,14 @@ class PyFunc:
             ]
         args, kwargs = jax.tree.unflatten(tree, arrays)
         batch = running_batch()
+        if batch and template is not None and not template.leaves:
+            raise CannotBatch  # it is stateful
         note(runs=1, elements=len(batch.part.rows) - 1 if batch else 0)
         result = run(self.__name__, self._func, *args, **kwargs)
         if template is None:
             template = Template.undeclared(result)
         if not template.leaves and batch:
-            raise CannotBatch  # it is stateful
+            raise CannotBatch
         outputs = [
             # A declared dtype is a strong one, and what the body returned on the host
             # becomes an array of the caller's device.

@@ -219,6 +219,17 @@ def current_trace() -> Any:
     return _core.trace_ctx.trace or eval_trace
 
 
+class no_axis_names:  # noqa: N801 - a context manager
+    """Forgets the axes of a `vmap` that runs eagerly, which a body is not part of."""
+
+    def __enter__(self) -> None:
+        self._before = _core.trace_ctx.axis_env
+        _core.trace_ctx.set_axis_env(_core.top_axis_env)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _core.trace_ctx.set_axis_env(self._before)
+
+
 _stand_ins: dict[type, Any] = {}
 
 

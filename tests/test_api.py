@@ -211,7 +211,7 @@ def test_misuse(text):
 
 
 def test_unknown_vmap_method():
-    text = "'scale': expected vmap_method to be one of 'sequential', .*, got 'fast'"
+    text = "'scale': expected vmap_method to be one of 'by_branch', .*, got 'fast'"
     with pytest.raises(ValueError, match=text):
         py_func(scale, vmap_method="fast")
 

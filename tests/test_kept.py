@@ -70,9 +70,9 @@ ONCE = {
     "rev_rev": (lambda f: jax.grad(jax.grad(f)), 1),
     "fwd_fwd": (lambda f: jax.jacfwd(jax.jacfwd(f)), 1),
     "third": (lambda f: jax.grad(jax.grad(jax.grad(f))), 1),
-    "vmap": (lambda f: lambda x: jax.vmap(jax.value_and_grad(f))(x * ROW), 3),
-    "vmap_hessian": (lambda f: lambda x: jax.vmap(jax.hessian(f))(x * ROW), 3),
-    "grad_of_vmap": (lambda f: jax.grad(lambda x: jax.vmap(f)(x * ROW).sum()), 3),
+    "vmap": (lambda f: lambda x: jax.vmap(jax.value_and_grad(f))(x * ROW), 2),
+    "vmap_hessian": (lambda f: lambda x: jax.vmap(jax.hessian(f))(x * ROW), 2),
+    "grad_of_vmap": (lambda f: jax.grad(lambda x: jax.vmap(f)(x * ROW).sum()), 2),
     "cond": (lambda f: jax.grad(lambda x: jax.lax.cond(x > 0, f, jnp.sin, x)), 1),
     "switch": (lambda f: jax.grad(lambda x: jax.lax.switch(1, [jnp.sin, f], x)), 1),
 }  # fmt: skip
@@ -248,14 +248,14 @@ def test_tickets_are_of_elements_in_their_order(transform):
     np.testing.assert_allclose(one(1.0)[0], want[2], rtol=1e-5)
 
 
-def test_tickets_of_sequential_batches_may_be_permuted(counted, runs):
+def test_tickets_of_a_batch_may_be_permuted(counted, runs):
     xs = jnp.array([1.0, 3.0, 1.5])
     pullbacks = jax.jit(jax.vmap(lambda x: jax.vjp(counted, x)[1]))(xs)
     order = jnp.array([2, 0, 1])
     permuted = jax.tree.map(lambda r: r[order], pullbacks)
     got = jax.jit(jax.vmap(lambda p: p(1.0)[0]))(permuted)
     np.testing.assert_allclose(got, [jax.grad(plain)(x) for x in xs[order]], rtol=1e-5)
-    assert len(runs) == 3
+    assert len(runs) == 2  # one for each branch taken
 
 
 RESIDUALS = """

@@ -114,7 +114,7 @@ def test_bytes_of_operands_and_results(transform):
 
 
 def test_exceptions_are_counted_and_pass(transform):
-    @py_func(Tout=SCALAR)
+    @py_func(Tout=SCALAR, vmap_method="sequential")
     def picky(x):
         if x < 0:
             raise ValueError("negative")
@@ -355,6 +355,7 @@ def test_as_dict_is_a_copy():
     assert set(before["cube"]["forward"]) == {
         "calls",
         "elements",
+        "runs",
         "body_seconds",
         "crossing_seconds",
         "bytes_in",
@@ -374,17 +375,17 @@ def test_prints_as_an_aligned_table():
         jax.jit(jax.value_and_grad(cube))(1.0)
     header, *rows = str(prof).splitlines()
     assert header.split() == [
-        *("function", "kind", "calls", "elements", "body", "crossing"),
+        *("function", "kind", "calls", "elements", "runs", "body", "crossing"),
         *("in", "out", "exceptions", "from", "tape", "reran", "kept"),
     ]
     assert len({len(line) for line in (header, *rows)}) == 1
     assert [row[:8].strip() for row in rows] == ["<f>", "cube", ""]
     assert re.search(
-        r"<f> +forward +1,500 +1,500 .* 5.9 MiB +5.9 MiB +0 +0 +0 +0 B$", rows[0]
+        r"<f> +forward +1,500 +1,500 +1,500 .* 5.9 MiB +5.9 MiB +0 +0 +0 +0 B$", rows[0]
     )
     # A ticket of 16 bytes leaves with the result.
-    assert re.search(r"forward +1 +1 .* 4 B +20 B +0 +0 +0 +[1-9].* KiB$", rows[1])
-    assert re.search(r"vjp +1 +1 .* 24 B +4 B +0 +1 +0 +0 B$", rows[2])
+    assert re.search(r"forward +1 +1 +1 .* 4 B +20 B +0 +0 +0 +[1-9].* KiB$", rows[1])
+    assert re.search(r"vjp +1 +1 +0 .* 24 B +4 B +0 +1 +0 +0 B$", rows[2])
     assert str(profile()).splitlines()[0].split() == header.split()
     html = prof._repr_html_()
     assert html.startswith("<table>")

@@ -114,7 +114,8 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
     arrays = [jnp.asarray(x) for x in operands]
     devices = set().union(*(x.devices() for x in arrays))
     device = devices.pop() if len(devices) == 1 else _compat.default_device()
-    results = evaluate(params.body, arrays, device)
+    with _compat.no_axis_names():
+        results = evaluate(params.body, arrays, device)
     return [
         _as_declared(result, aval)
         if isinstance(result, jax.Array)

@@ -1,0 +1,500 @@
+"""`vmap` by branch: the answers of one element at a time, in as few runs as can be."""
+
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, CUSTOM_VJP, assert_close, log_huber, scalar, with_runs_kept_and_not
+from jax.extend.core import Primitive
+
+import jpyfunc
+from jpyfunc import GradientCutWarning, numpy_func, profile, py_func
+from jpyfunc._traces.operations import Operation
+
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+wrapped = py_func(log_huber, Tout=SCALAR)
+
+
+def by_branch(body, **options):
+    return py_func(body, **{"Tout": SCALAR, "vmap_method": "by_branch", **options})
+
+
+def loop(function, *columns):
+    """The plain answer: a Python loop over the rows, in eager JAX."""
+    rows = [function(*row) for row in zip(*columns, strict=True)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def runs_of(program, *args):
+    """What a program returns, and how often the body ran in it."""
+    with profile() as prof:
+        result = jax.block_until_ready(program(*args))
+    (kinds,) = prof.as_dict().values()
+    return result, sum(row["runs"] for row in kinds.values())
+
+
+def columns_of(case):
+    """The arguments of a case for three elements, which may take different branches."""
+    scale = jnp.array([1.0, -0.5, 2.5])
+    return jax.tree.map(
+        lambda x: jnp.stack([s * jnp.asarray(x) for s in scale]), tuple(case.args)
+    )
+
+
+DERIVATIVES = {
+    "forward": lambda f, n: f,
+    "grad": lambda f, n: jax.grad(scalar(f), tuple(range(n))),
+    "jacfwd": lambda f, n: jax.jacfwd(f, tuple(range(n))),
+    "hessian": lambda f, n: jax.hessian(scalar(f)),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_answers():
+    """What the cases give one element at a time, computed once for all transforms."""
+    known = {}
+
+    def answer(case, derivative):
+        key = (case.name, derivative)
+        if key not in known:
+            take = DERIVATIVES[derivative](case.body, len(case.args))
+            columns = columns_of(case)
+            rows = [jax.tree.map(lambda x, i=i: x[i], columns) for i in range(3)]
+            known[key] = jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *(take(*row) for row in rows)
+            )
+        return known[key]
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("case", "derivative"),
+    [(case, derivative) for case in CASES for derivative in DERIVATIVES]
+    + [(CUSTOM_VJP, "forward"), (CUSTOM_VJP, "grad")],
+    ids=str,
+)
+def test_every_case(case, derivative, plain_answers, transform):
+    take = DERIVATIVES[derivative](case.wrapped, len(case.args))
+    program = transform(jax.vmap(take))
+    want = plain_answers(case, derivative)
+    for got in with_runs_kept_and_not(program, *columns_of(case)):
+        assert_close(got, want)
+
+
+xs, ms = jnp.linspace(0.5, 4.0, 7), jnp.linspace(1.0, 3.0, 5)
+
+
+def test_orders_and_axes_in_every_mix(transform):
+    """Nested vmaps, derivatives between and around them, shared operands summed."""
+    table = lambda f: jax.vmap(jax.vmap(f, (None, 0)), (0, None))  # noqa: E731
+    plain = lambda f: lambda xs, ms: loop(lambda x: loop(lambda m: f(x, m), ms), xs)  # noqa: E731
+    for take in (
+        lambda f, over: over(jax.grad(f, (0, 1))),
+        lambda f, over: jax.grad(lambda x, m: jnp.sin(over(f)(x, m)).sum(), (0, 1)),
+        lambda f, over: jax.jacrev(lambda x, m: over(f)(x, m).sum(0), 1),
+        lambda f, over: jax.jacfwd(lambda x, m: over(jax.grad(f))(x, m).sum(1)),
+    ):
+        got = transform(take(wrapped, table))(xs, ms)
+        assert_close(got, take(log_huber, plain)(xs, ms))
+
+
+def test_scans_inside_and_outside(transform):
+    def with_loops(x):
+        if x > 2:
+            return jax.lax.scan(lambda c, _: (jnp.sin(c) * 2, c), x, None, length=3)[0]
+        return jax.lax.while_loop(lambda c: c < 10, lambda c: c * 1.5, x)
+
+    def scanned(f):
+        return lambda x: jax.lax.scan(
+            lambda c, _: (f(c) * 0.3 + 1, f(c)), x, None, length=3
+        )[1].sum()
+
+    def unrolled(f):
+        def program(x):
+            total = 0.0
+            for _ in range(3):
+                total, x = total + f(x), f(x) * 0.3 + 1
+            return total
+
+        return program
+
+    got = transform(jax.vmap(scanned(by_branch(with_loops))))(xs)
+    assert_close(got, loop(unrolled(with_loops), xs))
+    smooth = lambda x: jnp.sin(x) * x if x > 2 else x**3  # noqa: E731
+    got = transform(jax.vmap(jax.grad(scanned(by_branch(smooth)))))(xs)
+    assert_close(got, loop(jax.grad(unrolled(smooth)), xs))
+
+
+def test_checkpoint_around_a_batch(transform):
+    program = lambda f: lambda x: jnp.sum(jnp.sin(f(x)))  # noqa: E731
+    over = jax.checkpoint(jax.vmap(lambda x: wrapped(x, 2.0)))
+    got = transform(jax.grad(program(over)))(xs)
+    plain = lambda x: loop(lambda x: log_huber(x, 2.0), x)  # noqa: E731
+    assert_close(got, jax.grad(program(plain))(xs))
+
+
+def test_keys_integers_complex_and_half_precision(transform):
+    def body(key, n, z, h):
+        if n % 2:
+            key, _ = jax.random.split(key)
+        return key, n + 1, z * 1j if n > 1 else z, h / 3
+
+    f = by_branch(body, Tout=lambda *args: args)
+    args = (
+        jax.random.split(jax.random.key(3), 4),
+        jnp.arange(4),
+        jnp.arange(4) * (1 + 2j),
+        jnp.arange(4, dtype=jnp.bfloat16),
+    )
+    got, want = transform(jax.vmap(f))(*args), loop(body, *args)
+    assert (jax.random.key_data(got[0]) == jax.random.key_data(want[0])).all()
+    assert_close(got[1:], want[1:])
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 100_000])
+def test_batches_of_any_size(size, transform):
+    x = jnp.linspace(-3.0, 3.0, size)
+    got = transform(
+        jax.vmap(jax.value_and_grad(by_branch(lambda x: x**2 if x > 0 else -x)))
+    )(x)
+    assert_close(got, (jnp.where(x > 0, x**2, -x), jnp.where(x > 0, 2 * x, -1.0)))
+
+
+def test_a_thousand_elements_take_one_run_for_each_branch():
+    x = jnp.linspace(0.5, 4.0, 1000)
+    program = jax.jit(jax.vmap(jax.value_and_grad(wrapped), (0, None)))
+    got, runs = runs_of(program, x, 2.0)
+    assert runs == 2
+    outside = 4 * (1 - 2 * math.log(2) + jnp.log(x**2))
+    assert_close(got, (jnp.where(x <= 2, x**2, outside), jnp.where(x <= 2, 2 * x, 8 / x)))
+
+
+def halvings(x):
+    """Exact in floating point, so that it is known how many turns each element takes."""
+    while x > 1:
+        x = x / 2
+    return x
+
+
+def test_a_loop_costs_as_many_operations_as_its_longest_element(monkeypatch):
+    sizes = []
+    batched = Operation.batched
+
+    def counting(self, axes):
+        function = batched(self, axes)
+
+        def call(*operands):
+            sizes.append(len(operands[axes.index(0)]))
+            return function(*operands)
+
+        return call
+
+    monkeypatch.setattr(Operation, "batched", counting)
+    x = jnp.float32(2.0) ** jnp.repeat(jnp.arange(1, 33), 4)
+    got, runs = runs_of(jax.jit(jax.vmap(by_branch(halvings))), x)
+    assert (got == 1).all()
+    assert runs == 32  # 4 elements leave after each turn
+    assert len(sizes) <= 2 * 33 + 1  # a test and a division a turn
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_is_compiled_is_bounded_however_sizes_change():
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else 0
+    )
+    program = jax.jit(
+        jax.vmap(jax.value_and_grad(by_branch(lambda x: x * x if x > 0 else -x)))
+    )
+    random = np.random.default_rng(0)
+
+    def call():
+        x = jnp.asarray(random.normal(size=100) + random.normal(), jnp.float32)
+        y, slope = program(x)
+        assert_close(
+            (y, slope), (jnp.where(x > 0, x * x, -x), jnp.where(x > 0, 2 * x, -1.0))
+        )
+
+    for _ in range(200):
+        call()
+    # Seven sizes of parts, and a handful of operations with what derivatives need.
+    assert len(compiled) < 7 * 20
+    several = len(compiled)
+    for _ in range(50):
+        call()
+    assert len(compiled) == several
+
+
+READS = {
+    "int": lambda x: jnp.sin(x) * int(x),
+    "index": lambda x: x * [1.0, 2.0, 4.0, 8.0][x.astype(int)],
+    "range": lambda x: sum((x**i for i in range(int(x))), x),
+    "format": lambda x: x * len(f"{x:.0f}{x:.0f}"),
+    "item": lambda x: x + jax.lax.stop_gradient(x).astype(int).item(),
+    "array": lambda x: x * np.asarray(jax.lax.stop_gradient(jnp.floor(x))).sum(),
+    "tolist": lambda x: x * (1 + jnp.stack([x > 1, x > 2]).tolist().count(True)),
+    "arange": lambda x: x * jnp.arange(x.astype(int) + 2).sum(),
+    "fori_loop": lambda x: jax.lax.fori_loop(0, x.astype(int), lambda i, y: y * x, x),
+    "mask": lambda x: jnp.stack([x, x * x])[jnp.stack([x > 1, x > 2])].sum(),
+    "power": lambda x: x ** x.astype(int),
+    "any": lambda x: x if any([x > 2, x < 1]) else 2 * x,
+    "max": lambda x: max(x, 2.5 - x, 1.5),
+    "sorted": lambda x: sorted([x, 2.0 - x, 0.5 * x])[1] * x,
+    "in": lambda x: x if x.astype(int) in (1, 3) else -x,
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_reads_split_by_value(read, transform):
+    body = READS[read]
+    x = jnp.array([0.3, 1.2, 3.7, 1.9, 2.2, 3.1, 0.8])
+    program = transform(jax.vmap(jax.value_and_grad(by_branch(body))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradientCutWarning)
+        got = program(x)
+    plain = loop(body, x)
+    assert_close(got[0], plain)
+    # Between the jumps, all are smooth functions of x.
+    ahead, behind = loop(body, x + 1e-2), loop(body, x - 1e-2)
+    np.testing.assert_allclose(got[1], (ahead - behind) / 2e-2, rtol=2e-2, atol=1e-2)
+
+
+def test_a_read_warns_and_raises_as_for_one_element(transform):
+    program = transform(jax.vmap(jax.grad(by_branch(lambda x: x * float(x)))))
+    with pytest.warns(GradientCutWarning):
+        assert_close(program(xs), xs)
+    refused = transform(jax.vmap(jax.grad(by_branch(lambda x: jnp.asarray(np.sin(x))))))
+    with pytest.raises(jpyfunc.NotDifferentiableError), jpyfunc.raise_original():
+        jax.block_until_ready(refused(xs))
+
+
+def test_what_is_read_everywhere_runs_one_by_one_and_is_not_tried_again():
+    shown = []
+
+    def body(x):
+        shown.append(repr(x))
+        return x * float(x)
+
+    program = jax.jit(jax.vmap(by_branch(body)))
+    x = jnp.linspace(1.0, 2.0, 50)
+    for attempt in range(3):
+        got, runs = runs_of(program, x)
+        assert_close(got, x * x, rtol=1e-6)
+        assert runs == 50
+        assert sum(text.startswith("Batched") for text in shown) == 1, attempt
+
+
+def test_print_shows_the_rows_of_the_part(capfd):
+    def body(x):
+        if x > 2:
+            print("above", x)
+        return x
+
+    x = jnp.array([1.0, 3.0, 1.5, 4.0, 0.5])
+    _, runs = runs_of(jax.jit(jax.vmap(by_branch(body))), x)
+    assert runs == 2
+    assert capfd.readouterr().out == "above Batched(float32[], {1: 3.0, 3: 4.0})\n"
+    _, runs = runs_of(jax.jit(jax.vmap(jax.grad(by_branch(body)))), x)
+    assert capfd.readouterr().out == "above Batched(float32[], {1: 3.0, 3: 4.0})\n"
+    jax.vmap(jax.vmap(by_branch(body)))(x[:4].reshape(2, 2))
+    assert (
+        capfd.readouterr().out == "above Batched(float32[], {(0, 1): 3.0, (1, 1): 4.0})\n"
+    )
+
+
+def test_padding_reaches_nothing(capfd, transform):
+    """Five elements are padded to eight, and three of one branch to four."""
+
+    def body(x, w):
+        print(x)
+        y = w / x
+        return y * y if x > 1 else y
+
+    x = jnp.array([1.0, 3.0, 1.5, 4.0, 0.5])
+    loss = lambda f, over: lambda w: over(lambda x: f(x, w))(x).sum()  # noqa: E731
+    with jax.debug_nans(True):
+        got = transform(jax.grad(loss(by_branch(body), jax.vmap)))(2.0)
+        np.testing.assert_allclose(
+            got, sum(4 / a**2 if a > 1 else 1 / a for a in x), rtol=1e-5
+        )
+    assert "5:" not in capfd.readouterr().out
+
+
+def test_an_exception_says_which_elements_ran(transform):
+    def body(x):
+        if x > 2:
+            raise ValueError("too large")
+        return x
+
+    x = jnp.array([1.0, 3.0, 1.5, 4.0, 0.5])
+    with pytest.raises(ValueError, match="too large") as caught, jpyfunc.raise_original():
+        jax.block_until_ready(transform(jax.vmap(by_branch(body)))(x))
+    assert "py_func 'body' ran on element 1 of a batch of 5." in caught.value.__notes__
+    nested = jax.vmap(jax.vmap(by_branch(body)))
+    with pytest.raises(ValueError, match="too large") as caught, jpyfunc.raise_original():
+        jax.block_until_ready(transform(nested)(x[:4].reshape(2, 2)))
+    note = "py_func 'body' ran on element (0, 1) of a batch of 2 by 2."
+    assert note in caught.value.__notes__
+    got = transform(jax.vmap(by_branch(body)))(x[2:3])  # nothing is left broken
+    assert got.tolist() == [1.5]
+
+
+unbatchable = Primitive("unbatchable")
+unbatchable.def_impl(lambda x: jnp.sin(x))
+unbatchable.def_abstract_eval(lambda x: x)
+
+
+def effect(x):
+    jax.debug.print("effect {}", x)
+    return x * 2 if x > 2 else x
+
+
+def stateful(x):
+    py_func(lambda x: print("effect", x), [x], [])
+    return x * 2 if x > 2 else x
+
+
+def host(x):
+    return jax.pure_callback(lambda x: np.float32(2 * x), SCALAR, x) if x > 2 else x
+
+
+def numpy_inside(x):
+    return numpy_func(lambda x: 2 * x, [x], SCALAR) if x > 2 else x
+
+
+def settings_inside(x):
+    with jax.default_matmul_precision("float32"):
+        return x * 2 if x > 2 else x
+
+
+@pytest.mark.parametrize("body", [effect, stateful, host, numpy_inside, settings_inside])
+def test_what_cannot_be_batched_runs_one_by_one(body, capfd, transform):
+    program = transform(jax.vmap(by_branch(body)))
+    for _ in range(2):
+        assert_close(program(xs), jnp.where(xs > 2, xs * 2, xs))
+        jax.effects_barrier()
+        lines = capfd.readouterr().out.splitlines()
+        assert len(lines) == (7 if body in (effect, stateful) else 0)
+
+
+def test_an_operation_without_a_batching_rule(transform):
+    body = lambda x: unbatchable.bind(x) if x > 2 else x  # noqa: E731
+    got = transform(jax.vmap(by_branch(body)))(xs)
+    assert_close(got, jnp.where(xs > 2, jnp.sin(xs), xs))
+
+
+@pytest.mark.parametrize("vmap_method", ["sequential", "by_branch"])
+def test_collectives_are_refused(vmap_method, transform):
+    f = by_branch(lambda x: jax.lax.psum(x, "i"), vmap_method=vmap_method)
+    with pytest.raises(NameError, match="unbound axis name"), jpyfunc.raise_original():
+        jax.block_until_ready(transform(jax.vmap(f, axis_name="i"))(xs))
+
+
+def test_batches_and_derivatives_inside_a_body(transform):
+    def body(x, inner):
+        slopes = jax.vmap(jax.grad(inner), (0, None))(x * jnp.arange(1, 4.0), 2.0)
+        return slopes.sum() if x > 1 else x
+
+    def expected(x):
+        slopes = jnp.stack([jax.grad(log_huber)(x * k, 2.0) for k in (1.0, 2.0, 3.0)])
+        return slopes.sum() if x > 1 else x
+
+    f = by_branch(lambda x: body(x, wrapped))
+    assert_close(transform(jax.vmap(f))(xs), loop(expected, xs))
+    assert_close(
+        transform(jax.vmap(jax.grad(f)))(xs), loop(jax.grad(expected), xs), rtol=1e-3
+    )
+
+
+def test_rules_of_the_users_may_branch(transform):
+    @jax.custom_jvp
+    def doubled(x):
+        return x if x > 2 else jnp.sin(x)
+
+    @doubled.defjvp
+    def _(primals, tangents):
+        (x,), (t,) = primals, tangents
+        return doubled(x), 2 * t if x > 2 else 2 * jnp.cos(x) * t
+
+    @jax.custom_vjp
+    def tripled(x):
+        return x if x > 2 else jnp.sin(x)
+
+    tripled.defvjp(
+        lambda x: (tripled(x), x), lambda x, g: (3 * g if x > 2 else 3 * jnp.cos(x) * g,)
+    )
+    slope = jnp.where(xs > 2, 1.0, jnp.cos(xs))
+    for rule, factor in ((doubled, 2), (tripled, 3)):
+        got = transform(jax.vmap(jax.grad(by_branch(lambda x, rule=rule: rule(x) * 1.0))))(
+            xs
+        )
+        assert_close(got, factor * slope)
+
+
+def test_an_array_that_a_body_keeps_for_its_next_run(transform):
+    kept = []
+
+    def body(x):
+        kept.append(x)
+        return kept[0] * 0 + x * 2 if x > 2 else x
+
+    got = transform(jax.vmap(by_branch(body)))(xs)
+    assert_close(got, jnp.where(xs > 2, xs * 2, xs))
+
+
+def test_what_runs_by_branch_by_default():
+    def runs(f, n=4):
+        calls = []
+
+        def body(x):
+            calls.append(1)
+            return None if f is None else f(x)
+
+        return body, calls
+
+    for options, expected in (
+        ({}, 1),
+        ({"stateful": True}, 4),
+        ({"vmap_method": "sequential"}, 4),
+        ({"vmap_method": "by_branch"}, 1),
+    ):
+        body, calls = runs(lambda x: x + 1)
+        jax.vmap(py_func(body, Tout=SCALAR, **options))(jnp.arange(4.0))
+        assert len(calls) == expected, options
+    body, calls = runs(lambda x: x + 1)
+    jax.vmap(numpy_func(body, Tout=SCALAR))(jnp.arange(4.0))
+    assert len(calls) == 4
+    body, calls = runs(None)
+    jax.vmap(py_func(body, Tout=[]))(jnp.arange(4.0))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("wrap", "what"),
+    [
+        (lambda: numpy_func(np.sin, Tout=SCALAR, vmap_method="by_branch"), "NumPy"),
+        (lambda: by_branch(jnp.sin, stateful=True), "is stateful"),
+        (lambda: by_branch(jnp.sin, ordered=True), "is stateful"),
+        (lambda: jax.vmap(by_branch(lambda x: None, Tout=[]))(xs), "returns nothing"),
+    ],
+)
+def test_by_branch_where_runs_count_is_refused(wrap, what):
+    with pytest.raises(ValueError, match=f"by_branch.*{what}.*'sequential'"):
+        wrap()
+
+
+def test_profile_counts_elements_and_runs():
+    with profile() as prof:
+        jax.block_until_ready(jax.jit(jax.vmap(jax.grad(wrapped), (0, None)))(xs, 2.0))
+    rows = prof.as_dict()["log_huber"]
+    assert {
+        kind: (row["calls"], row["elements"], row["runs"]) for kind, row in rows.items()
+    } == {
+        "forward": (1, 7, 2),
+        "vjp": (1, 7, 0),
+    }
+    assert (rows["vjp"]["from_tape"], rows["vjp"]["reran"]) == (7, 0)
