@@ -11,6 +11,7 @@ from jpyfunc._errors import ResultError as ResultError
 from jpyfunc._errors import TapeLostError as TapeLostError
 from jpyfunc._errors import UnsupportedError as UnsupportedError
 from jpyfunc._errors import raise_original as raise_original
+from jpyfunc._explain import explain as explain
 from jpyfunc._host.kept import set_tape_limit as set_tape_limit
 from jpyfunc._host.profile import profile as profile
 from jpyfunc._session.gradients import gradients as gradients
@@ -28,4 +29,4 @@ from jpyfunc._session.run import InteractiveSession as InteractiveSession
 from jpyfunc._session.run import Session as Session
 from jpyfunc._session.stacks import get_default_session as get_default_session
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

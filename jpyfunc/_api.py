@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray, Tracer
+from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._body.closure import refuse_traced_closure
@@ -27,9 +28,10 @@ from jpyfunc._body.primal import (
 from jpyfunc._body.tout import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
 from jpyfunc._errors import not_differentiable
 from jpyfunc._host.profile import Run, annotated, measure, note, open_profiles
-from jpyfunc._inference import infer
+from jpyfunc._inference import MAX_RUNS, infer
 from jpyfunc._primitive.batching import BATCHERS
 from jpyfunc._primitive.primitive import Params, bind
+from jpyfunc._stage import Tree, emit, stage, warn_if_large
 from jpyfunc._symbol import Symbol, noting
 from jpyfunc._traces.batched import CannotBatch, is_batched, running_batch
 from jpyfunc._traces.running import runs_now
@@ -55,6 +57,7 @@ def py_func(
     stateful: bool = False,
     ordered: bool = False,
     vmap_method: str | None = None,
+    staged: bool | int = False,
 ) -> Any:
     """Run a Python function eagerly, with real values, from inside compiled JAX.
 
@@ -91,6 +94,16 @@ def py_func(
             in all, with these repeated. The meanings of the last three are those of
             `jax.pure_callback`. By default, pure calls are batched `"by_branch"`, and
             those that are stateful or return nothing `"sequential"`.
+        staged: compile what can be foreseen. The body is run on abstract values while
+            tracing, both ways at each Python branch, and its branches go into the program
+            as a tree of `jax.lax.cond`; up to 32 runs, or as many as this says. Where that
+            ends (the runs are spent, a value is read, an operation has an effect), the
+            body is called. Results are those of the call, unstaged. Without a call left
+            in it, all that JAX can do with `lax.cond` works; under `jax.vmap` its sides
+            are all computed, for all elements, but calls are made for those that need
+            them. It costs a run of the body, some milliseconds, for each path, and to
+            compile what is found: a loop is as many operations as it has in all its
+            turns, those before a branch once. `jpyfunc.explain` shows it.
 
     Returns:
         The results in the structure of `Tout` (the first form), or the wrapped
@@ -101,7 +114,8 @@ def py_func(
         TypeError: an argument of the wrong kind; a body that closes over a traced
             value; a `Tout` that is none.
         ValueError: an unknown `vmap_method`, or `"by_branch"` of a call that counts its
-            runs; 64-bit results while they are off.
+            runs; `staged` with what cannot be; 64-bit results while they are
+            off.
         InferenceError: shapes that cannot be inferred.
         ResultError: the body returned what `Tout` does not declare.
         UnsupportedError: `vmap` of an ordered call, or `jax.export` of any.
@@ -112,6 +126,7 @@ def py_func(
     Warns:
         GradientCutWarning: a body that is differentiated reads a number (`float(x)`,
             `x.item()`, `math.sin(x)`) that its gradient flows through.
+        UserWarning: a body is staged to more than 1,000 operations.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -128,7 +143,7 @@ def py_func(
 
     Source: `tf.contrib.eager.py_func` of TensorFlow 1, now `tf.py_function`.
     """
-    options = (Tout, name, stateful, ordered, vmap_method)
+    options = (Tout, name, stateful, ordered, vmap_method, staged)
     return _dispatch("py_func", func, inp, *options)
 
 
@@ -176,7 +191,7 @@ def numpy_func(
 
     Source: `tf.numpy_function`.
     """
-    options = (Tout, name, stateful, ordered, vmap_method)
+    options = (Tout, name, stateful, ordered, vmap_method, False)
     return _dispatch("numpy_func", func, inp, *options)
 
 
@@ -198,7 +213,7 @@ def _dispatch(kind: str, func: Any, inp: Any, *options: Any) -> Any:
         return wrapped
     if isinstance(inp, list | tuple):
         return wrapped(*inp)
-    if _is_array(inp) or isinstance(inp, Symbol):
+    if is_array(inp) or isinstance(inp, Symbol):
         return wrapped(inp)
     raise TypeError(
         f"{kind} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
@@ -222,6 +237,7 @@ class PyFunc:
         stateful: bool,
         ordered: bool,
         vmap_method: str | None,
+        staged: bool | int,
     ) -> None:
         functools.update_wrapper(self, func)
         # The documentation of a partial is that of `functools.partial`.
@@ -251,13 +267,14 @@ class PyFunc:
             raise self._no_batch_by_branch(what)
         self._ordered = ordered
         self._vmap_method = vmap_method
+        self._staged = self._runs_to_stage(staged)
         self._key = (
             kind,
             hashable(func),
             hashable(self._callable_tout),
             self._template,
             self.__name__,
-            (self._stateful, ordered, vmap_method),
+            (self._stateful, ordered, vmap_method, self._staged),
         )
 
     def __eq__(self, other: object) -> bool:
@@ -271,6 +288,25 @@ class PyFunc:
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
+
+    def _runs_to_stage(self, staged: Any) -> int:
+        """How many runs on abstract values `staged` stands for."""
+        if not isinstance(staged, int) or staged < 0:
+            raise ValueError(
+                f"{self._where}: expected staged to be True, False or a number of runs on "
+                f"abstract values, got {staged!r}; write staged=True."
+            )
+        if staged and self._stateful:
+            raise self._not_staged("is stateful, so that its runs count")
+        if staged and self._vmap_method not in (None, "by_branch", "sequential"):
+            raise self._not_staged(f"has vmap_method={self._vmap_method!r}")
+        return MAX_RUNS if staged is True else int(staged)
+
+    def _not_staged(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self._where}: staged compiles what a pure body does for one element, and "
+            f"this one {what}. Leave out one of the two."
+        )
 
     def _no_batch_by_branch(self, what: str) -> ValueError:
         return ValueError(
@@ -307,7 +343,7 @@ class PyFunc:
         if self._ordered:
             jax.effects_barrier()  # what was dispatched before it runs before it
         arrays = [
-            self._operand(leaf, tree, i) if _is_array(leaf) else leaf
+            self._operand(leaf, tree, i) if is_array(leaf) else leaf
             for i, leaf in enumerate(leaves)
         ]
         if open_profiles:
@@ -319,7 +355,7 @@ class PyFunc:
         template = self._declared(arrays, tree)
         if self._numpy:  # which has no PRNG keys, so they stay what they are
             arrays = [
-                read_only(x) if _is_array(x) and not is_key_dtype(x.dtype) else x
+                read_only(x) if is_array(x) and not is_key_dtype(x.dtype) else x
                 for x in arrays
             ]
         args, kwargs = jax.tree.unflatten(tree, arrays)
@@ -343,37 +379,90 @@ class PyFunc:
         return jax.tree.unflatten(template.tree, outputs)
 
     def _bind(self, leaves: list[Any], tree: Any) -> Any:
-        """Make one bind of the primitive."""
-        operands, kinds, avals = [], [], []
-        for i, leaf in enumerate(leaves):
-            if not _is_array(leaf):
-                refuse_traced_closure(leaf, self._where)
-                kinds.append(Static(hashable(leaf), type(leaf)))
-                continue
-            operand = self._operand(leaf, tree, i)
-            aval = jax.typeof(operand)
-            avals.append(ShapedArray(aval.shape, aval.dtype, aval.weak_type))
-            is_key = is_key_dtype(aval.dtype)
-            kinds.append(Key(aval.dtype) if is_key else None)
-            operands.append(jax.random.key_data(operand) if is_key else operand)
+        """Make one bind of the primitive, or more of what a body does that is staged."""
         refuse_traced_closure(self._func, self._where)
-        template = self._declared(leaves, tree)
-        if template is None or not template.complete:
-            template = infer(
-                lambda arrays: self._call_abstractly(arrays, leaves, tree),
-                avals,
-                template,
-                self._where,
-            )
-            check_x64(template, self._where)
+        arrays = self._arrays(leaves, tree)
+        if not self._staged:
+            template = self._declared(leaves, tree)
+            if template is None or not template.complete:
+                template = infer(
+                    self._on_abstract_values(leaves, tree),
+                    [_unsharded(jax.typeof(x)) for x in arrays],
+                    template,
+                    self._where,
+                )
+                check_x64(template, self._where)
+            results = self._bind_call(arrays, leaves, tree, template)
+            return jax.tree.unflatten(template.tree, results)
+        foreseen = self.foresee(leaves, tree)
+        if foreseen.failure:
+            raise foreseen.failure
+        template = foreseen.template
+        check_x64(template, self._where)
+        if not template.leaves:
+            raise self._not_staged("returns nothing, so that its runs count")
+        warn_if_large(foreseen, self._where)
+        results = emit(
+            foreseen,
+            arrays,
+            lambda needed: self._bind_call(arrays, leaves, tree, template, needed),
+        )
+        return jax.tree.unflatten(template.tree, results)
+
+    def foresee(self, leaves: list[Any], tree: Any) -> Tree:
+        """What can be compiled of a call with these arguments, which are traced."""
+        return stage(
+            self._on_abstract_values(leaves, tree),
+            [jax.typeof(x) for x in self._arrays(leaves, tree)],
+            self._declared(leaves, tree),
+            self._where,
+            self._staged or MAX_RUNS,
+        )
+
+    def _arrays(self, leaves: list[Any], tree: Any) -> list[Any]:
+        """The arguments that cross to the host, as JAX arrays."""
+        arrays = []
+        for i, leaf in enumerate(leaves):
+            if is_array(leaf):
+                arrays.append(self._operand(leaf, tree, i))
+            else:
+                refuse_traced_closure(leaf, self._where)
+        return arrays
+
+    def _bind_call(
+        self,
+        arrays: list[Any],
+        leaves: list[Any],
+        tree: Any,
+        template: Template,
+        needed: Any = None,
+    ) -> list[Any]:
+        """The results of a call of the body, for those elements that need it."""
+        avals = [jax.typeof(x) for x in arrays]
+        is_key = [is_key_dtype(aval.dtype) for aval in avals]
+        operands = [
+            jax.random.key_data(x) if key else x
+            for x, key in zip(arrays, is_key, strict=True)
+        ]
+        of_arrays = iter(
+            [Key(a.dtype) if key else None for a, key in zip(avals, is_key, strict=True)]
+        )
+        in_avals = [physical_aval(a.shape, a.dtype, a.weak_type) for a in avals]
+        if needed is not None:
+            operands.insert(0, needed)
+            in_avals.insert(0, ShapedArray((), np.bool_))
         body = Primal(
             hashable(self._func),
             self.__name__,
             tree,
-            tuple(kinds),
+            tuple(
+                next(of_arrays) if is_array(x) else Static(hashable(x), type(x))
+                for x in leaves
+            ),
             template,
-            tuple(physical_aval(a.shape, a.dtype, a.weak_type) for a in avals),
+            tuple(in_avals),
             self._numpy,
+            needed is not None,
         )
         stateful = self._stateful or not template.leaves
         if stateful and self._vmap_method == "by_branch":
@@ -386,11 +475,10 @@ class PyFunc:
             self._vmap_method or default,
             _compat.current_settings(),
         )
-        results = [
+        return [
             jax.random.wrap_key_data(x, dtype=leaf.dtype) if leaf.is_key else x
             for x, leaf in zip(bind(operands, params), template.leaves, strict=True)
         ]
-        return jax.tree.unflatten(template.tree, results)
 
     def _operand(self, leaf: Any, tree: Any, index: int) -> Any:
         """An array leaf as a JAX array, or a clear refusal."""
@@ -422,18 +510,40 @@ class PyFunc:
         """`Tout` for these arguments."""
         template = self._template
         if self._callable_tout is not None:
-            structs = [_struct(x) if _is_array(x) else x for x in leaves]
+            structs = [_struct(x) if is_array(x) else x for x in leaves]
             args, kwargs = jax.tree.unflatten(tree, structs)
             template = parse(self._callable_tout(*args, **kwargs), self._where)
         if template is not None:
             check_x64(template, self._where)
         return template
 
-    def _call_abstractly(self, arrays: list[Any], leaves: list[Any], tree: Any) -> Any:
-        rest = iter(arrays)
-        filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
-        args, kwargs = jax.tree.unflatten(tree, filled)
-        return self._func(*args, **kwargs)
+    def _on_abstract_values(
+        self, leaves: list[Any], tree: Any
+    ) -> Callable[[list[Any]], Any]:
+        """The function of one abstract value for each array; known arrays stay."""
+        with set_current_trace(_compat.eval_trace):
+            known = [
+                jnp.asarray(x) if is_array(x) and not isinstance(x, Tracer) else x
+                for x in leaves
+            ]
+
+        def call(values: list[Any]) -> Any:
+            rest = iter(values)
+            of_arrays = [next(rest) if is_array(x) else None for x in leaves]
+            args, kwargs = jax.tree.unflatten(
+                tree,
+                [
+                    value if isinstance(x, Tracer) else x
+                    for x, value in zip(known, of_arrays, strict=True)
+                ],
+            )
+            return self._func(*args, **kwargs)
+
+        return call
+
+
+def _unsharded(aval: Any) -> ShapedArray:
+    return ShapedArray(aval.shape, aval.dtype, aval.weak_type)
 
 
 def _has_value(leaf: Any) -> bool:
@@ -445,7 +555,7 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
     """Whether a leaf of the arguments crosses to the host as an array."""
     if isinstance(leaf, jax.Array | np.ndarray):
         return True

@@ -293,11 +293,16 @@ def align(operands: Sequence[Any]) -> list[Any]:
         if sharding is not None and any(axes is not None for axes in sharding.spec):
             operand = jax.sharding.reshard(operand, sharding.update(spec=PartitionSpec()))
         whole.append(operand)
-    axes = [jax.typeof(x).manual_axis_type.varying for x in whole]
+    return vary_alike(whole, ())
+
+
+def vary_alike(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """`values`, marked as varying over the manual axes that any of both varies over."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in (*values, *like)]
     union = frozenset().union(*axes)
     return [
         x if own == union else _core.pvary(x, tuple(union - own))
-        for x, own in zip(whole, axes, strict=True)
+        for x, own in zip(values, axes[: len(values)], strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import heapq
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from jpyfunc._errors import InferenceError, ResultError, place_of
 from jpyfunc._traces.abstract import (
     MAX_DECISIONS,
     AbstractTrace,
-    AbstractTracer,
     NeedsValueError,
     Undecided,
 )
@@ -37,8 +36,8 @@ def infer(
     """Complete a template by running a body on abstract values.
 
     The body sees arrays that have a shape and a dtype and no data. Each truth test of
-    one is a decision; runs follow every sequence of decisions, those with few true
-    ones first, up to `MAX_RUNS` runs of `MAX_DECISIONS` decisions.
+    one is a decision; runs follow every sequence of decisions, up to `MAX_RUNS` runs of
+    `MAX_DECISIONS` decisions.
 
     Args:
         func: the body, called with one array per aval.
@@ -55,62 +54,109 @@ def infer(
     """
     found: Template | None = None
     failure: Exception | None = None
-    # (number of true decisions, order of discovery, the decisions)
-    queue: list[tuple[int, int, list[bool]]] = [(0, 0, [])]
-    discovered = 0
-    for _ in range(MAX_RUNS):
-        if not queue:
-            break
-        _, _, script = heapq.heappop(queue)
-        trace = AbstractTrace(script)
-        try:
-            with _quiet(), take_current_trace(), set_current_trace(trace):
-                result = func([AbstractTracer(trace, aval) for aval in avals])
-                seen = _template_of(result, template, name)
-        except Undecided:
-            pass
-        except NeedsValueError as error:
+
+    def returned(operands: list[Any]) -> Template:
+        return template_of(func(operands), template, name)[0]
+
+    for run in explore(returned, avals, MAX_RUNS):
+        error = run.error
+        if error is None:
+            seen = run.result
+            found = seen if found is None else join(found, seen, run.trace.branch, name)
+        elif isinstance(error, NeedsValueError):
             raise _needs_value_error(error, str(error), template, name) from None
-        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        elif isinstance(error, jax.errors.JAXTypeError | jax.errors.JAXIndexError):
             what = str(error).split("\n", 1)[0]
             raise _needs_value_error(error, what, template, name) from error
-        except (ResultError, InferenceError):
-            raise
-        except Exception as error:  # noqa: BLE001
+        elif isinstance(error, ResultError | InferenceError):
+            raise error
+        elif isinstance(error, Exception):
             failure = error  # a branch that raises returns nothing to compare
-        else:
-            found = seen if found is None else _join(found, seen, trace.branch, name)
-        for i in range(len(script), len(trace.decisions)):
-            branch = [*trace.decisions[:i], True]
-            discovered += 1
-            heapq.heappush(queue, (sum(branch), discovered, branch))
     if found is None:
-        reason = (
-            f"it raised {type(failure).__name__}{place_of(failure)}: {failure}"
-            if failure
-            else f"it made more than {MAX_DECISIONS} decisions without returning"
-        )
-        raise InferenceError(
-            f"{name}: the shapes of its results could not be inferred, because on "
-            f"abstract values {reason}. {_remedy(template)}"
-        ) from failure
+        raise no_result(failure, template, name) from failure
     return found
 
 
-def _template_of(result: Any, declared: Template | None, name: str) -> Template:
-    """The complete template of one run's result, which must satisfy what is declared."""
+def no_result(
+    failure: Exception | None, template: Template | None, name: str
+) -> InferenceError:
+    """The error of a body that returned on no run."""
+    reason = (
+        f"it raised {type(failure).__name__}{place_of(failure)}: {failure}"
+        if failure
+        else f"it made more than {MAX_DECISIONS} decisions without returning"
+    )
+    return InferenceError(
+        f"{name}: the shapes of its results could not be inferred, because on "
+        f"abstract values {reason}. {_remedy(template)}"
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """A run of a body on abstract values: what it returned, or how it ended instead."""
+
+    trace: AbstractTrace
+    result: Any
+    error: BaseException | None  # an `Exception` or `Undecided`
+
+
+def explore(
+    func: Callable[[list[Any]], Any],
+    avals: Sequence[ShapedArray],
+    limit: int,
+    keeps_rules: bool = False,
+) -> Iterator[Run]:
+    """Run a body on abstract values, both ways at each truth test.
+
+    Those of fewer decisions come first, and of these the false side: so the short runs of
+    a loop come first, whether its test is one to go on or to leave.
+
+    Args:
+        func: the body, called with one array per aval.
+        avals: what it will be called with.
+        limit: how many runs there may be.
+        keeps_rules: whether what is noted of functions with custom rules has these rules;
+            they must not branch then.
+    """
+    # (number of decisions, order of discovery, the decisions)
+    queue: list[tuple[int, int, list[bool]]] = [(0, 0, [])]
+    discovered = 0
+    for _ in range(limit):
+        if not queue:
+            break
+        _, _, script = heapq.heappop(queue)
+        trace = AbstractTrace(script, keeps_rules)
+        result, error = None, None
+        try:
+            with _quiet(), take_current_trace(), set_current_trace(trace):
+                result = func([trace.new(aval) for aval in avals])
+        except (Undecided, Exception) as raised:  # noqa: BLE001 - for the caller to judge
+            error = raised
+        yield Run(trace, result, error)
+        answers = [decision.answer for decision in trace.decisions]
+        for i in range(len(script), len(answers)):
+            discovered += 1
+            heapq.heappush(queue, (i + 1, discovered, [*answers[:i], True]))
+
+
+def template_of(
+    result: Any, declared: Template | None, name: str
+) -> tuple[Template, list[Any]]:
+    """The complete template of one run's result, and the arrays, as they are declared."""
     template = declared or Template.undeclared(result)
-    avals = map(jax.typeof, template.check(result, name))
+    arrays = template.check(result, name)
+    avals = map(jax.typeof, arrays)
     leaves = [
         Leaf(aval.shape, aval.dtype, is_weak(aval))
         if leaf.dtype is None
         else dataclasses.replace(leaf, shape=aval.shape)
         for aval, leaf in zip(avals, template.leaves, strict=True)
     ]
-    return Template(template.tree, tuple(leaves))
+    return Template(template.tree, tuple(leaves)), arrays
 
 
-def _join(first: Template, second: Template, branch: str, name: str) -> Template:
+def join(first: Template, second: Template, branch: str, name: str) -> Template:
     """What holds on both sides of a branch, of which `second` is the true one."""
     if first.tree != second.tree:
         raise InferenceError(

@@ -74,6 +74,9 @@ class Primal:
         template: what it returns, complete.
         in_avals: the operands; the data of a PRNG key stands for the key.
         numpy: whether it takes and returns NumPy arrays.
+        guarded: whether an operand comes before all others that says if it is to be run:
+            it is the leaf of a staged function, which under `jax.vmap` only some elements
+            come to.
     """
 
     func: Any
@@ -83,6 +86,12 @@ class Primal:
     template: Template
     in_avals: Avals
     numpy: bool
+    guarded: bool = False
+
+    @property
+    def title(self) -> str:
+        """What profiles call the function."""
+        return f"{self.name} (leaf)" if self.guarded else self.name
 
     @property
     def label(self) -> str:
@@ -117,6 +126,8 @@ class Primal:
     def arguments(self, operands: Iterable[Any]) -> Any:
         """`(args, kwargs)` as the function takes them."""
         rest = iter(operands)
+        if self.guarded:
+            next(rest)
         return jax.tree.unflatten(
             self.tree, [self._argument(leaf, rest) for leaf in self.leaves]
         )

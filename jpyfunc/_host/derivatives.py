@@ -28,7 +28,16 @@ def call(body: FlatBody, operands: Sequence[Any], device: _compat.Device) -> lis
         operands: NumPy or JAX arrays, one per `body.in_avals`.
         device: where NumPy operands are put, if they are needed.
     """
+    if body.primal.guarded and not operands[0]:
+        note(elements=-_elements())
+        return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
     return RULES[type(body)](body, operands, device)
+
+
+def _elements() -> int:
+    """How many elements of a batch run now."""
+    batch = running_batch()
+    return len(batch.part.rows) if batch else 1
 
 
 def _primal(body: Primal, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -102,9 +111,7 @@ def _run(body: Jvp | Vjp, operands: Sequence[Any], device: _compat.Device) -> Re
 
 def _note_source(is_kept: bool) -> None:
     """Count the elements that run now."""
-    batch = running_batch()
-    count = len(batch.part.rows) if batch else 1
-    note(**{"from_tape" if is_kept else "reran": count})
+    note(**{"from_tape" if is_kept else "reran": _elements()})
 
 
 def _transpose(

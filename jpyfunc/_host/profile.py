@@ -78,7 +78,7 @@ def kind_of(body: Body) -> str:
 
 def title_of(body: Body) -> str:
     """The name of a run of `body` in the traces of `jax.profiler`."""
-    name, kind = body.primal.name, kind_of(body)
+    name, kind = body.primal.title, kind_of(body)
     return name if kind == "forward" else f"{name} ({kind})"
 
 
@@ -86,7 +86,7 @@ def measure_body(body: Body, operands: Iterable[Any], execute: Callable[[Run], A
     """`measure` for a body of the primitive."""
     primal = body.primal
     func = unwrapped(primal.func)
-    return measure(primal.name, func, operands, execute, kind_of(body))
+    return measure(primal.title, func, operands, execute, kind_of(body))
 
 
 def measure(

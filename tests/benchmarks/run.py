@@ -245,6 +245,42 @@ def batch_rows() -> Iterator[Row]:
     )  # fmt: skip
 
 
+def staged_rows() -> Iterator[Row]:
+    """Staged bodies beside the same branches written by hand."""
+    point = jnp.float32(3.0), jnp.float32(2.0)
+    xs = jnp.linspace(0.5, 4.0, 1000)
+    staged = jpf.py_func(log_huber, staged=True)
+    for name, take, args in (
+        ("forward", lambda f: f, point),
+        ("value_and_grad", jax.value_and_grad, point),
+        ("hessian", jax.hessian, point),
+        ("vmap of 1000", lambda f: jax.vmap(f, (0, None)), (xs, point[1])),
+    ):
+        ours, peer = jax.jit(take(staged)), jax.jit(take(with_cond))
+        yield compare(
+            f"log_huber staged, {name}", "lax.cond by hand",
+            lambda ours=ours, args=args: ours(*args),
+            lambda peer=peer, args=args: peer(*args), 1.2,
+        )  # fmt: skip
+
+    def first(f):
+        # A new function each time, so that nothing is known of it.
+        return lambda: jax.jit(jax.value_and_grad(lambda x, m: f(x, m)))(*point)
+
+    yield compare(
+        "log_huber staged, first value_and_grad", "lax.cond by hand",
+        first(staged), first(with_cond), 3.0,
+    )  # fmt: skip
+    random = np.random.default_rng(0).uniform(1, 100, 1000).astype(np.float32)
+    mine, theirs = itertools.cycle(random), itertools.cycle(random)
+    tree = jax.jit(jpf.py_func(newton, Tout=SCALAR, staged=True))
+    call = jax.jit(jpf.py_func(newton, Tout=SCALAR))
+    yield compare(
+        "Newton's square root, staged", "our own, unstaged",
+        lambda: tree(next(mine)), lambda: call(next(theirs)), 0.3,
+    )  # fmt: skip
+
+
 def derivative_rows() -> Iterator[Row]:
     """Derivatives of bodies beside those that plain eager JAX takes, without a callback."""
 
@@ -413,6 +449,7 @@ def main() -> int:
 
     progress(host_call_rows())
     progress(batch_rows())
+    progress(staged_rows())
     progress(derivative_rows())
     progress(iter([session_row()]))
     if "tensorflow" in peers:

@@ -1,0 +1,415 @@
+"""Staged bodies: compiled where they can be foreseen, called where not, right always."""
+
+import inspect
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, CUSTOM_VJP, assert_close, log_huber, scalar
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jpyfunc
+from jpyfunc import explain, numpy_func, profile, py_func
+
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+xs = jnp.linspace(0.5, 4.0, 7)
+
+
+def staged(body, **options):
+    return py_func(body, **{"staged": True, **options})
+
+
+def calls_of(function, *args):
+    """How often `py_func` stands in the jaxpr, and what primitives there are."""
+    text = str(jax.make_jaxpr(function)(*args))
+    return text.count("py_func[")
+
+
+def loop(function, *columns):
+    rows = [function(*row) for row in zip(*columns, strict=True)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+DERIVATIVES = {
+    "forward": lambda f, n: f,
+    "grad": lambda f, n: jax.grad(scalar(f), tuple(range(n))),
+    "hessian": lambda f, n: jax.hessian(scalar(f)),
+}
+COMPLETE = {case.name for case in CASES} - {"py_func", "jitted_py_func", "while"}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_every_case(case, derivative, transform):
+    options = {} if case.Tout is None else {"Tout": case.Tout}
+    f = staged(case.body, **options)
+    n = len(case.args)
+    take = DERIVATIVES[derivative]
+    got = transform(take(f, n))(*case.args)
+    assert_close(got, take(case.body, n)(*case.args))
+    if case.name in COMPLETE:
+        assert not calls_of(take(f, n), *case.args)
+
+
+def test_a_custom_vjp_is_kept(transform):
+    f = staged(CUSTOM_VJP.body)
+    assert not calls_of(jax.grad(f), 0.7)
+    assert_close(transform(jax.grad(f))(0.7), jax.grad(CUSTOM_VJP.body)(0.7))
+
+
+def test_operations_before_a_branch_stand_once():
+    def body(x):
+        y = jnp.sin(jnp.cos(x))
+        if y > 0:
+            return y + 1
+        return y - 1 if y > -1 else y
+
+    text = str(jax.make_jaxpr(staged(body))(1.0))
+    assert (text.count(" sin "), text.count(" cos ")) == (1, 1)
+
+
+def test_vmap_of_everything(transform):
+    f = staged(log_huber)
+    for take in (lambda f: f, lambda f: jax.grad(f, (0, 1)), jax.hessian):
+        got = transform(jax.vmap(take(f), (0, None)))(xs, 2.0)
+        assert_close(got, loop(lambda x, take=take: take(log_huber)(x, 2.0), xs))
+    assert not calls_of(jax.vmap(jax.grad(f), (0, None)), xs, 2.0)
+
+
+def test_export_and_compile_ahead():
+    f = jax.jit(jax.grad(staged(log_huber)))
+    exported = jax.export.export(f)(SCALAR, SCALAR)
+    assert exported.call(3.0, 2.0) == f(3.0, 2.0)
+    compiled = f.lower(3.0, 2.0).compile()
+    assert "callback" not in compiled.as_text()
+    assert compiled(3.0, 2.0) == f(3.0, 2.0)
+
+
+def test_sharded_programs_gather_nothing():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("a",))
+
+    def body(x):
+        return jnp.sin(x) * x if x[0] > 0 else x + 1
+
+    x = jax.device_put(jnp.arange(1.0, 9.0), NamedSharding(mesh, P("a")))
+    batch = jax.jit(jax.vmap(staged(lambda x: jnp.sin(x) if x > 3 else x * 2)))
+    assert "all-gather" not in batch.lower(x).compile().as_text()
+    assert_close(batch(x), jnp.where(x > 3, jnp.sin(x), x * 2))
+    mapped = jax.shard_map(staged(body), mesh=mesh, in_specs=P("a"), out_specs=P("a"))
+    assert_close(jax.jit(mapped)(x), jnp.sin(x) * x)
+    constant = staged(lambda x: x if x[0] > 4 else jnp.zeros(2))
+    mapped = jax.shard_map(constant, mesh=mesh, in_specs=P("a"), out_specs=P("a"))
+    assert jax.jit(mapped)(x).tolist() == [0, 0, 0, 0, 5, 6, 7, 8]
+
+
+def newton(a):
+    x = a
+    while abs(x * x - a) > 1e-4 * a:
+        x = 0.5 * (x + a / x)
+    return x
+
+
+@pytest.mark.parametrize("take", [lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))])
+def test_what_is_beyond_the_budget_calls_the_body(take, transform):
+    f = staged(newton, staged=4)
+    assert calls_of(f, 1.0) == 1
+    with profile() as prof:
+        for a in (1.0, 1.1, 1e4):
+            assert_close(transform(take(f))(a), take(newton)(a), rtol=1e-3)
+    counted = prof.as_dict()
+    if transform is jax.jit:
+        assert counted["newton (leaf)"]["forward"]["calls"] == 1
+
+
+def test_a_leaf_in_a_batch_runs_for_the_elements_that_need_it(transform):
+    ran = []
+
+    def body(x):
+        if x > 2:
+            ran.append(np.asarray(jax.lax.stop_gradient(x)).tolist())
+            return x * x
+        return jnp.sin(x)
+
+    f = staged(body, vmap_method="sequential")
+    f(3.0)  # outside of transforms, it is simply called
+    assert ran == [3.0]
+    ran.clear()
+    with profile() as prof:
+        got = jax.block_until_ready(transform(jax.vmap(f))(xs))
+    assert_close(got, jnp.where(xs > 2, xs**2, jnp.sin(xs)))
+    assert ran == [x for x in xs.tolist() if x > 2]
+    counted = prof.as_dict()["body (leaf)"]["forward"]
+    assert (counted["elements"], counted["runs"]) == (4, 4)
+    ran.clear()
+    got = transform(jax.vmap(jax.grad(f)))(xs)
+    assert_close(got, jnp.where(xs > 2, 2 * xs, jnp.cos(xs)))
+    assert ran == [x for x in xs.tolist() if x > 2]
+    nested = transform(jax.vmap(jax.vmap(jax.grad(f))))(xs[:6].reshape(2, 3))
+    assert_close(nested.ravel(), jnp.where(xs > 2, 2 * xs, jnp.cos(xs))[:6])
+
+
+def test_leaves_in_both_sides_and_in_scans(transform):
+    def body(x):
+        if x > 2:
+            return x * float(x)
+        if x > 1:
+            return x + 1
+        return x * len(f"{x}" * 2) * 0 + 3 * x
+
+    f = staged(body, Tout=SCALAR)
+    want = jnp.where(xs > 2, xs * xs, jnp.where(xs > 1, xs + 1, 3 * xs))
+    assert_close(transform(jax.vmap(f))(xs), want)
+    scanned = lambda xs: jax.lax.scan(lambda c, x: (c + 1, f(x)), 0, xs)[1]  # noqa: E731
+    assert_close(transform(scanned)(xs), want)
+    assert_close(transform(lambda xs: jax.lax.map(f, xs, batch_size=2))(xs), want)
+
+
+TESTS_OF_TRUTH = {
+    "and_or_not": lambda x: x if (x > 1 and not x > 3) or x < 0.6 else -x,
+    "chained": lambda x: x * 2 if 1 < x < 3 else x,
+    "number": lambda x: x * 2 if x - 0.5 else x + 1,
+    "any": lambda x: x if any([x > 3, x < 1]) else 2 * x,
+    "all": lambda x: x if all([x > 1, x < 3]) else 2 * x,
+    "max": lambda x: max(x, 2.5 - x, 1.5),
+    "min": lambda x: min([x, 2.0, 3 - x]) * x,
+    "sorted": lambda x: sorted([x, 2.0 - x, 0.5 * x])[1] * x,
+    "conditional": lambda x: (jnp.sin if x > 2 else jnp.cos)(x),
+}
+
+
+@pytest.mark.parametrize("test", TESTS_OF_TRUTH)
+def test_truth_tests_mean_what_they_mean_in_python(test, transform):
+    body = TESTS_OF_TRUTH[test]
+    f = staged(body)
+    assert not calls_of(f, 1.0)
+    program = transform(jax.value_and_grad(f))
+    for x in (0.5, 0.7, 1.2, 2.2, 3.7):
+        assert_close(program(x), jax.value_and_grad(body)(x))
+
+
+def test_loops_returns_breaks_and_exceptions(transform):
+    def body(x):
+        total = 0.0
+        for i in range(5):
+            if x < i:
+                break
+            if x > 3.5:
+                return -x
+            total = total + x / (i + 1)
+        else:
+            total = total * 100
+        try:
+            if total > 3:
+                raise ValueError("caught")
+        except ValueError:
+            total = total - 1
+        assert x > 0.55, "too small"
+        return total
+
+    f = staged(body)
+    program = transform(jax.vmap(f))
+    assert_close(program(xs[1:]), loop(body, xs[1:]))
+    with pytest.raises(AssertionError, match="too small"), jpyfunc.raise_original():
+        jax.block_until_ready(program(xs))
+    tree = explain(f, 1.0).as_dict()["tree"]
+    reasons = {reason for node in _nodes(tree) for reason in node.get("calls", ())}
+    assert any(reason.startswith("AssertionError: too small at ") for reason in reasons)
+
+
+def _nodes(node):
+    yield node
+    for side in ("true", "false"):
+        if side in node:
+            yield from _nodes(node[side])
+
+
+def test_a_read_that_the_body_catches_is_no_branch(transform):
+    def body(x):
+        try:
+            return x * float(x)
+        except TypeError:
+            return x * 1000
+
+    f = staged(body, Tout=SCALAR)
+    assert transform(f)(3.0) == 9.0
+    assert calls_of(f, 1.0) == 1
+
+
+def test_effects_call_the_body(transform, capfd):
+    def body(x):
+        if x > 2:
+            jax.debug.print("large {}", x)
+            return x * 2
+        return x
+
+    program = transform(staged(body))
+    assert_close(program(3.0), jnp.float32(6.0))
+    assert_close(program(1.0), jnp.float32(1.0))
+    jax.effects_barrier()
+    assert capfd.readouterr().out == "large 3.0\n"
+
+
+def test_nested_py_funcs_are_staged_in_place():
+    inner = staged(log_huber)
+    outer = staged(lambda x: inner(x, 2.0) * x if x > 1 else -inner(x, 2.0))
+    assert not calls_of(jax.grad(outer), 1.0)
+    called = py_func(log_huber, Tout=SCALAR)
+    mixed = staged(lambda x: called(x, 2.0) * x if x > 1 else x)
+    assert calls_of(mixed, 1.0) == 1
+    for f, plain in (
+        (outer, lambda x: log_huber(x, 2.0) * x if x > 1 else -log_huber(x, 2.0)),
+        (mixed, lambda x: log_huber(x, 2.0) * x if x > 1 else x),
+    ):
+        for x in (0.5, 1.5, 3.0):
+            assert_close(jax.jit(jax.value_and_grad(f))(x), jax.value_and_grad(plain)(x))
+
+
+weights = jnp.arange(3.0)
+
+
+class Model:
+    def __init__(self, scale):
+        self.scale = scale
+
+    @staged
+    def method(self, x, *, flip=False, options=None):
+        """A method."""
+        y = (x["a"] * weights).sum() * self.scale
+        return {"y": -y if y > 3 else y} if flip else {"y": y + options[0]}
+
+
+def test_every_form_of_call(transform):
+    model = Model(2.0)
+    x = {"a": jnp.ones(3)}
+    assert transform(lambda x: model.method(x, flip=True))(x)["y"] == -6.0
+    assert transform(lambda x: model.method(x, options=[1.0]))(x)["y"] == 7.0
+    assert not calls_of(lambda x: model.method(x, flip=True), x)
+    assert "y > 3" in repr(explain(model.method, x, flip=True))
+    in_place = transform(lambda x: py_func(log_huber, [x, 2.0], jnp.float32, staged=True))
+    assert in_place(3.0) == log_huber(3.0, 2.0)
+    keys = transform(staged(lambda k, x: jax.random.split(k)[0] if x > 0 else k))
+    key = jax.random.key(0)
+    assert keys(key, 1.0) == jax.random.split(key)[0]
+    assert keys(key, -1.0) == key
+
+
+def test_results_are_cast_as_those_of_a_call(transform):
+    for body in (lambda x: 1 if x > 0 else x, lambda x: jnp.arange(2) if x > 0 else [x, x]):
+        for x in (1.0, -1.0):
+            wide = jax.ShapeDtypeStruct(np.shape(body(x)), jnp.float32)
+            got = transform(staged(body, Tout=wide))(x)
+            assert_close(got, transform(py_func(body, Tout=wide))(x))
+    weak = lambda x: x * 2 if x > 0 else 1.0  # noqa: E731
+    assert transform(staged(weak))(1.0).weak_type == transform(py_func(weak))(1.0).weak_type
+
+
+def test_a_branch_that_returns_something_else_calls_where_it_is_declared(transform):
+    def body(x):
+        return jnp.ones(2) if x > 3 else x
+
+    program = transform(staged(body, Tout=SCALAR))
+    assert program(1.0) == 1.0
+    shape = r"expected shape \(\)"
+    with pytest.raises(jpyfunc.ResultError, match=shape), jpyfunc.raise_original():
+        jax.block_until_ready(program(4.0))
+    with pytest.raises(jpyfunc.InferenceError, match="disagree on result"):
+        jax.jit(staged(body))(1.0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_nan_of_the_other_side_reaches_no_gradient(shared, transform):
+    """`vmap` computes both sides, as selects of what they give.
+
+    JAX stops the gradients of their operands, too, so that no order of `vmap` and
+    derivatives has the NaN of a side that is not taken.
+    """
+
+    def body(x, w):
+        return jnp.sqrt(w if shared else x) * w if x > 0 else x * 0
+
+    f = staged(body)
+    for x in (jnp.array([-1.0, 0.0, 4.0]), jnp.array([-1.0, -2.0, 0.0])):
+        w = 0.0 if x.max() <= 0 else 2.0
+        for take in (
+            lambda f: jax.grad(lambda x, w: jax.vmap(f, (0, None))(x, w).sum(), (0, 1)),
+            lambda f: jax.vmap(jax.grad(f, (0, 1)), (0, None)),
+            lambda f: jax.jacfwd(jax.vmap(f, (0, None)), (0, 1)),
+            lambda f: jax.vmap(jax.hessian(f), (0, None)),
+        ):
+            got = transform(take(f))(x, w)
+            assert_close(got, transform(take(py_func(body)))(x, w))
+            assert all(jnp.isfinite(y).all() for y in jax.tree.leaves(got))
+
+
+def test_a_large_tree_warns():
+    def body(x):
+        for i in range(400):
+            x = jnp.sin(x) * i + 1
+        return x if x > 0 else -x
+
+    with pytest.warns(UserWarning, match=r"'body' is staged to 2,\d+ operations.*staged=1"):
+        jax.eval_shape(staged(body), SCALAR)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"staged": -1}, "expected staged to be True, False or a number"),
+        ({"staged": "yes"}, "expected staged to be True, False or a number"),
+        ({"stateful": True}, "is stateful"),
+        ({"ordered": True}, "is stateful"),
+        ({"vmap_method": "expand_dims"}, "has vmap_method='expand_dims'"),
+    ],
+)
+def test_what_cannot_be_staged_is_refused(options, what):
+    with pytest.raises(ValueError, match=f"py_func 'log_huber': .*{what}"):
+        staged(log_huber, **options)
+
+
+def test_a_body_without_results_cannot_be_staged():
+    with pytest.raises(ValueError, match="returns nothing"):
+        jax.jit(staged(lambda x: None))(1.0)
+    with pytest.raises(TypeError, match="staged"):
+        numpy_func(np.sin, staged=True)
+
+
+def test_explain_tells_lines_and_reasons():
+    def body(x):
+        if x > 2:
+            return x * float(x)
+        if x > 1:
+            raise ValueError("why not")
+        return jnp.sin(x) + 1
+
+    found = explain(body, SCALAR)
+    data = found.as_dict()
+    line = inspect.getsourcelines(body)[1]
+    root, file = data["tree"], sys.modules[__name__].__file__
+    assert (root["line"], root["place"]) == ("if x > 2:", f"{file}:{line + 1}")
+    (read,) = root["true"]["calls"]
+    assert read == f"float() of float32[] at {file}:{line + 2}"
+    (raised,) = root["false"]["true"]["calls"]
+    assert raised == f"ValueError: why not at {file}:{line + 4}"
+    assert root["false"]["false"]["returns"]
+    assert (data["complete"], data["runs"], data["error"]) == (False, 3, None)
+    text = repr(found)
+    for part in ("if x > 2:", "calls Python: float()", "False: ", "returns"):
+        assert part in text
+    assert "&gt; 2" in found._repr_html_()
+
+
+def test_explain_says_why_inference_fails():
+    failing = explain(lambda x: np.asarray(x) + 1, SCALAR).as_dict()
+    assert failing["result"] is None
+    assert "conversion to NumPy of float32[]" in failing["tree"]["calls"][0]
+    assert "Tout=" in failing["error"]
+    disagreeing = explain(lambda x: x if x > 0 else (x, x), SCALAR).as_dict()
+    assert "disagree" in disagreeing["error"]
+    with pytest.raises(TypeError, match="explain: expected a function"):
+        explain(3)
+    assert explain(log_huber, jax.ShapeDtypeStruct((), jnp.float32), 2).as_dict()[
+        "complete"
+    ]
