@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -123,6 +124,11 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def _short(text: str) -> str:
+    """`text` with the names of files alone for places."""
+    return re.sub(r"( at )\S*[/\\]", r"\1", text)
+
+
 def _as_dict(node: Node) -> dict[str, Any]:
     entry: dict[str, Any] = {"operations": node.size}
     if isinstance(node.end, Calls):
@@ -142,11 +148,12 @@ def _lines(node: Node, depth: int) -> Iterator[tuple[int, str]]:
     if node.size:
         yield depth, _count(node.size, "operation")
     if isinstance(node.end, Calls):
-        yield depth, f"calls Python: {'; '.join(node.end.reasons)}"
+        yield depth, f"calls Python: {_short('; '.join(node.end.reasons))}"
     elif node.decision is None:
         yield depth, "returns"
     else:
-        yield depth, f"{node.decision.line}  [{node.decision.place.removeprefix(' at ')}]"
+        place = _short(node.decision.place).removeprefix(" at ")
+        yield depth, f"{node.decision.line}  [{place}]"
         for answer in (True, False):
             (first, text), *rest = _lines(node.sides[answer], depth + 1)
             yield first, f"{answer}: {text}"

@@ -65,6 +65,7 @@ def test_all_four_are_here():
         "02_debugging",
         "03_python_control_flow",
         "04_costs",
+        "05_staged",
     ]
 
 

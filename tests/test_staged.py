@@ -334,7 +334,7 @@ def test_nan_of_the_other_side_reaches_no_gradient(shared, transform):
     for x in (jnp.array([-1.0, 0.0, 4.0]), jnp.array([-1.0, -2.0, 0.0])):
         w = 0.0 if x.max() <= 0 else 2.0
         for take in (
-            lambda f: jax.grad(lambda x, w: jax.vmap(f, (0, None))(x, w).sum(), (0, 1)),
+            lambda f: jax.grad(lambda *xw: jax.vmap(f, (0, None))(*xw).sum(), (0, 1)),
             lambda f: jax.vmap(jax.grad(f, (0, 1)), (0, None)),
             lambda f: jax.jacfwd(jax.vmap(f, (0, None)), (0, 1)),
             lambda f: jax.vmap(jax.hessian(f), (0, None)),
