@@ -7,6 +7,7 @@ import enum
 import functools
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jpyfunc._body.closure import refuse_traced_closure
 from jpyfunc._body.primal import (
     Key,
     Primal,
+    Rules,
     Static,
     hashable,
     physical_aval,
@@ -160,8 +162,10 @@ def numpy_func(
     """Run a Python function on NumPy arrays from inside compiled JAX.
 
     As `py_func`, but the function takes and returns NumPy arrays; those that it is
-    given are read-only. JAX cannot differentiate it: where a tangent flows into it, it
-    raises, and where none does, it works inside `jax.grad`. JAX cannot see its shapes
+    given are read-only. JAX cannot differentiate it, but rules can say how, in the form of
+    `jax.custom_vjp` and `jax.custom_jvp`: `f.defvjp(fwd, bwd)` and `f.defjvp(jvp)`. Without
+    them it raises where a tangent flows into it, and works inside `jax.grad` where none
+    does. JAX cannot see its shapes
     either: under `jax.jit`, `Tout` must give them where the body calls NumPy.
 
     Args:
@@ -177,7 +181,8 @@ def numpy_func(
         As `py_func`; the results are `jax.Array`s.
 
     Raises:
-        NotDifferentiableError: a tangent flows into the call.
+        NotDifferentiableError: a tangent flows into a call without rules, or without one
+            for that mode, or twice.
         TypeError: as `py_func`, and for what else it raises.
 
     Example:
@@ -268,13 +273,17 @@ class PyFunc:
         self._ordered = ordered
         self._vmap_method = vmap_method
         self._staged = self._runs_to_stage(staged)
-        self._key = (
-            kind,
-            hashable(func),
+        self._rules: Rules | None = None
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return (
+            self._where,
+            hashable(self._func),
             hashable(self._callable_tout),
             self._template,
-            self.__name__,
-            (self._stateful, ordered, vmap_method, self._staged),
+            (self._stateful, self._ordered, self._vmap_method, self._staged),
+            self._rules,
         )
 
     def __eq__(self, other: object) -> bool:
@@ -288,6 +297,95 @@ class PyFunc:
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
+
+    def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
+        """Say how a function wrapped by `numpy_func` is differentiated in reverse.
+
+        The rules are those of `jax.custom_vjp`, but they run on the host, on NumPy
+        arrays, and residuals stay there: any Python object. `jax.value_and_grad` runs `fwd`
+        once, and the function not at all. What `fwd` leaves is kept as runs are (see
+        `set_tape_limit`); where it is gone, `fwd` is run again. They are first
+        derivatives only: for more, write `jax.custom_jvp` or `jax.custom_vjp` around calls
+        of the function. Another wrap of the function is without rules.
+
+        Args:
+            fwd: takes what the function takes, returns `(result, residuals)`.
+            bwd: takes the residuals and the cotangent of the result, in its structure;
+                returns a tuple of one cotangent per argument, in the structure of each, or
+                None for none. Keyword arguments come last, in the order of the
+                parameters. It is not told which are needed; others are dropped. Under
+                `jax.vmap` both run once per element, or, as the function does with
+                `vmap_method="expand_dims"` and `"broadcast_all"`, on whole batches.
+
+        Raises:
+            TypeError: the function is wrapped by `py_func`, or a rule is no function.
+            ResultError: where it is differentiated, a rule returns something else.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, numpy as np
+            >>> from jpyfunc import numpy_func
+            >>> @numpy_func(Tout=lambda x: x)
+            ... def cube(x):
+            ...     return x**3
+            >>> cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
+            >>> print(jax.jit(jax.grad(cube))(2.0))
+            12.0
+
+        Source: `jax.custom_vjp`.
+        """
+        self._check_rules("defvjp", fwd, bwd)
+        rules = self._rules or Rules()
+        self._rules = replace(rules, fwd=hashable(fwd), bwd=hashable(bwd))
+
+    def defjvp(self, jvp: Callable[..., Any]) -> Callable[..., Any]:
+        """Say how a function wrapped by `numpy_func` is differentiated forward.
+
+        As `defvjp`, for forward mode; a function may have both.
+
+        Args:
+            jvp: takes the arguments and their tangents, two tuples, keyword arguments
+                last; returns the result and its tangent. A tangent that is zero is an
+                array of zeros, one of integers of `jax.dtypes.float0`.
+
+        Returns:
+            `jvp`, so that it decorates.
+
+        Raises:
+            TypeError: as `defvjp`.
+            ResultError: as `defvjp`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, numpy as np
+            >>> from jpyfunc import numpy_func
+            >>> @numpy_func(Tout=lambda x: x)
+            ... def cube(x):
+            ...     return x**3
+            >>> @cube.defjvp
+            ... def cube_jvp(primals, tangents):
+            ...     (x,), (t,) = primals, tangents
+            ...     return x**3, 3 * x**2 * t
+            >>> print(jax.jit(jax.jacfwd(cube))(2.0))
+            12.0
+
+        Source: `jax.custom_jvp`.
+        """
+        self._check_rules("defjvp", jvp)
+        self._rules = replace(self._rules or Rules(), jvp=hashable(jvp))
+        return jvp
+
+    def _check_rules(self, method: str, *rules: Any) -> None:
+        if not self._numpy:
+            raise TypeError(
+                f"{self._where}: {method} is for functions wrapped by numpy_func. JAX "
+                "differentiates what a py_func does; to say otherwise, write "
+                "jax.custom_jvp or jax.custom_vjp in its body or around it."
+            )
+        for rule in rules:
+            if not callable(rule):
+                raise TypeError(
+                    f"{self._where}: {method}: expected a function, got {rule!r}; write "
+                    f"{method}({'fwd, bwd' if method == 'defvjp' else 'jvp'})."
+                )
 
     def _runs_to_stage(self, staged: Any) -> int:
         """How many runs on abstract values `staged` stands for."""
@@ -330,7 +428,8 @@ class PyFunc:
         for leaf in leaves:
             if isinstance(leaf, Symbol):
                 return leaf.call_py_func(self, args, kwargs)
-        if runs_now() and all(map(_has_value, leaves)):
+        by_rule = self._rules and any(map(is_taped, leaves))
+        if runs_now() and not by_rule and all(map(_has_value, leaves)):
             return self._call(leaves, tree)
         return self._bind(leaves, tree)
 
@@ -463,6 +562,7 @@ class PyFunc:
             tuple(in_avals),
             self._numpy,
             needed is not None,
+            self._rules,
         )
         stateful = self._stateful or not template.leaves
         if stateful and self._vmap_method == "by_branch":

@@ -28,8 +28,27 @@ def not_differentiable(label: str) -> NotDifferentiableError:
     """The error of a derivative by what enters a `numpy_func`."""
     return NotDifferentiableError(
         f"{label} is not differentiable: JAX cannot see into NumPy, and a tangent flows "
-        "into it. Wrap jax.lax.stop_gradient around its arguments, or write the body with "
-        "jax.numpy and use py_func."
+        "into it. Give it rules with defvjp or defjvp, write jax.custom_jvp around its "
+        "call, write the body with jax.numpy and use py_func, or wrap "
+        "jax.lax.stop_gradient around its arguments if it has no derivative."
+    )
+
+
+def no_second_order(label: str) -> NotDifferentiableError:
+    """The error of a derivative of a derivative by rule."""
+    return NotDifferentiableError(
+        f"{label} is differentiated twice, and its rules, which run on the host, say what "
+        "its first derivative is alone. For higher orders write jax.custom_jvp or "
+        "jax.custom_vjp around its call, with rules in jax.numpy that may call it again."
+    )
+
+
+def no_rule(label: str, rule: str) -> NotDifferentiableError:
+    """The error of a mode that a function has no rule for."""
+    modes = {"defjvp": "forward", "defvjp": "reverse"}
+    return NotDifferentiableError(
+        f"{label} is differentiated in {modes[rule]} mode, for which it has no rule. Give "
+        f"it one with {rule}, or differentiate it in the other mode."
     )
 
 

@@ -208,6 +208,22 @@ def is_recording(body: Body) -> bool:
     )
 
 
+def flat(body: Body) -> FlatBody:
+    """What runs on one element."""
+    return flat(body.base) if isinstance(body, Batch) else body
+
+
+def is_primal(body: Body) -> bool:
+    """Whether `body` is no derivative."""
+    return isinstance(flat(body), Primal)
+
+
+def linear_from(body: Body) -> int:
+    """From which operand on `body`, a derivative, is linear."""
+    base: Any = flat(body)
+    return len(base.base.in_avals)
+
+
 def ticket_of(body: FlatBody) -> int | None:
     """Which operand of `body` is a ticket, if one is."""
     base: Any = body

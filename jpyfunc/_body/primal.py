@@ -62,6 +62,15 @@ class Key:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Rules:
+    """How a `numpy_func` is differentiated: functions, made `hashable`, or None."""
+
+    fwd: Any = None
+    bwd: Any = None
+    jvp: Any = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Primal:
     """A user's function on flat operands.
 
@@ -77,6 +86,7 @@ class Primal:
         guarded: whether an operand comes before all others that says if it is to be run:
             it is the leaf of a staged function, which under `jax.vmap` only some elements
             come to.
+        rules: for its derivatives, of a function that takes NumPy arrays.
     """
 
     func: Any
@@ -87,6 +97,7 @@ class Primal:
     in_avals: Avals
     numpy: bool
     guarded: bool = False
+    rules: Any = None  # Rules
 
     @property
     def title(self) -> str:
@@ -102,7 +113,9 @@ class Primal:
     def held(self) -> list[Any]:
         """What reaches the body other than as an operand."""
         statics = [leaf.value for leaf in self.leaves if isinstance(leaf, Static)]
-        return [unwrapped(value) for value in (self.func, *statics)]
+        rules = self.rules
+        functions = [self.func, *([rules.fwd, rules.bwd, rules.jvp] if rules else [])]
+        return [unwrapped(value) for value in (*functions, *statics)]
 
     @property
     def out_avals(self) -> Avals:
@@ -123,13 +136,24 @@ class Primal:
             for leaf, result in zip(self.template.leaves, results, strict=True)
         ]
 
-    def arguments(self, operands: Iterable[Any]) -> Any:
-        """`(args, kwargs)` as the function takes them."""
+    def arguments(self, operands: Iterable[Any], as_they_are: bool = False) -> Any:
+        """`(args, kwargs)` as the function takes them.
+
+        Args:
+            operands: one per array.
+            as_they_are: whether anything stands in their places, such as derivatives.
+        """
         rest = iter(operands)
         if self.guarded:
             next(rest)
         return jax.tree.unflatten(
-            self.tree, [self._argument(leaf, rest) for leaf in self.leaves]
+            self.tree,
+            [
+                next(rest)
+                if as_they_are and not isinstance(leaf, Static)
+                else self._argument(leaf, rest)
+                for leaf in self.leaves
+            ],
         )
 
     def _argument(self, leaf: Any, operands: Any) -> Any:

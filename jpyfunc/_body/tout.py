@@ -229,7 +229,7 @@ def kind_of(dtype: Any) -> str | None:
     return None
 
 
-def _castable(array: Any, weak: bool, target_dtype: Any) -> bool:
+def castable(array: Any, weak: bool, target_dtype: Any) -> bool:
     """NumPy's `same_kind` rule, for ml_dtypes too, and for what Python has no types of."""
     source, target = kind_of(array.dtype), kind_of(target_dtype)
     if source is None or target is None:
@@ -314,7 +314,7 @@ def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
         return jnp.asarray(value if weak else array)
     if array.dtype == leaf.dtype:
         return array
-    if not _castable(array, weak, leaf.dtype):
+    if not castable(array, weak, leaf.dtype):
         remedy = "" if leaf.is_key else f" with .astype({dtype_source(leaf.dtype)})"
         raise ResultError(
             f"{where()}: expected {leaf.dtype}, got {array.dtype}, which casting of the "

@@ -14,7 +14,7 @@ from jpyfunc import _compat
 from jpyfunc._body.derived import FlatBody, Jvp, Recorded, Recording, Transpose, Vjp, others
 from jpyfunc._body.primal import Primal
 from jpyfunc._errors import NotDifferentiableError, TapeLostError
-from jpyfunc._host import kept
+from jpyfunc._host import kept, rules
 from jpyfunc._host.profile import note
 from jpyfunc._traces.batched import running_batch
 from jpyfunc._traces.record import Record, record
@@ -48,6 +48,8 @@ def _primal(body: Primal, operands: Sequence[Any], device: _compat.Device) -> li
 def _recording(
     body: Recording, operands: Sequence[Any], device: _compat.Device
 ) -> list[Any]:
+    if body.base.rules:
+        return _recording_by_rule(body, operands)
     operands = _put(operands, body.in_avals, device)
     if not kept.keeps():
         return [*_primal(body.base, operands, device), kept.keep(body, None)[0]]
@@ -56,6 +58,26 @@ def _recording(
     ticket, nbytes = kept.keep(body, run)
     note(bytes_kept=nbytes)
     return [*run.values, ticket]
+
+
+def _recording_by_rule(body: Recording, operands: Sequence[Any]) -> list[Any]:
+    if not body.base.rules.fwd:
+        note(runs=1)
+        return [*body.base(operands), kept.keep(body, None)[0]]
+    results, residuals = rules.forward(body.base, operands)
+    ticket, nbytes = kept.keep(body, residuals if kept.keeps() else None)
+    note(bytes_kept=nbytes)
+    return [*results, ticket]
+
+
+def _residuals(body: Any, operands: Sequence[Any]) -> rules.Residuals:
+    """What the forward rule left of a run, or leaves now."""
+    *primals, ticket = operands
+    run: Any = kept.find(body, ticket)
+    if not run and not body.repeatable:
+        raise _lost(body)
+    _note_source(bool(run))
+    return run or rules.forward(body.base, primals)[1]
 
 
 def _recorded(body: Recorded, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -86,12 +108,21 @@ def _lost(body: Recorded) -> TapeLostError:
 
 def _jvp(body: Jvp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     n = len(body.base.in_avals)
+    if body.primal.rules:
+        if kept.is_void(operands[n - 1]):
+            return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
+        return rules.push(body.primal, operands[: n - 1], body.wrt, operands[n:], body.of)
     run = _run(body, operands[:n], device)
     return run.push(body.wrt, _put_large(operands[n:], device), body.of)
 
 
 def _vjp(body: Vjp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     n = len(body.base.in_avals)
+    if body.primal.rules:
+        if kept.is_void(operands[n - 1]):
+            return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
+        run = _residuals(body.base, operands[:n])
+        return rules.backward(body.primal, run, body.of, operands[n:], body.wrt)
     run = _run(body, operands[:n], device)
     return run.pull(body.of, _put_large(operands[n:], device), body.wrt)
 

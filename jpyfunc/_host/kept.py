@@ -11,18 +11,23 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import threading
 import weakref
 from collections import OrderedDict
 from typing import Any
 
+import jax
 import numpy as np
 
 from jpyfunc._body.derived import TICKET, Recorded, Recording
 from jpyfunc._body.primal import Avals, Primal, unwrapped
+from jpyfunc._host.rules import Residuals
 from jpyfunc._traces.batched import Part, running_batch
 from jpyfunc._traces.operations import aval_of
 from jpyfunc._traces.record import Record
+
+Run = Record | Residuals
 
 # What an array takes beside its data, in objects of XLA, JAX and Python, as measured.
 ARRAY_OVERHEAD = 4096
@@ -67,7 +72,7 @@ class _Kept:
     def __init__(self, limit: int) -> None:
         # Reentrant, because freeing arrays may run finalizers that come here.
         self._lock = threading.RLock()
-        self._records: OrderedDict[bytes, tuple[Record, Avals, int]] = OrderedDict()
+        self._records: OrderedDict[bytes, tuple[Run, Avals, int]] = OrderedDict()
         self._shared: dict[int, int] = {}  # by id, how many records have an array
         self._functions: dict[int, set[bytes]] = {}  # by id, the names of their runs
         self._nonce = os.urandom(6)
@@ -88,7 +93,7 @@ class _Kept:
             self._last += 1
             return self._nonce + self._last.to_bytes(6)
 
-    def add(self, name: bytes, record: Record, primal: Primal) -> int:
+    def add(self, name: bytes, record: Run, primal: Primal) -> int:
         """Keep a record, if there is room; returns how many bytes that takes."""
         arrays = {id(x): x for x in record.arrays()}
         shared = self._shared
@@ -105,7 +110,7 @@ class _Kept:
         del dropped
         return size
 
-    def find(self, name: bytes, primal: Primal) -> Record | None:
+    def find(self, name: bytes, primal: Primal) -> Run | None:
         with self._lock:
             record, in_avals, _ = self._records.get(name, (None, None, 0))
             if record is None or in_avals != primal.in_avals:
@@ -133,7 +138,7 @@ class _Kept:
             dropped = [self._drop(name) for name in names]
         del dropped
 
-    def _drop(self, name: bytes) -> Record | None:
+    def _drop(self, name: bytes) -> Run | None:
         record, _, owner = self._records.pop(name, (None, None, 0))
         if record:
             self._functions.get(owner, set()).discard(name)
@@ -146,7 +151,7 @@ class _Kept:
                     self.nbytes -= _size(x)
         return record
 
-    def _shrink(self) -> list[Record | None]:
+    def _shrink(self) -> list[Run | None]:
         dropped = []
         while self.nbytes > self.limit:
             dropped.append(self._drop(next(iter(self._records))))
@@ -154,6 +159,10 @@ class _Kept:
 
 
 def _size(x: Any) -> int:
+    if isinstance(x, np.ndarray):
+        return x.nbytes + ARRAY_OVERHEAD
+    if not isinstance(x, jax.Array):
+        return sys.getsizeof(x) + ARRAY_OVERHEAD
     aval = aval_of(x)
     return math.prod(aval.shape) * aval.dtype.itemsize + ARRAY_OVERHEAD
 
@@ -176,7 +185,7 @@ def keeps() -> bool:
     return _kept.limit > 0
 
 
-def keep(recording: Recording, record: Record | None) -> tuple[np.ndarray, int]:
+def keep(recording: Recording, record: Run | None) -> tuple[np.ndarray, int]:
     """Keep the record of a run, if there is one and there is room.
 
     Returns:
@@ -198,7 +207,7 @@ def of_rows(ticket: np.ndarray, count: int) -> np.ndarray:
     return tickets
 
 
-def find(recorded: Recorded, ticket: Any) -> Record | None:
+def find(recorded: Recorded, ticket: Any) -> Any:
     """The record of the run that a ticket is of, if it is kept."""
     data = np.asarray(ticket)
     if not data.size:

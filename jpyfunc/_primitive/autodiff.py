@@ -23,14 +23,16 @@ import jax.numpy as jnp
 from jax.interpreters import ad
 
 from jpyfunc._body.derived import (
+    is_primal,
     is_recording,
     jvp_of,
+    linear_from,
     recording_of,
     transpose_of,
     without_recording,
 )
-from jpyfunc._errors import not_differentiable
-from jpyfunc._primitive.primitive import Params, bind
+from jpyfunc._errors import no_second_order, not_differentiable
+from jpyfunc._primitive.primitive import Params, bind, check_rules
 
 
 def _py_func_jvp(
@@ -60,8 +62,11 @@ def _py_func_jvp(
     if not (wrt and of):
         results = bind(primals, params)
         return results, [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in results]
-    if params.body.primal.numpy:
+    primal = params.body.primal
+    if primal.numpy and not primal.rules:
         raise not_differentiable(params.name)
+    if primal.rules and not is_primal(params.body):
+        return _linear_jvp(primals, tangents, params)
     body = recording_of(params.body, wrt)
     results = bind(primals, dataclasses.replace(params, body=body))
     ticket = results[-1:] if is_recording(body) else []
@@ -73,6 +78,17 @@ def _py_func_jvp(
         pushed.get(i, ad.Zero(jax.typeof(y).to_tangent_aval()))
         for i, y in enumerate(results)
     ]
+
+
+def _linear_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], params: Params
+) -> tuple[list[Any], list[Any]]:
+    """Push tangents through a derivative by rule, which is linear in its last operands."""
+    count = linear_from(params.body)
+    if any(map(_is_perturbed, tangents[:count])):
+        raise no_second_order(params.name)
+    linear = map(ad.instantiate_zeros, tangents[count:])
+    return bind(primals, params), bind([*primals[:count], *linear], params)
 
 
 def _is_perturbed(tangent: Any) -> bool:
@@ -97,6 +113,7 @@ def _py_func_transpose(
     wrt = tuple(i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
     of = tuple(i for i, ct in enumerate(cotangents) if not isinstance(ct, ad.Zero))
     body, kept = transpose_of(params.body, wrt, of)
+    check_rules(body)
     pulled = bind(
         [*(operands[i] for i in kept), *(cotangents[i] for i in of)],
         params.derived(body),

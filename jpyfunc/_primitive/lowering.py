@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._host.call import HostCall
-from jpyfunc._primitive.primitive import ORDERED, Params
+from jpyfunc._primitive.primitive import ORDERED, Params, check_rules
 
 
 def _py_func_lowering(
@@ -48,6 +48,7 @@ def _py_func_lowering(
 
 
 def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
+    check_rules(params.body)
     platforms = ctx.module_context.platforms
     if _compat.is_export(ctx):
         raise UnsupportedError(

@@ -12,7 +12,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Effect, Primitive
 
 from jpyfunc import _compat
-from jpyfunc._body.derived import Body, Recorded
+from jpyfunc._body.derived import Body, Jvp, Recorded, Vjp, flat
+from jpyfunc._errors import no_rule
 from jpyfunc._host.evaluate import evaluate
 
 py_func_p = Primitive("py_func")
@@ -91,6 +92,19 @@ _compat.register_effect(StatefulEffect, ordered=False)
 _compat.register_effect(OrderedEffect, ordered=True)
 
 
+def check_rules(body: Body) -> None:
+    """Refuse a derivative for which a function that has rules has none.
+
+    Raises:
+        NotDifferentiableError: as it says.
+    """
+    rules, base = body.primal.rules, flat(body)
+    if rules and isinstance(base, Jvp) and not rules.jvp:
+        raise no_rule(body.primal.label, "defjvp")
+    if rules and isinstance(base, Vjp) and not rules.fwd:
+        raise no_rule(body.primal.label, "defvjp")
+
+
 def bind(operands: Sequence[Any], params: Params) -> list[Any]:
     """Bind `py_func_p`: every rule that makes another call makes it here."""
     return py_func_p.bind(*_compat.align(operands), params=params)
@@ -109,6 +123,7 @@ def _py_func_abstract_eval(
 
 def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
     """Run the body at once, here: eager calls under a transform come to this."""
+    check_rules(params.body)
     if params.ordered:
         jax.effects_barrier()  # what was dispatched before it runs before it
     arrays = [jnp.asarray(x) for x in operands]

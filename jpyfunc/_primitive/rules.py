@@ -16,7 +16,7 @@ from jpyfunc._primitive.primitive import (
     _py_func_impl,
     py_func_p,
 )
-from jpyfunc._traces.running import CALLS
+from jpyfunc._traces.running import CALLS, HAVE_RULES
 
 py_func_p.def_impl(_py_func_impl)
 py_func_p.def_effectful_abstract_eval(_py_func_abstract_eval)
@@ -25,6 +25,7 @@ ad.primitive_transposes[py_func_p] = _py_func_transpose
 batching.primitive_batchers[py_func_p] = _py_func_batching
 _compat.register_dce(py_func_p, _py_func_dce)
 CALLS[py_func_p] = _py_func_call
+HAVE_RULES[py_func_p] = lambda params: params["params"].body.primal.rules is not None
 # Every call site has its own slot in the list of host callbacks of its program, so a
 # lowering that is shared between call sites would be wrong on TPU.
 mlir.register_lowering(py_func_p, _py_func_lowering, cacheable=False)

@@ -22,6 +22,9 @@ from jpyfunc._traces.operations import Loose, Operation, aval_of
 # with operands and parameters: what Python does goes to the same trace.
 CALLS: dict[Any, Callable[[Sequence[Any], dict[str, Any]], Any]] = {}
 
+# Of these, whether a call is differentiated by rules of its own, given its parameters.
+HAVE_RULES: dict[Any, Callable[[dict[str, Any]], bool]] = {}
+
 _contexts: dict[tuple[Any, ...], int] = {}  # settings are few
 
 

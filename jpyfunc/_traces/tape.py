@@ -17,9 +17,9 @@ from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._errors import NotDifferentiableError
-from jpyfunc._traces.cache import Uncacheable, operation_of_custom
+from jpyfunc._traces.cache import Uncacheable, binding, operation_of_custom
 from jpyfunc._traces.operations import Linear, Loose, LooseLinear, Operation
-from jpyfunc._traces.running import Running, run
+from jpyfunc._traces.running import HAVE_RULES, Running, run
 from jpyfunc._traces.taped import Taped
 
 Indices = tuple[int, ...]
@@ -156,6 +156,12 @@ class Tape(Running):
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive is _compat.stop_gradient_p:
             return self._bind(primitive, tracers, params)
+        if (
+            primitive in HAVE_RULES
+            and HAVE_RULES[primitive](params)
+            and self._active(tracers)
+        ):
+            return self.apply(Loose(binding(primitive, params)), tracers)
         return super().process_primitive(primitive, tracers, params)
 
     def _bind(self, primitive: Any, operands: Sequence[Any], params: Any) -> Any:
