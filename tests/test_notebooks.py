@@ -66,6 +66,7 @@ def test_all_four_are_here():
         "03_python_control_flow",
         "04_costs",
         "05_staged",
+        "06_simulator",
     ]
 
 
