@@ -325,6 +325,11 @@ def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:
         _effects.shardable_ordered_effects.add_type(effect_type)
 
 
+def hold_weakly(parameter: type) -> None:
+    """Let JAX's caches of abstract evaluation not keep parameters of this type alive."""
+    _util.weakref_cache_key_types.add(parameter)
+
+
 def register_dce(primitive: Any, rule: Any) -> None:
     """Say what is left of an equation some of whose results are unused."""
     # JAX 0.12 passes which operands are alive, too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,12 @@ py_func_p = Primitive("py_func")
 py_func_p.multiple_results = True
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, weakref_slot=True)
 class Params:
     """The one parameter of a bind of `py_func_p`.
+
+    JAX holds it weakly in its caches, so that a body goes when the programs do that call it, and
+    find it while there is one that is equal: so equal ones that live are one.
 
     Attributes:
         body: what runs on the host.
@@ -37,6 +41,12 @@ class Params:
     ordered: bool
     vmap_method: str
     settings: tuple[Any, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What equal ones have in common."""
+        kinds = (self.stateful, self.ordered, self.vmap_method, self.settings)
+        return (self.body, *kinds)
 
     @property
     def name(self) -> str:
@@ -88,6 +98,7 @@ class OrderedEffect(Effect):
 
 
 ORDERED = OrderedEffect()
+_compat.hold_weakly(Params)
 _compat.register_effect(StatefulEffect, ordered=False)
 _compat.register_effect(OrderedEffect, ordered=True)
 
@@ -105,8 +116,12 @@ def check_rules(body: Body) -> None:
         raise no_rule(body.primal.label, "defvjp")
 
 
+_living: weakref.WeakValueDictionary[Any, Params] = weakref.WeakValueDictionary()
+
+
 def bind(operands: Sequence[Any], params: Params) -> list[Any]:
     """Bind `py_func_p`: every rule that makes another call makes it here."""
+    params = _living.setdefault(params.key, params)
     return py_func_p.bind(*_compat.align(operands), params=params)
 
 
