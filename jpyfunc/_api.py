@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import functools
@@ -19,6 +20,7 @@ from jax.extend.core import set_current_trace
 from jpyfunc import _compat
 from jpyfunc._body.closure import refuse_traced_closure
 from jpyfunc._body.primal import (
+    Float0,
     Key,
     Primal,
     Rules,
@@ -28,7 +30,7 @@ from jpyfunc._body.primal import (
     read_only,
 )
 from jpyfunc._body.tout import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
-from jpyfunc._errors import not_differentiable
+from jpyfunc._errors import InferenceError, ResultError, not_differentiable
 from jpyfunc._host.profile import Run, annotated, measure, note, open_profiles
 from jpyfunc._inference import MAX_RUNS, infer
 from jpyfunc._primitive.batching import BATCHERS
@@ -465,6 +467,9 @@ class PyFunc:
         result = run(self.__name__, self._func, *args, **kwargs)
         if template is None:
             template = Template.undeclared(result)
+            if any(type(x) in _NUMBERS for x in jax.tree.leaves(result)):
+                # On another branch it may be an array, whose dtype it then takes.
+                template = self._inferred_now(arrays, tree, template, result)
         if not template.leaves and batch:
             raise CannotBatch
         outputs = [
@@ -476,6 +481,31 @@ class PyFunc:
             )
         ]
         return jax.tree.unflatten(template.tree, outputs)
+
+    def _inferred_now(
+        self, leaves: list[Any], tree: Any, template: Template, result: Any
+    ) -> Template:
+        """`template` of a result with dtypes for Python numbers, as all branches join."""
+        places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+        found = [template]
+
+        def probe(arrays: list[Any]) -> None:
+            filled = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
+            values = self._on_abstract_values([*filled.values()], tree)
+            avals = [_unsharded(jax.typeof(x)) for x in arrays]
+            with contextlib.suppress(InferenceError, ResultError):
+                found.append(infer(values, avals, None, self._where))
+
+        jax.eval_shape(probe, [leaves[i] for i in places])
+        if found[-1].tree != template.tree:
+            return template
+        joined = [
+            b if type(x) in _NUMBERS and b.dtype not in (None, jnp.result_type(x)) else a
+            for a, b, x in zip(
+                template.leaves, found[-1].leaves, jax.tree.leaves(result), strict=True
+            )
+        ]
+        return replace(template, leaves=tuple(joined))
 
     def _bind(self, leaves: list[Any], tree: Any) -> Any:
         """Make one bind of the primitive, or more of what a body does that is staged."""
@@ -524,7 +554,7 @@ class PyFunc:
         for i, leaf in enumerate(leaves):
             if is_array(leaf):
                 arrays.append(self._operand(leaf, tree, i))
-            else:
+            elif not is_float0(leaf):
                 refuse_traced_closure(leaf, self._where)
         return arrays
 
@@ -554,10 +584,7 @@ class PyFunc:
             hashable(self._func),
             self.__name__,
             tree,
-            tuple(
-                next(of_arrays) if is_array(x) else Static(hashable(x), type(x))
-                for x in leaves
-            ),
+            tuple(next(of_arrays) if is_array(x) else _static(x) for x in leaves),
             template,
             tuple(in_avals),
             self._numpy,
@@ -591,6 +618,8 @@ class PyFunc:
 
         if isinstance(leaf, jax.Array):
             return leaf
+        if isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative:
+            leaf = leaf.astype(leaf.dtype.newbyteorder("="))
         try:
             return jnp.asarray(leaf)
         except OverflowError as error:
@@ -624,7 +653,7 @@ class PyFunc:
         with set_current_trace(_compat.eval_trace):
             known = [
                 jnp.asarray(x) if is_array(x) and not isinstance(x, Tracer) else x
-                for x in leaves
+                for x in (_static(x).value if is_float0(x) else x for x in leaves)
             ]
 
         def call(values: list[Any]) -> Any:
@@ -642,6 +671,12 @@ class PyFunc:
         return call
 
 
+def _static(leaf: Any) -> Static | Float0:
+    if is_float0(leaf):
+        return Float0(np.shape(leaf))
+    return Static(hashable(leaf), type(leaf))
+
+
 def _unsharded(aval: Any) -> ShapedArray:
     return ShapedArray(aval.shape, aval.dtype, aval.weak_type)
 
@@ -650,13 +685,23 @@ def _has_value(leaf: Any) -> bool:
     return not isinstance(leaf, Tracer) or is_taped(leaf) or is_batched(leaf)
 
 
+_NUMBERS = (bool, int, float, complex)  # of Python, and not those derived of them
+
+
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
     aval = jax.typeof(jnp.asarray(leaf))
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
+def is_float0(leaf: Any) -> bool:
+    """Whether a leaf of the arguments is the tangent of integers, which has no data."""
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf of the arguments crosses to the host as an array."""
+    if is_float0(leaf):
+        return False
     if isinstance(leaf, jax.Array | np.ndarray):
         return True
     # np.str_ is a NumPy scalar too, and an IntEnum an int.

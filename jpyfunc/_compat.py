@@ -26,6 +26,7 @@ from jax._src import linear_util as _linear_util
 from jax._src import mesh as _mesh
 from jax._src import sharding_impls as _sharding_impls
 from jax._src import util as _util
+from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import mlir as _mlir
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.lib import xla_client as _xla_client
@@ -323,6 +324,13 @@ def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:
     if ordered:
         _effects.ordered_effects.add_type(effect_type)
         _effects.shardable_ordered_effects.add_type(effect_type)
+
+
+def wrap_batching_rules(of_cond: Any, of_while: Any) -> None:
+    """Put what is given in the place of the batching rules of `cond` and `while_loop`."""
+    rules = _batching.fancy_primitive_batchers
+    rules[jax.lax.cond_p] = of_cond(rules[jax.lax.cond_p])
+    rules[jax.lax.while_p] = of_while(rules[jax.lax.while_p])
 
 
 def hold_weakly(parameter: type) -> None:

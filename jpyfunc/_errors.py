@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import itertools
 import linecache
 import re
+import sys
 import threading
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 
@@ -77,6 +80,9 @@ class UnsupportedError(PyFuncError, NotImplementedError):
     """A transform that JAX forbids for this call, or a program that cannot be saved."""
 
 
+# Each holds the frames that it went through, with their arrays.
+MAX_ORIGINALS = 16
+
 _MARKER = re.compile(r"<py_func exception (\d+)>")
 
 
@@ -86,7 +92,7 @@ class _Originals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._kept: dict[int, BaseException] = {}
+        self._kept: OrderedDict[int, BaseException] = OrderedDict()
         self.blocks = 0
 
     def enter(self) -> None:
@@ -103,6 +109,8 @@ class _Originals:
         with self._lock:
             number = next(self._numbers)
             self._kept[number] = error
+            if len(self._kept) > MAX_ORIGINALS:  # those of programs that are long over
+                self._kept.popitem(last=False)
         return f"<py_func exception {number}>"
 
     def find(self, error: BaseException) -> BaseException | None:
@@ -129,8 +137,42 @@ def mark_crossing(error: BaseException) -> None:
     if _originals.blocks:
         original = _originals.find(error) or error
         raise RuntimeError(f"{safe}{_originals.keep(original)}") from None
-    if safe != text:
+    if safe != text or not _has_text(error):
         raise RuntimeError(safe) from None
+
+
+def _has_text(error: BaseException) -> bool:
+    """Whether `str(error)` is one: XLA ends the process where it raises."""
+    try:
+        str(error)
+    except Exception:  # noqa: BLE001 - from a method of the user's
+        return False
+    return True
+
+
+def pass_on_interrupt(error: BaseException) -> None:
+    """See to it that an interrupt of a body interrupts the program that called it.
+
+    XLA makes an ordinary error of it. So where the body was interrupted, the main thread is
+    once more, after the call has come back: as it is by the user's Ctrl-C.
+    """
+    if not isinstance(error, KeyboardInterrupt) or _originals.blocks:
+        return
+    main = threading.main_thread()
+    frame = sys._getframe(1)
+
+    def interrupt() -> None:
+        running = sys._current_frames().get(main.ident or 0)
+        while running is not None:
+            if running is frame:
+                timer = threading.Timer(0.001, interrupt)
+                timer.daemon = True
+                timer.start()
+                return
+            running = running.f_back
+        _thread.interrupt_main()
+
+    threading.Thread(target=interrupt, daemon=True).start()
 
 
 _LIBRARIES = ("jax", "jaxlib", "jpyfunc", "matplotlib", "numpy", "scipy")

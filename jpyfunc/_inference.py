@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import set_current_trace, take_current_trace
 
-from jpyfunc._body.tout import Leaf, Template, is_weak, kind_of
+from jpyfunc._body.tout import Leaf, Template, is_same_kind, is_weak, kind_of
 from jpyfunc._errors import InferenceError, ResultError, place_of
 from jpyfunc._traces.abstract import (
     MAX_DECISIONS,
@@ -165,7 +165,7 @@ def join(first: Template, second: Template, branch: str, name: str) -> Template:
         )
     leaves = []
     for i, (a, b) in enumerate(zip(first.leaves, second.leaves, strict=True)):
-        if a.shape != b.shape or (a.dtype != b.dtype and not (a.weak_type or b.weak_type)):
+        if a.shape != b.shape or not _may_join(a, b):
             raise InferenceError(
                 f"{name}: the sides of {branch} disagree on {first.path(i)}: if true, it "
                 f"is {b}, else {a}. Return the same on every side, or declare the one "
@@ -176,6 +176,18 @@ def join(first: Template, second: Template, branch: str, name: str) -> Template:
             dtype = jnp.result_type(_promotable(a), _promotable(b))
         leaves.append(Leaf(a.shape, dtype, a.weak_type and b.weak_type))
     return Template(first.tree, tuple(leaves))
+
+
+def _may_join(a: Leaf, b: Leaf) -> bool:
+    """Whether the dtypes are one, or a Python number takes that of an array."""
+    if a.dtype == b.dtype or (a.weak_type and b.weak_type):
+        return True
+    if not (a.weak_type or b.weak_type):
+        return False
+    weak, strong = (a, b) if a.weak_type else (b, a)
+    # A number of a wider kind would change arrays, which alone would be what they are.
+    kinds = kind_of(weak.dtype) or "", kind_of(strong.dtype) or ""
+    return kinds == ("i", "u") or is_same_kind(*kinds)
 
 
 def _promotable(leaf: Leaf) -> Any:

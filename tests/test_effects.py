@@ -7,7 +7,7 @@ import pytest
 from cases import log_huber
 
 import jpyfunc
-from jpyfunc import py_func
+from jpyfunc import UnsupportedError, py_func
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -224,3 +224,27 @@ def test_what_jax_forbids_is_refused_by_name(options, recorder, transform):
             transform(jax.vmap(f))(jnp.ones(3)), np.sin(1.0), rtol=1e-6
         )
     np.testing.assert_allclose(transform(f)(1.0), np.sin(1.0), rtol=1e-6)
+
+
+def test_a_batch_of_branches_or_turns_with_a_stateful_call_is_refused(recorder, transform):
+    """It would run bodies that the program does not take."""
+    f = recorder.body(stateful=True)
+    xs = jnp.array([1.0, -1.0])
+    words = r"stands in a .* under vmap.*jax\.lax\.map"
+    for program in (
+        lambda x: jax.lax.cond(x > 0, f, lambda x: x, x),
+        lambda x: jax.lax.switch((x > 0).astype(int), [f, lambda x: x], x),
+        lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: f(x) * 0 + x + 1, x),
+    ):
+        with pytest.raises(UnsupportedError, match=words):
+            transform(jax.vmap(program))(xs)
+        assert recorder.values() == []
+    # What is the same for all elements may stand there.
+    turns = jax.vmap(lambda x: jax.lax.fori_loop(0, 2, lambda i, x: f(x) * 0 + x + 1, x))
+    assert transform(turns)(xs).tolist() == [3.0, 1.0]
+    assert recorder.values() == [1.0, -1.0, 2.0, 0.0]
+    taken = jax.vmap(lambda p, x: jax.lax.cond(p, f, lambda x: x, x), (None, 0))
+    transform(taken)(True, xs)
+    assert recorder.values()[4:] == [1.0, -1.0]
+    transform(taken)(False, xs)
+    assert len(recorder.values()) == 6

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import serialize_executable
+from programs import run_program
 
 import jpyfunc
 from jpyfunc import UnsupportedError, py_func, raise_original
@@ -216,3 +217,63 @@ def test_texts_that_xla_cannot_carry(text):
     with pytest.raises(OSError) as info, raise_original():  # noqa: PT011 - compared below
         f(1.0)
     assert info.value.args == (text,)
+
+
+@pytest.mark.parametrize("text", ["raise RuntimeError('no text')", "return 3"])
+def test_an_exception_without_a_text_is_an_error(text):
+    """XLA would end the process."""
+    out = run_program(
+        f"""
+        import jax, jax.numpy as jnp
+        from jpyfunc import py_func, raise_original
+
+        class Textless(Exception):
+            def __str__(self):
+                {text}
+
+        def fail(x):
+            raise Textless
+
+        f = jax.jit(py_func(fail, Tout=jax.ShapeDtypeStruct((), jnp.float32)))
+        for _ in range(2):
+            try:
+                f(1.0).block_until_ready()
+            except Exception as error:
+                print(type(error).__name__, "Textless" in str(error))
+            try:
+                with raise_original():
+                    f(1.0).block_until_ready()
+            except Textless:
+                print("original")
+        """,
+        limit=60,
+    )
+    lines = out.split("\n")[:-1]
+    assert lines[1::2] == ["original"] * 2
+    assert all(line.endswith("Error True") for line in lines[::2])
+
+
+def test_an_interrupt_of_a_body_interrupts_the_program():
+    out = run_program(
+        """
+        import time, jax, jax.numpy as jnp
+        from jpyfunc import py_func
+
+        def interrupted(x):
+            raise KeyboardInterrupt
+
+        f = jax.jit(py_func(interrupted, Tout=jax.ShapeDtypeStruct((), jnp.float32)))
+        for _ in range(2):
+            try:
+                try:
+                    f(1.0).block_until_ready()
+                except Exception:
+                    pass
+                time.sleep(10)
+                print("swallowed")
+            except KeyboardInterrupt:
+                print("interrupted")
+        """,
+        limit=60,
+    )
+    assert out.split() == ["interrupted"] * 2

@@ -208,13 +208,13 @@ def sides(true, false):
         (lambda x: 1.5, lambda x: 0, "float32"),
         (lambda x: x.astype("int8"), lambda x: 0, "int8"),
         (lambda x: x.astype("uint8"), lambda x: 0, "uint8"),
-        (lambda x: x.astype("int32"), lambda x: 0.5, "float32"),
         (lambda x: x > 1, lambda x: True, "bool"),
-        (lambda x: 1j, lambda x: x.astype("float32"), "complex64"),
     ],
 )
-def test_a_python_scalar_on_one_side_takes_the_dtype_of_the_other(true, false, dtype):
-    f = jax.jit(py_func(sides(true, false)))
+def test_a_python_scalar_on_one_side_takes_the_dtype_of_the_other(
+    true, false, dtype, transform
+):
+    f = transform(py_func(sides(true, false)))
     for value in (2, -2):
         x = jnp.asarray(value, jnp.bfloat16)
         assert f(x).dtype == jnp.dtype(dtype)
@@ -475,3 +475,35 @@ def test_a_body_may_wait_for_a_thread_that_infers():
         return x * y
 
     assert jax.jit(py_func(body))(2.0) == 8.0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, n: x.sum(n),
+        lambda x, n: jnp.stack([x for _ in range(n)]),
+        lambda x, n: sum((x * i for i in range(n + 1)), x),
+        lambda x, n: x[n],
+        lambda x, n: jnp.zeros((n, 2)) + x[0, 0],
+        lambda x, n: x if n > 0 else "nothing",
+    ],
+)
+def test_a_python_number_that_is_no_traced_value_keeps_it(body):
+    """As a size, an axis or an index, it is known where shapes are inferred."""
+    x = jnp.arange(6.0).reshape(2, 3)
+    check_same(jax.jit(lambda x: py_func(body, [x, 1]))(x), body(x, 1))
+    check_same(jax.jit(lambda x: py_func(body)(x, n=1))(x), body(x, 1))
+
+
+@pytest.mark.parametrize(
+    ("true", "false"),
+    [
+        (lambda x: x.astype("int32"), lambda x: 0.5),
+        (lambda x: 1j, lambda x: x.astype("float32")),
+        (lambda x: x > 0, lambda x: 0),
+    ],
+)
+def test_a_python_scalar_of_a_wider_kind_disagrees(true, false):
+    """Eagerly one side is an int32, where the other would make it a float32 under jit."""
+    with pytest.raises(InferenceError, match="disagree on result"):
+        jax.jit(py_func(sides(true, false)))(jnp.float32(1.0))

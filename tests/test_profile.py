@@ -114,7 +114,7 @@ def test_bytes_of_operands_and_results(transform):
 
 
 def test_exceptions_are_counted_and_pass(transform):
-    @py_func(Tout=SCALAR, vmap_method="sequential")
+    @py_func(Tout=SCALAR)
     def picky(x):
         if x < 0:
             raise ValueError("negative")
@@ -134,7 +134,7 @@ def test_exceptions_are_counted_and_pass(transform):
 
 
 def test_a_batch_ends_with_the_element_that_raises():
-    @py_func(Tout=SCALAR)
+    @py_func(Tout=SCALAR, vmap_method="sequential")
     def picky(x):
         if x == 2:
             raise ValueError("two")

@@ -1,5 +1,6 @@
 """`Tout`: its forms, the structure of the results, the check of what a body returns."""
 
+import array
 import collections
 import re
 
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jpyfunc import ResultError, py_func, raise_original
+from jpyfunc import ResultError, numpy_func, py_func, raise_original
 
 Struct = jax.ShapeDtypeStruct
 F32 = Struct((), jnp.float32)
@@ -273,3 +274,68 @@ def test_a_result_that_was_refused_leaves_the_function_usable(transform):
         g(1.0)
     good.append(True)
     assert g(1.0) == 1
+
+
+f32 = jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("body", "tout", "want"),
+    [
+        (lambda x: Pair(x, x + 1), (f32, f32), (1.0, 2.0)),
+        (lambda x: collections.OrderedDict(b=x, a=x + 1), {"a": f32, "b": f32},
+         {"a": 2.0, "b": 1.0}),
+        (lambda x: {"b": x, "a": x + 1}, collections.OrderedDict(a=f32, b=f32),
+         collections.OrderedDict(a=2.0, b=1.0)),
+        (lambda x: x + 1, [f32], [2.0]),
+        (lambda x: 3, [f32], [3.0]),
+        (lambda x: {"a": x + 1}, {"a": [f32]}, {"a": [2.0]}),
+        (lambda x: memoryview(np.ones((), np.float32)), f32, 1.0),
+        (lambda x: array.array("f", [1.0, 2.0]), Struct((2,), f32), np.arange(1.0, 3)),
+        (lambda x: np.array(3.0, ">f4"), f32, 3.0),
+    ],
+)  # fmt: skip
+def test_results_as_jax_and_tensorflow_take_them(body, tout, want, transform):
+    exact = jax.tree.map(
+        lambda leaf: leaf if hasattr(leaf, "shape") else jax.ShapeDtypeStruct((), leaf),
+        tout,
+    )
+    got = transform(py_func(body, Tout=exact))(1.0)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_operands_of_another_byte_order_are_converted(transform):
+    x = np.arange(3).astype(">f4")
+    got = transform(
+        lambda: py_func(lambda x: x * 2, [x], jax.ShapeDtypeStruct((3,), f32))
+    )()
+    assert got.tolist() == [0, 2, 4]
+
+
+def test_a_ref_is_refused_by_name(transform):
+    f = transform(py_func(lambda x: jax.new_ref(x), Tout=jax.ShapeDtypeStruct((), f32)))
+    with pytest.raises(ResultError, match=r"got a jax.Ref.*ref\[...\]"), raise_original():
+        jax.block_until_ready(f(1.0))
+
+
+@pytest.mark.parametrize("wrap", [py_func, numpy_func])
+def test_tangents_of_integers_pass(wrap, transform):
+    """`float0` arrays have a shape and no data, and do not cross."""
+    shapes = []
+
+    def body(x, z):
+        shapes.append((z.shape, z.dtype))
+        return x * 2
+
+    zeros = np.zeros((3,), jax.dtypes.float0)
+
+    def call(x, z):
+        return wrap(body, [x, z], F32, vmap_method="sequential")
+
+    assert transform(lambda x: call(x, zeros))(1.0) == 2.0
+    assert (
+        transform(jax.vmap(lambda x, z: call(x, z)))(jnp.ones(3), zeros).tolist()
+        == [2.0] * 3
+    )
+    assert shapes == [((3,), jax.dtypes.float0)] + [((), jax.dtypes.float0)] * 3

@@ -62,6 +62,17 @@ class Key:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Float0:
+    """A leaf of the arguments that has a shape and nothing in it: an integer's tangent."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def value(self) -> np.ndarray:
+        return np.zeros(self.shape, jax.dtypes.float0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Rules:
     """How a `numpy_func` is differentiated: functions, made `hashable`, or None."""
 
@@ -78,8 +89,8 @@ class Primal:
         func: the function, made `hashable`.
         name: its name, for errors and profiles.
         tree: structure of its `(args, kwargs)`.
-        leaves: one per leaf of `tree`: a `Static`, or what the next operand is: a `Key`,
-            or None for any other array.
+        leaves: one per leaf of `tree`: a `Static`, a `Float0`, or what the next operand
+            is: a `Key`, or None for any other array.
         template: what it returns, complete.
         in_avals: the operands; the data of a PRNG key stands for the key.
         numpy: whether it takes and returns NumPy arrays.
@@ -92,7 +103,7 @@ class Primal:
     func: Any
     name: str
     tree: Any
-    leaves: tuple[Static | Key | None, ...]
+    leaves: tuple[Static | Float0 | Key | None, ...]
     template: Template
     in_avals: Avals
     numpy: bool
@@ -150,14 +161,14 @@ class Primal:
             self.tree,
             [
                 next(rest)
-                if as_they_are and not isinstance(leaf, Static)
+                if as_they_are and not isinstance(leaf, Static | Float0)
                 else self._argument(leaf, rest)
                 for leaf in self.leaves
             ],
         )
 
     def _argument(self, leaf: Any, operands: Any) -> Any:
-        if isinstance(leaf, Static):
+        if isinstance(leaf, Static | Float0):
             return unwrapped(leaf.value)
         operand = next(operands)
         if isinstance(leaf, Key):

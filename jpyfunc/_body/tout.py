@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -266,13 +267,18 @@ def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
     parts, top = jax.tree_util.tree_flatten_with_path(
         result, is_leaf=lambda x: x is not result
     )
-    sequences = (list, tuple)
-    if kind[0] in sequences:
-        same = type(result) in sequences and len(parts) == len(children)
+    if kind[0] in (list, tuple):
+        if len(children) == 1 and _is_one(result):
+            return _match(children[0], result, path, name)  # as TensorFlow takes it
+        same = isinstance(result, list | tuple) and len(parts) == len(children)
         expected = f"{kind[0].__name__} of {len(children)}"
+    elif issubclass(kind[0], dict) and isinstance(result, dict):
+        same = set(result) == set(_keys(kind))
+        parts = [((jax.tree_util.DictKey(k),), result.get(k)) for k in _keys(kind)]
+        expected = f"{kind[0].__name__} with keys {_keys(kind)}"
     else:
         same = top.node_data() == kind
-        keys = f" with keys {kind[1]}" if kind[0] is dict else ""
+        keys = f" with keys {_keys(kind)}" if issubclass(kind[0], dict) else ""
         expected = f"{kind[0].__name__}{keys}"
     if not same:
         raise _structure_error(name, path, expected, result)
@@ -281,6 +287,18 @@ def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
         for (key, part), child in zip(parts, children, strict=True)
         for leaf in _match(child, part, path + jax.tree_util.keystr(key), name)
     ]
+
+
+def _is_one(result: Any) -> bool:
+    """Whether a result is an array, or what stands for one that is no list."""
+    return isinstance(result, bool | int | float | complex) or hasattr(result, "dtype")
+
+
+def _keys(kind: Any) -> list[Any]:
+    """The keys of a `dict` or a class derived of it, in the order of its leaves."""
+    if issubclass(kind[0], defaultdict):
+        return list(kind[1][1])  # what makes the default comes first
+    return list(kind[1])
 
 
 def _structure_error(name: str, path: str, expected: str, got: Any) -> ResultError:
@@ -340,6 +358,17 @@ def _check_range(array: np.ndarray, dtype: Any, where: Callable[[], str]) -> Non
         )
 
 
+def _is_buffer(value: Any) -> bool:
+    """Whether NumPy can read the memory of `value`, which is no array."""
+    if isinstance(value, bytes | np.ndarray | np.generic) or hasattr(value, "__array__"):
+        return False
+    try:
+        memoryview(value)
+    except TypeError:
+        return False
+    return True
+
+
 def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
     """`value` as a NumPy or JAX array, and whether its dtype is weak.
 
@@ -362,6 +391,13 @@ def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
                 f"{where()}: expected an array, got a {type(value).__name__} that does "
                 f"not make one ({error})."
             ) from error
+    elif isinstance(value, jax.Ref):
+        raise ResultError(
+            f"{where()}: expected an array, got a jax.Ref, which ends with the body. "
+            "Return what it holds: ref[...]."
+        )
+    elif _is_buffer(value):
+        array = np.asarray(memoryview(value))
     elif isinstance(value, bool | int | float | complex) or hasattr(value, "__array__"):
         weak = not hasattr(value, "__array__")  # np.float64 is a float too
         array = np.asarray(value)

@@ -14,7 +14,7 @@ from jax.extend.core import set_current_trace
 from jpyfunc import _compat
 from jpyfunc._body.closure import held
 from jpyfunc._body.derived import Body
-from jpyfunc._errors import UnsupportedError, mark_crossing
+from jpyfunc._errors import UnsupportedError, mark_crossing, pass_on_interrupt
 from jpyfunc._host.evaluate import evaluate_with
 from jpyfunc._host.profile import Run, annotated, measure_body, open_profiles
 from jpyfunc._traces.on_device import OnDevice
@@ -60,6 +60,7 @@ class HostCall:
                 results = evaluate_with(self._body, operands, device, run)
             return tuple(np.asarray(result) for result in results)
         except BaseException as error:
+            pass_on_interrupt(error)
             mark_crossing(error)
             raise
         finally:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from jpyfunc import _compat
 from jpyfunc._body.derived import Batch, Body, batch_of, ticket_of, widen
 from jpyfunc._body.primal import Primal
 from jpyfunc._errors import UnsupportedError
-from jpyfunc._primitive.primitive import Params, bind
+from jpyfunc._primitive.primitive import Params, StatefulEffect, bind
 
 Batched = tuple[list[Any], Body]
 
@@ -47,6 +48,72 @@ def _py_func_batching(
     new_operands, body = BATCHERS[params.vmap_method](params.body, leading, size, batched)
     results = bind(new_operands, dataclasses.replace(params, body=body))
     return results, [0] * len(results)
+
+
+def refusing_in_cond(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The batching rule of `cond`, which computes all branches where elements differ.
+
+    Raises:
+        UnsupportedError: a branch has a stateful call, which would run where not taken.
+    """
+
+    def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
+        if dims[0] is not None:
+            _refuse_stateful(
+                "cond or switch", "branches that it does not take", params["branches"]
+            )
+        return rule(axis_data, operands, dims, **params)
+
+    return batch
+
+
+def refusing_in_while(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The batching rule of `while_loop`, which turns until the last element is done.
+
+    Raises:
+        UnsupportedError: elements may end at different turns, and it has a stateful call.
+    """
+
+    def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
+        test, body = params["cond_jaxpr"], params["body_jaxpr"]
+        batched = [d is not None for d in dims]
+        n, m = params["cond_nconsts"], params["body_nconsts"]
+        of_test, of_body, carry = batched[:n], batched[n : n + m], batched[n + m :]
+        for _ in carry:
+            carry = [
+                a or b for a, b in zip(carry, _batched(body, of_body + carry), strict=True)
+            ]
+        if _batched(test, of_test + carry)[0]:
+            _refuse_stateful("while_loop", "turns of elements that are done", (test, body))
+        return rule(axis_data, operands, dims, **params)
+
+    return batch
+
+
+def _batched(jaxpr: Any, operands: Sequence[bool]) -> list[bool]:
+    """Which results of a jaxpr depend on operands that are batched."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    live = {id(v) for v, b in zip(inner.invars, operands, strict=True) if b}
+    for eqn in inner.eqns:
+        into = [id(v) in live for v in eqn.invars]
+        of_jit = eqn.primitive is _compat.jit_p
+        out = (
+            _batched(eqn.params["jaxpr"], into)
+            if of_jit
+            else [any(into)] * len(eqn.outvars)
+        )
+        live |= {id(v) for v, b in zip(eqn.outvars, out, strict=True) if b}
+    return [id(v) in live for v in inner.outvars]
+
+
+def _refuse_stateful(what: str, where: str, jaxprs: Sequence[Any]) -> None:
+    for effect in (e for jaxpr in jaxprs for e in jaxpr.effects):
+        if isinstance(effect, StatefulEffect):
+            raise UnsupportedError(
+                f"{effect.name} is stateful and stands in a {what} under vmap, which would "
+                f"run it for {where}. Loop over the elements with jax.lax.map, or make the "
+                "call pure."
+            )
 
 
 def _sequential(

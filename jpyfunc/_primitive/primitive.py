@@ -25,8 +25,8 @@ py_func_p.multiple_results = True
 class Params:
     """The one parameter of a bind of `py_func_p`.
 
-    JAX holds it weakly in its caches, so that a body goes when the programs do that call it, and
-    find it while there is one that is equal: so equal ones that live are one.
+    JAX holds it weakly in its caches, so that a body goes when the programs do that call
+    it. They find it while it lives, so equal ones that live are one.
 
     Attributes:
         body: what runs on the host.

@@ -8,7 +8,11 @@ from jpyfunc._primitive.autodiff import (
     _py_func_jvp,
     _py_func_transpose,
 )
-from jpyfunc._primitive.batching import _py_func_batching
+from jpyfunc._primitive.batching import (
+    _py_func_batching,
+    refusing_in_cond,
+    refusing_in_while,
+)
 from jpyfunc._primitive.lowering import _py_func_lowering
 from jpyfunc._primitive.primitive import (
     _py_func_abstract_eval,
@@ -23,6 +27,7 @@ py_func_p.def_effectful_abstract_eval(_py_func_abstract_eval)
 ad.primitive_jvps[py_func_p] = _py_func_jvp
 ad.primitive_transposes[py_func_p] = _py_func_transpose
 batching.primitive_batchers[py_func_p] = _py_func_batching
+_compat.wrap_batching_rules(refusing_in_cond, refusing_in_while)
 _compat.register_dce(py_func_p, _py_func_dce)
 CALLS[py_func_p] = _py_func_call
 HAVE_RULES[py_func_p] = lambda params: params["params"].body.primal.rules is not None

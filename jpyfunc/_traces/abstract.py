@@ -13,10 +13,11 @@ from jax.extend.core import jaxprs_in_params, set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._errors import line_of, place_of_frame, user_frame
-from jpyfunc._traces.operations import with_weak_type
+from jpyfunc._traces.operations import calls_host, with_weak_type
 
 # A loop on an abstract condition is one decision per turn, and may never end.
 MAX_DECISIONS = 64
+MAX_CONSTANT = 64  # elements of an array that is computed where it is known
 
 
 class Undecided(BaseException):
@@ -126,6 +127,9 @@ class AbstractTrace(Trace):
             self.refuse(f"an operation has an effect ({primitive.name})")
         outs = outs if primitive.multiple_results else [outs]
         jaxpr = params.get("jaxpr")
+        if not effects and _is_constant(primitive, tracers, params, outs):
+            with set_current_trace(_compat.eval_trace):
+                return primitive.bind(*tracers, **params)
         if primitive is _compat.jit_p and any(map(is_abstract, jaxpr.consts)):
             results = self._note(
                 _compat.opened(jaxpr), [*jaxpr.consts, *tracers], outs, _size(jaxpr)
@@ -169,6 +173,18 @@ class AbstractTrace(Trace):
             )(*(with_weak_type(jax.typeof(x)) for x in operands))
         operands = [*closed.consts, *operands]
         return self._note(_compat.opened(closed), operands, closed.out_avals, _size(closed))
+
+
+def _is_constant(
+    primitive: Any, operands: Sequence[Any], params: dict[str, Any], outs: Sequence[Any]
+) -> bool:
+    """Whether an operation is of values that are known, and small, as sizes and axes are."""
+    return (
+        not any(isinstance(x, Tracer) for x in operands)
+        and all(aval.size <= MAX_CONSTANT for aval in outs)
+        and not (primitive.name == "py_func" or "callback" in primitive.name)
+        and not any(map(calls_host, jaxprs_in_params(params)))
+    )
 
 
 def _size(jaxpr: Any) -> int:

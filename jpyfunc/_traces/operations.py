@@ -108,7 +108,7 @@ class Operation:
                 closed = jax.make_jaxpr(function)(*avals)
             except Exception:  # noqa: BLE001 - it may have no rule; else it is raised later
                 return None
-        return None if _calls_host(closed) else jax.jit(function)
+        return None if calls_host(closed) else jax.jit(function)
 
     @property
     def has_rules(self) -> bool:
@@ -459,12 +459,12 @@ def has_rules(jaxpr: Any) -> bool:
     )
 
 
-def _calls_host(jaxpr: Any) -> bool:
+def calls_host(jaxpr: Any) -> bool:
     """Whether a jaxpr has an effect, or calls the host."""
     return bool(jaxpr.effects) or any(
         eqn.primitive.name == "py_func"
         or "callback" in eqn.primitive.name
-        or any(map(_calls_host, jaxprs_in_params(eqn.params)))
+        or any(map(calls_host, jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )
 
