@@ -37,7 +37,7 @@ from jpyfunc._primitive.batching import BATCHERS
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._stage import Tree, emit, stage, warn_if_large
 from jpyfunc._symbol import Symbol, noting
-from jpyfunc._traces.batched import CannotBatch, is_batched, running_batch
+from jpyfunc._traces.batched import is_batched, running_batch
 from jpyfunc._traces.running import runs_now
 from jpyfunc._traces.taped import is_taped
 
@@ -439,8 +439,9 @@ class PyFunc:
         """Call the function here and now, with the checks that a bind has."""
         if self._numpy and any(map(is_taped, leaves)):
             raise not_differentiable(self._where)
-        if self._stateful and running_batch():
-            raise CannotBatch
+        batch = running_batch()
+        if batch and self._stateful:
+            batch.cannot()
         if self._ordered:
             jax.effects_barrier()  # what was dispatched before it runs before it
         arrays = [
@@ -462,7 +463,7 @@ class PyFunc:
         args, kwargs = jax.tree.unflatten(tree, arrays)
         batch = running_batch()
         if batch and template is not None and not template.leaves:
-            raise CannotBatch  # it is stateful
+            batch.cannot()  # it is stateful
         note(runs=1, elements=len(batch.part.rows) - 1 if batch else 0)
         result = run(self.__name__, self._func, *args, **kwargs)
         if template is None:
@@ -471,7 +472,7 @@ class PyFunc:
                 # On another branch it may be an array, whose dtype it then takes.
                 template = self._inferred_now(arrays, tree, template, result)
         if not template.leaves and batch:
-            raise CannotBatch
+            batch.cannot()
         outputs = [
             # A declared dtype is a strong one, and what the body returned on the host
             # becomes an array of the caller's device.

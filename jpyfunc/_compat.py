@@ -70,6 +70,11 @@ def current_settings() -> tuple[Any, ...]:
     return tuple(state.value for state in SETTINGS)
 
 
+def is_debugging() -> bool:
+    """Whether JAX raises where an operation gives NaN or infinity."""
+    return _config.debug_nans.value or _config.debug_infs.value
+
+
 def enter_settings(values: Sequence[Any], device: Device) -> list[Any]:
     """Put `values` in force on this thread, with `device` as default and no mesh.
 

@@ -1,6 +1,8 @@
 """`vmap` by branch: the answers of one element at a time, in as few runs as can be."""
 
+import gc
 import math
+import threading
 import warnings
 
 import jax
@@ -444,6 +446,113 @@ def test_an_array_that_a_body_keeps_for_its_next_run(transform):
 
     got = transform(jax.vmap(by_branch(body)))(xs)
     assert_close(got, jnp.where(xs > 2, xs * 2, xs))
+
+
+def catches_all(x):
+    try:
+        return jax.pure_callback(lambda x: np.asarray(2 * x), SCALAR, x) if x > 2 else x
+    except BaseException:  # noqa: BLE001 - as a careless body may
+        return -x
+
+
+def reads_elsewhere(x):
+    found = []
+    large = x > 2
+    thread = threading.Thread(target=lambda: found.append(_truth(large)))
+    thread.start()
+    thread.join()
+    return x * 2 if found[0] else x
+
+
+def _truth(value):
+    try:
+        return bool(value)
+    except TypeError:
+        return False
+
+
+def of_rule(x):
+    @jax.custom_batching.custom_vmap
+    def double(x):
+        return x * 2
+
+    @double.def_vmap
+    def _(size, batched, x):
+        raise AssertionError("seen")
+
+    return jax.jit(double)(x) if x > 2 else x
+
+
+@pytest.mark.parametrize("body", [catches_all, reads_elsewhere, of_rule])
+def test_a_body_that_hides_what_cannot_be_batched(body, transform):
+    got = transform(jax.vmap(by_branch(body)))(xs)
+    assert_close(got, jnp.where(xs > 2, xs * 2, xs))
+
+
+def test_a_branch_that_is_not_taken_is_not_computed(transform):
+    def body(x):
+        grown = lambda x: jax.lax.while_loop(lambda c: c < 100, lambda c: c * 2, x)  # noqa: E731
+        return jax.lax.cond(x > 0, grown, lambda x: x, x)
+
+    x = jnp.array([-1.0, 2.0, 3.0])
+    assert transform(jax.vmap(by_branch(body)))(x).tolist() == [-1, 128, 192]
+    jitted = by_branch(lambda x: jax.jit(body)(x))
+    assert transform(jax.vmap(jitted))(x).tolist() == [-1, 128, 192]
+    slope = by_branch(lambda x: jax.lax.cond(x > 0, jnp.sqrt, lambda x: x * 2, x))
+    got = transform(jax.vmap(jax.grad(slope)))(x)
+    assert_close(got, jnp.where(x > 0, 0.5 / jnp.sqrt(jnp.abs(x)), 2.0))
+
+
+def test_an_exception_for_nan_is_that_of_the_element(transform):
+    def body(x):
+        try:
+            return jnp.log(x) * 0 + 2 * x
+        except FloatingPointError:
+            return x
+
+    x = jnp.array([-1.0, 1.0, 2.0])
+    with jax.debug_nans(True):
+        assert transform(jax.vmap(by_branch(body)))(x).tolist() == [-1, 2, 4]
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_random_numbers_are_those_of_each_key(impl, transform):
+    keys = jax.random.split(jax.random.key(0, impl=impl), 5)
+    body = lambda key: jax.random.uniform(key) * 2  # noqa: E731
+    assert_close(transform(jax.vmap(by_branch(body)))(keys), loop(body, keys))
+
+
+def test_the_exception_is_that_of_the_first_element(transform):
+    def body(x):
+        if x < 0:
+            raise ValueError("negative")
+        if x > 100:
+            raise KeyError("large")
+        return x
+
+    program = transform(jax.vmap(by_branch(body)))
+    with pytest.raises(KeyError) as caught, jpyfunc.raise_original():
+        jax.block_until_ready(program(jnp.array([200.0, -1, -2, -3])))
+    if transform is not jax.jit:  # where JAX's error comes between
+        assert caught.value.__context__ is None
+
+
+def test_what_is_kept_is_of_the_elements_that_stayed():
+    """Before the split, arrays are of all elements; a run keeps rows of its own."""
+
+    def body(x):
+        y = jnp.exp(jnp.sin(x)) * x
+        return y.sum() if x[0] > 0 else (y * y).sum()
+
+    f = jax.jit(jax.vmap(jax.grad(by_branch(body))))
+    x = jnp.concatenate([jnp.ones((8, 1000)), -jnp.ones((8, 1000))])
+    gc.collect()
+    before = sum(a.nbytes for a in jax.live_arrays("cpu"))
+    with profile() as prof:
+        jax.block_until_ready(f(x))
+    gc.collect()
+    added = sum(a.nbytes for a in jax.live_arrays("cpu")) - before
+    assert added <= prof.as_dict()["body"]["forward"]["bytes_kept"]
 
 
 def test_what_runs_by_branch_by_default():

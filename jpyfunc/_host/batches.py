@@ -22,6 +22,8 @@ from jpyfunc._traces.branches import Branches
 from jpyfunc._traces.cache import Cache
 
 MAX_BYTES = 2**26  # of operands and results that a run by branch begins with
+# Of one element, whose operations take longer than Python does: they fit a cache alone.
+MAX_ELEMENT = 2**17
 
 
 def evaluate_batch(
@@ -241,7 +243,8 @@ class _Result:
 
 
 def _by_branch(elements: _Elements) -> None:
-    if _is_scattered(elements):
+    is_large = ticket_of(elements.base) is None and elements.nbytes > MAX_ELEMENT
+    if is_large or _compat.is_debugging() or _is_scattered(elements):
         elements.run_each(range(elements.count))
         return
     most = max(1, MAX_BYTES // max(1, elements.nbytes))
@@ -302,14 +305,12 @@ def _run_part(elements: _Elements, root: Part) -> int:
         if len(part.rows) == 1 and part is not root:
             elements.run_each(part.rows.tolist())
             continue
-        try:
-            with batch.running(part, log):
-                values = elements.run(operands)
-        except (CannotBatch, Exception):  # noqa: BLE001 - raised again, if it is theirs
+        values = _attempt(elements, batch, part, log, operands)
+        if values is None:
             # As it would have been from the start, its exception included.
             note(elements=-1)
             rest = [batch.part, *(part for part, _ in waiting + batch.waiting)]
-            elements.run_each(row for part in rest for row in part.rows.tolist())
+            elements.run_each(sorted(row for part in rest for row in part.rows.tolist()))
             _remember(elements, None)
             return elements.count
         elements.put(batch, values)
@@ -317,6 +318,27 @@ def _run_part(elements: _Elements, root: Part) -> int:
         waiting += batch.waiting
         batch.waiting = []
     return runs
+
+
+def _attempt(
+    elements: _Elements, batch: Branches, part: Part, log: Any, operands: Sequence[Any]
+) -> list[Any] | None:
+    """The results of a run on a part, or None if they are not those of its elements."""
+    batch.refused = False
+    try:
+        with batch.running(part, log):
+            values = elements.run(operands)
+    except (CannotBatch, Exception):  # noqa: BLE001 - raised again, if it is theirs
+        return None
+    except BaseException as error:
+        numbers = [batch.number(row) for row in batch.part.rows[:6].tolist()]
+        more = ", ..." if len(batch.part.rows) > 6 else ""
+        error.add_note(
+            f"{elements.base.primal.label} ran on elements "
+            f"{', '.join(map(str, numbers))}{more} of a batch."
+        )
+        raise
+    return None if batch.refused else values
 
 
 # The bodies that are not run by branch: for batches of up to a power of two, or any.

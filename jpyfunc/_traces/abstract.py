@@ -178,7 +178,7 @@ class AbstractTrace(Trace):
 def _is_constant(
     primitive: Any, operands: Sequence[Any], params: dict[str, Any], outs: Sequence[Any]
 ) -> bool:
-    """Whether an operation is of values that are known, and small, as sizes and axes are."""
+    """Whether an operation is of known values, and small, as sizes and axes are."""
     return (
         not any(isinstance(x, Tracer) for x in operands)
         and all(aval.size <= MAX_CONSTANT for aval in outs)

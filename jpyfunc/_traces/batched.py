@@ -115,10 +115,15 @@ class Batched(Tracer):
             self._cut = (part, rows_of(self.value, part.pad(index)))
         return self._cut[1]
 
+    def settled(self, part: Part) -> Batched:
+        """It for the elements of `part` alone."""
+        return self if self.part is part else Batched(self._trace, part, self.on(part))
+
     def _rows(self) -> tuple[Any, np.ndarray]:
         """The trace that runs, and the array of its part, without padding."""
         batch = running_batch()
         if batch is None:
+            self._trace.refused = True  # if it runs still, on another thread
             raise TypeError(
                 "An array of many elements of a batch is read after the run of the body "
                 'that made it. Run the body once per element: vmap_method="sequential".'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -32,6 +32,8 @@ class Branches(Running):
     Attributes:
         part: the elements that run now.
         waiting: the parts that were split off, each with the operations before.
+        refused: whether something could not be done for many elements, so that what the
+            run returns is nothing; the body may have caught the exception.
         sizes: the axes of the batch.
     """
 
@@ -40,6 +42,7 @@ class Branches(Running):
         self.sizes = sizes
         self.part: Part
         self.waiting: list[tuple[Part, list[Entry]]] = []
+        self.refused = False
         self._log: list[Entry] = []
         self._done = 0  # how many operations of the log this run has come to
         self._nbytes = 0  # of the results in the log
@@ -54,6 +57,11 @@ class Branches(Running):
                 yield
         finally:
             self._log = []
+
+    def cannot(self) -> NoReturn:
+        """End a run that cannot be of many elements."""
+        self.refused = True
+        raise CannotBatch
 
     def number(self, row: int) -> int | tuple[int, ...]:
         """What the user calls an element."""
@@ -106,13 +114,13 @@ class Branches(Running):
         values = [x.on(part) if type(x) is Batched else x for x in operands]
         if 0 not in axes:
             if operation.is_stateful:
-                raise CannotBatch
+                self.cannot()
             with enter_batch(None):
                 results = run(self.parent, operation, values)
         else:
             function = None if operation.is_wide else operation.batched(axes)
             if function is None:
-                raise CannotBatch
+                self.cannot()
             if self.move is not None:
                 values = [self.move(x) for x in values]
             with set_current_trace(_compat.eval_trace):
@@ -130,10 +138,12 @@ class Branches(Running):
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive is _compat.stop_gradient_p:
             return tracers[0]
+        if "debug" in primitive.name:  # once for each element, whatever it prints
+            self.cannot()
         return super().process_primitive(primitive, tracers, params)
 
     def apply_uncacheable(self, loose: Loose, operands: Sequence[Any]) -> list[Any]:
-        raise CannotBatch
+        self.cannot()
 
     def process_custom_jvp_call(
         self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **_: Any
@@ -150,7 +160,7 @@ class Branches(Running):
             return fun.call_wrapped(*operands)
 
     def process_shard_map(self, *_: Any, **__: Any) -> Any:
-        raise CannotBatch
+        self.cannot()
 
 
 def _is_same(x: Any, before: Any) -> bool:

@@ -108,7 +108,10 @@ class Operation:
                 closed = jax.make_jaxpr(function)(*avals)
             except Exception:  # noqa: BLE001 - it may have no rule; else it is raised later
                 return None
-        return None if calls_host(closed) else jax.jit(function)
+            inner = jax.make_jaxpr(self.call)(*self.avals)
+        if calls_host(closed) or not _is_uniform(inner):
+            return None
+        return jax.jit(function)
 
     @property
     def has_rules(self) -> bool:
@@ -467,6 +470,26 @@ def calls_host(jaxpr: Any) -> bool:
         or any(map(calls_host, jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )
+
+
+def _is_uniform(jaxpr: Any) -> bool:
+    """Whether many at once are what each is alone, at about the cost.
+
+    A `cond` is not, all of whose branches are computed, nor generators of random numbers
+    other than threefry, nor what has a rule of the user's.
+    """
+    return all(
+        eqn.primitive.name not in ("cond", "custom_vmap_call", "rng_bit_generator")
+        and not any(map(_is_other_key, eqn.invars))
+        and all(map(_is_uniform, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _is_other_key(variable: Any) -> bool:
+    dtype = getattr(variable.aval, "dtype", None)
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key) if dtype is not None else False
+    return is_key and str(dtype) != "key<fry>"
 
 
 def _is_cheap(jaxpr: Any) -> bool:

@@ -65,10 +65,13 @@ class Record:
         self.wrt = wrt
         self._of = [x.slot if tape.owns(x) else None for x in results]
         self.values = [x.value if tape.owns(x) else x for x in results]
-        self._at = at
+        self._at = list(at)
         self._tape = tape.parent if is_tape(tape.parent) else None
         batch = running_batch()
         self.part = batch.part if batch else None
+        if batch:  # of the elements that left meanwhile, nothing is kept
+            for values in self._values():
+                values[:] = [x.settled(batch.part) if is_batched(x) else x for x in values]
 
     def arrays(self) -> Iterator[Any]:
         """Every array that it keeps, some more than once."""
@@ -76,7 +79,7 @@ class Record:
             for x in values:
                 yield x.value if is_batched(x) else x
 
-    def _values(self) -> Iterator[Sequence[Any]]:
+    def _values(self) -> Iterator[list[Any]]:
         for note in self._notes:
             yield note.values
             yield note.residuals

@@ -72,6 +72,10 @@ class Running(Trace):
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive is _compat.jit_p:
             return self._call_jitted(params["jaxpr"], tracers)
+        if primitive is jax.lax.cond_p:
+            # The branch that is taken, of which elements of a batch may take several.
+            taken = params["branches"][int(tracers[0])]
+            return self._call_jitted(taken, tracers[1:])
         if primitive in CALLS:
             with set_current_trace(self):
                 return CALLS[primitive](tracers, params)
