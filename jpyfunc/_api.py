@@ -6,6 +6,7 @@ import contextlib
 import copy
 import enum
 import functools
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,12 @@ from jpyfunc._body.primal import (
     read_only,
 )
 from jpyfunc._body.tout import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
-from jpyfunc._errors import InferenceError, ResultError, not_differentiable
+from jpyfunc._errors import (
+    InferenceError,
+    ResultError,
+    is_called_from,
+    not_differentiable,
+)
 from jpyfunc._host.profile import Run, annotated, measure, note, open_profiles
 from jpyfunc._inference import MAX_RUNS, infer
 from jpyfunc._primitive.batching import BATCHERS
@@ -44,6 +50,9 @@ from jpyfunc._traces.taped import is_taped
 
 class _Inferred:
     """The default of `Tout`: nothing is declared, everything is inferred."""
+
+    def __reduce__(self) -> str:
+        return "INFERRED"
 
     def __repr__(self) -> str:
         return "<inferred>"
@@ -222,10 +231,21 @@ def _dispatch(kind: str, func: Any, inp: Any, *options: Any) -> Any:
         return wrapped(*inp)
     if is_array(inp) or isinstance(inp, Symbol):
         return wrapped(inp)
+    if is_dtype(inp) or isinstance(inp, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{kind} {wrapped.__name__!r}: expected inp to be arguments, got {inp!r}, "
+            f"which says what is returned; write {kind}(func, Tout=...)."
+        )
     raise TypeError(
         f"{kind} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
         f"or a single array, got {type(inp).__name__}; write inp=[...]."
     )
+
+
+def _rewrapped(options: Any, rules: Rules | None) -> PyFunc:
+    wrapped = PyFunc(*options)
+    wrapped._rules = rules
+    return wrapped
 
 
 class PyFunc:
@@ -246,6 +266,8 @@ class PyFunc:
         vmap_method: str | None,
         staged: bool | int,
     ) -> None:
+        options = (kind, func, tout, name, stateful, ordered, vmap_method, staged)
+        self._options = options  # to be made again, in another process
         functools.update_wrapper(self, func)
         # The documentation of a partial is that of `functools.partial`.
         inner: Any = func.func if isinstance(func, functools.partial) else func
@@ -296,6 +318,18 @@ class PyFunc:
 
     def __repr__(self) -> str:
         return f"<{self._where}>"
+
+    def __reduce__(self) -> Any:
+        # By its name, as a function is, where that is what it is found by. What is defined
+        # in a notebook is not found in another process; cloudpickle takes it as it is.
+        name = getattr(self, "__qualname__", self.__name__)
+        found: Any = sys.modules.get(self.__module__)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        by_value = self.__module__ == "__main__" and is_called_from("cloudpickle")
+        if found is self and not by_value:
+            return name
+        return _rewrapped, (self._options, self._rules)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)

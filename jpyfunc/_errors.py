@@ -188,6 +188,14 @@ def user_frame(frames: Iterable[FrameType] | None = None) -> FrameType | None:
     return None
 
 
+def is_called_from(library: str) -> bool:
+    """Whether a function of a library is running on this thread."""
+    return any(
+        frame.f_globals.get("__name__", "").partition(".")[0] == library
+        for frame, _ in traceback.walk_stack(None)
+    )
+
+
 def place_of(error: BaseException) -> str:
     """Where the user's code was when it raised, as ` at FILE:LINE`, or nothing."""
     lines = {frame: line for frame, line in traceback.walk_tb(error.__traceback__)}

@@ -54,6 +54,7 @@ def infer(
     """
     found: Template | None = None
     failure: Exception | None = None
+    last = ""
 
     def returned(operands: list[Any]) -> Template:
         return template_of(func(operands), template, name)[0]
@@ -72,19 +73,21 @@ def infer(
             raise error
         elif isinstance(error, Exception):
             failure = error  # a branch that raises returns nothing to compare
+        elif error:
+            last = run.trace.decisions[-1].place
     if found is None:
-        raise no_result(failure, template, name) from failure
+        raise no_result(failure, template, name, last) from failure
     return found
 
 
 def no_result(
-    failure: Exception | None, template: Template | None, name: str
+    failure: Exception | None, template: Template | None, name: str, last: str = ""
 ) -> InferenceError:
-    """The error of a body that returned on no run."""
+    """The error of a body that returned on no run, whose last decision was at `last`."""
     reason = (
         f"it raised {type(failure).__name__}{place_of(failure)}: {failure}"
         if failure
-        else f"it made more than {MAX_DECISIONS} decisions without returning"
+        else f"it made more than {MAX_DECISIONS} decisions without a return, the last{last}"
     )
     return InferenceError(
         f"{name}: the shapes of its results could not be inferred, because on "

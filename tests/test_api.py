@@ -1,16 +1,21 @@
 """Call forms, arguments, what a wrapped function is, misuse, traced closures."""
 
+import dataclasses
 import enum
 import functools
 import inspect
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import ROOT
 
-from jpyfunc import numpy_func, py_func, raise_original
+from jpyfunc import ResultError, numpy_func, py_func, raise_original
 
 Struct = jax.ShapeDtypeStruct
 F32 = Struct((), jnp.float32)
@@ -499,3 +504,73 @@ def test_results_of_an_eager_batch_stay_on_the_device_of_its_operands():
     device = jax.devices()[2]
     f = py_func(lambda x: x * 2, Tout=jnp.float32)
     assert jax.vmap(f)(jax.device_put(jnp.ones(3), device)).devices() == {device}
+
+
+def test_pickles_by_name_and_by_value(tmp_path):
+    """A module's function by its name; what has none, such as a notebook's, as it is."""
+    (tmp_path / "ours.py").write_text(
+        "import jax, jax.numpy as jnp\n"
+        "from jpyfunc import py_func, numpy_func\n"
+        "@py_func(Tout=jnp.float32)\n"
+        "def double(x):\n"
+        "    return x * 2 if x > 0 else x\n"
+        "def plain(x):\n"
+        "    return x + 1\n"
+        "def forward(x):\n"
+        "    return x + 1, None\n"
+        "def backward(residuals, g):\n"
+        "    return (5 * g,)\n"
+        "wrapped = numpy_func(plain, Tout=jax.ShapeDtypeStruct((), jnp.float32))\n"
+        "wrapped.defvjp(forward, backward)\n"
+    )
+    (tmp_path / "main.py").write_text(
+        "import concurrent.futures, multiprocessing, pickle\n"
+        "import cloudpickle, jax\n"
+        "import ours\n"
+        "from jpyfunc import py_func\n"
+        "@py_func\n"
+        "def local(x):\n"
+        "    return x * 3 if x > 0 else x\n"
+        "def run(data):\n"
+        "    f = pickle.loads(data)\n"
+        "    return float(jax.jit(jax.grad(f))(1.0))\n"
+        "if __name__ == '__main__':\n"
+        "    assert pickle.loads(pickle.dumps(ours.double)) is ours.double\n"
+        "    value = ours.wrapped\n"
+        "    del ours.wrapped\n"
+        "    assert pickle.loads(pickle.dumps(value)).__name__ == 'plain'\n"
+        "    closure = (lambda k: py_func(lambda x: x * k))(4.0)\n"
+        "    data = [pickle.dumps(f) for f in (ours.double, local, value)]\n"
+        "    data += [cloudpickle.dumps(f) for f in (ours.double, closure, local)]\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:\n"
+        "        print([*pool.map(run, data)])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py")],
+        capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "[2.0, 3.0, 5.0, 2.0, 4.0, 3.0]", done.stderr
+
+
+def test_a_dtype_in_the_place_of_the_arguments():
+    for tout in (jnp.float32, jax.ShapeDtypeStruct((), jnp.float32)):
+        with pytest.raises(
+            TypeError, match=r"says what is returned; write py_func\(func, Tout"
+        ):
+            py_func(lambda x: x, tout)
+
+
+def test_a_dataclass_is_told_to_be_registered(transform):
+    @dataclasses.dataclass
+    class Point:
+        x: float
+
+    with pytest.raises(ResultError, match="register_dataclass"), raise_original():
+        jax.block_until_ready(transform(py_func(lambda x: Point(x), Tout=jnp.float32))(1.0))
+
+
+def test_advice_names_no_type_that_is_off():
+    with pytest.raises(ResultError, match=r"declare jnp\.float32 in Tout"):
+        py_func(lambda x: 1.5, [1.0], jnp.int32)

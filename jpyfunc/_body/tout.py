@@ -337,13 +337,19 @@ def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
         raise ResultError(
             f"{where()}: expected {leaf.dtype}, got {array.dtype}, which casting of the "
             f"same kind does not convert. Convert it in the body{remedy}, or declare "
-            f"{dtype_source(array.dtype)} in Tout."
+            f"{_available_source(array.dtype)} in Tout."
         )
     if weak and isinstance(array, np.ndarray):
         _check_range(array, leaf.dtype, where)
     if isinstance(array, np.ndarray) and not np.can_cast(array.dtype, leaf.dtype, "unsafe"):
         array = jnp.asarray(array)  # NumPy lacks some casts between ml_dtypes
     return array.astype(leaf.dtype)
+
+
+def _available_source(dtype: Any) -> str:
+    """How to write `dtype`, or what JAX has for it while 64-bit types are off."""
+    known = kind_of(dtype) is not None
+    return dtype_source(jax.dtypes.canonicalize_dtype(dtype) if known else dtype)
 
 
 def _check_range(array: np.ndarray, dtype: Any, where: Callable[[], str]) -> None:
@@ -404,6 +410,12 @@ def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
     if array is None or (kind_of(array.dtype) is None and not is_key_dtype(array.dtype)):
         if isinstance(value, int):
             raise ResultError(f"{where()}: {value} does not fit in 64 bits.")
+        if dataclasses.is_dataclass(value):
+            raise ResultError(
+                f"{where()}: expected an array, got the dataclass {_describe(value)}, "
+                "which JAX does not take apart. Decorate it with "
+                "jax.tree_util.register_dataclass."
+            )
         raise ResultError(
             f"{where()}: expected an array of numbers or booleans, got {_describe(value)}. "
             "Return arrays, Python scalars or lists of them."
