@@ -142,6 +142,16 @@ CASES = (
 CUSTOM_VJP = Case("custom_vjp", uses_custom_vjp, (0.7,), f32)
 
 
+_answers: dict[Any, Any] = {}
+
+
+def plain_answer(key: Any, compute: Callable[[], Any]) -> Any:
+    """What plain JAX gives, computed once for the eager test and the one under jit."""
+    if key not in _answers:
+        _answers[key] = compute()
+    return _answers[key]
+
+
 def scalar(function: Callable[..., Any]) -> Callable[..., jax.Array]:
     """A smooth scalar of every result of `function`, to take gradients of."""
 

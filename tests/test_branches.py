@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, CUSTOM_VJP, assert_close, log_huber, scalar, with_runs_kept_and_not
+from cases import (
+    CASES,
+    CUSTOM_VJP,
+    assert_close,
+    log_huber,
+    plain_answer,
+    scalar,
+    with_runs_kept_and_not,
+)
 from jax.extend.core import Primitive
 
 import jpyfunc
@@ -54,35 +62,34 @@ DERIVATIVES = {
 }
 
 
-@pytest.fixture(scope="module")
-def plain_answers():
-    """What the cases give one element at a time, computed once for all transforms."""
-    known = {}
-
-    def answer(case, derivative):
-        key = (case.name, derivative)
-        if key not in known:
-            take = DERIVATIVES[derivative](case.body, len(case.args))
-            columns = columns_of(case)
-            rows = [jax.tree.map(lambda x, i=i: x[i], columns) for i in range(3)]
-            known[key] = jax.tree.map(
-                lambda *leaves: jnp.stack(leaves), *(take(*row) for row in rows)
-            )
-        return known[key]
-
-    return answer
+def one_by_one(case, derivative):
+    take = DERIVATIVES[derivative](case.body, len(case.args))
+    columns = columns_of(case)
+    rows = [jax.tree.map(lambda x, i=i: x[i], columns) for i in range(3)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(take(*row) for row in rows))
 
 
-@pytest.mark.parametrize(
-    ("case", "derivative"),
-    [(case, derivative) for case in CASES for derivative in DERIVATIVES]
-    + [(CUSTOM_VJP, "forward"), (CUSTOM_VJP, "grad")],
-    ids=str,
-)
-def test_every_case(case, derivative, plain_answers, transform):
+FIRST = [(case, d) for case in CASES for d in ("forward", "grad")]
+FIRST += [(CUSTOM_VJP, "forward"), (CUSTOM_VJP, "grad")]
+
+
+@pytest.mark.parametrize(("case", "derivative"), FIRST, ids=str)
+def test_every_case(case, derivative, transform):
+    check(case, derivative, transform)
+
+
+@pytest.mark.parametrize("derivative", ["jacfwd", "hessian"])
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_every_case_to_higher_order(case, derivative):
+    """Compiled: eagerly the host does the same, and JAX takes many times as long."""
+    check(case, derivative, jax.jit)
+
+
+def check(case, derivative, transform):
     take = DERIVATIVES[derivative](case.wrapped, len(case.args))
     program = transform(jax.vmap(take))
-    want = plain_answers(case, derivative)
+    key = ("by branch", case.name, derivative)
+    want = plain_answer(key, lambda: one_by_one(case, derivative))
     for got in with_runs_kept_and_not(program, *columns_of(case)):
         assert_close(got, want)
 

@@ -49,19 +49,19 @@ SETUP = """
 
 PROGRAMS = {
     "burst": "burst(jax.jit(lambda x: f(x * 2) + 1), lambda x: plain(x * 2) + 1, 50)",
-    "threads": "on_threads(jax.jit(lambda x: sum(f(x * i) for i in range(16))), 16, 2)",
+    "threads": "on_threads(jax.jit(lambda x: sum(f(x * i) for i in range(16))), 16, 1)",
     "burst_grad": """
     loss = lambda f: lambda x: f(x).sum()
-    burst(jax.jit(jax.grad(loss(f))), jax.jit(jax.grad(loss(plain))), 50)
+    burst(jax.jit(jax.grad(loss(f))), jax.jit(jax.grad(loss(plain))), 24)
     """,
     "threads_grad": """
     loss = lambda x: sum(f(x * i) for i in range(4)).sum()
-    on_threads(jax.jit(jax.grad(loss)), 16, 2)
+    on_threads(jax.jit(jax.grad(loss)), 16, 1)
     """,
     "nested": """
     outer = py_func(lambda x: f(x) + f(x / 2), Tout=same)
     burst(jax.jit(outer), lambda x: plain(x) + plain(x / 2), 20)
-    on_threads(jax.jit(outer), 8, 2)
+    on_threads(jax.jit(outer), 8, 1)
     """,
     "nested_in_jit": """
     jitted = jax.jit(lambda x: f(x) * 2)
@@ -70,20 +70,20 @@ PROGRAMS = {
     burst(jax.jit(outer), reference, 20)
     burst(jax.jit(jax.grad(lambda x: outer(x).sum())),
           jax.jit(jax.grad(lambda x: reference(x).sum())), 5)
-    on_threads(jax.jit(outer), 8, 2)
+    on_threads(jax.jit(outer), 8, 1)
     """,
     "nested_in_jit_on_threads": """
     jitted = jax.jit(f)
     # An array that a body makes of NumPy's is copied by its client, on other threads.
     outer = py_func(lambda x: jitted(jnp.asarray(np.array(x) / 2)) + jitted(x), Tout=same)
-    on_threads(jax.jit(outer), 16, 10)
+    on_threads(jax.jit(outer), 16, 4)
     """,
     "global_arrays": """
     weights = jnp.ones((n, n)) / n
     committed = jax.device_put(weights, jax.devices()[0])
     g = py_func(lambda x: x @ weights + jnp.sort(x @ committed, axis=0), Tout=same)
     plain = lambda x: x @ weights + jnp.sort(x @ weights, axis=0)
-    burst(jax.jit(lambda x: g(x * 2)), lambda x: plain(x * 2), 50)
+    burst(jax.jit(lambda x: g(x * 2)), lambda x: plain(x * 2), 24)
     on_threads(jax.jit(lambda x: sum(g(x * i) for i in range(16))), 16, 1)
     loss = lambda f: lambda x: f(x).sum()
     burst(jax.jit(jax.grad(loss(g))), jax.jit(jax.grad(loss(plain))), 20)

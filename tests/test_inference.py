@@ -342,7 +342,7 @@ def test_a_loop_that_never_ends_on_abstract_values():
 
     with pytest.raises(
         InferenceError,
-        match="more than 64 decisions without a return, the last at .*test_inference",
+        match=r"more than 64 decisions without a return, the last at .*test_inference",
     ):
         jax.jit(py_func(never))(2.0)
 
