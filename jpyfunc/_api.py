@@ -116,7 +116,8 @@ def py_func(
             are all computed, for all elements, but calls are made for those that need
             them. It costs a run of the body, some milliseconds, for each path, and to
             compile what is found: a loop is as many operations as it has in all its
-            turns, those before a branch once. `jpyfunc.explain` shows it.
+            turns, those before a branch once. What Python does beside (`print`, a list that
+            grows) it does while tracing alone. `jpyfunc.explain` shows the tree.
 
     Returns:
         The results in the structure of `Tout` (the first form), or the wrapped
@@ -332,7 +333,9 @@ class PyFunc:
         return _rewrapped, (self._options, self._rules)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else types.MethodType(self, instance)
+        if instance is None or isinstance(self._func, staticmethod):
+            return self
+        return types.MethodType(self, instance)
 
     def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
         """Say how a function wrapped by `numpy_func` is differentiated in reverse.
@@ -653,6 +656,11 @@ class PyFunc:
 
         if isinstance(leaf, jax.Array):
             return leaf
+        if isinstance(leaf, np.ma.MaskedArray):
+            raise TypeError(
+                f"{where()}: expected an array, got one with a mask, which JAX has not. "
+                "Pass x.filled(value), or np.ma.getdata(x) and np.ma.getmaskarray(x)."
+            )
         if isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative:
             leaf = leaf.astype(leaf.dtype.newbyteorder("="))
         try:

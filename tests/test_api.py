@@ -574,3 +574,24 @@ def test_a_dataclass_is_told_to_be_registered(transform):
 def test_advice_names_no_type_that_is_off():
     with pytest.raises(ResultError, match=r"declare jnp\.float32 in Tout"):
         py_func(lambda x: 1.5, [1.0], jnp.int32)
+
+
+class Static:
+    @py_func
+    @staticmethod
+    def triple(x):
+        return 3 * x
+
+
+def test_above_a_staticmethod(transform):
+    assert transform(lambda x: Static().triple(x))(2.0) == 6.0
+    assert transform(Static.triple)(2.0) == 6.0
+
+
+def test_masked_arrays_are_refused(transform):
+    masked = np.ma.masked_array([1.0, 2.0], [False, True])
+    with pytest.raises(TypeError, match=r"argument \[0\]: .* a mask.*filled"):
+        transform(lambda: py_func(lambda x: x, [masked], Struct((2,), jnp.float32)))()
+    f = transform(py_func(lambda x: masked, Tout=Struct((2,), jnp.float32)))
+    with pytest.raises(ResultError, match=r"a mask.*filled"), raise_original():
+        jax.block_until_ready(f(1.0))

@@ -385,6 +385,11 @@ def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
         value = value.__jax_array__()
     if isinstance(value, jax.Array):
         return value, is_weak(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise ResultError(
+            f"{where()}: expected an array, got one with a mask, which JAX has not. Return "
+            "x.filled(value), or np.ma.getdata(x) and np.ma.getmaskarray(x)."
+        )
     array, weak = None, False
     if isinstance(value, list | tuple):
         items = jax.tree.leaves(value, is_leaf=lambda x: x is None)

@@ -255,7 +255,7 @@ def _by_branch(elements: _Elements) -> None:
             if len(root.rows) > most:
                 chunk = root.cut(np.arange(start, min(start + most, len(root.rows))))
             runs += _run_part(elements, chunk)
-    if 2 * runs > elements.count:
+    if 2 * runs > elements.count and ticket_of(elements.base) is None:
         _remember(elements, _size(elements))
 
 
@@ -357,7 +357,10 @@ def _size(elements: _Elements) -> int:
 
 
 def _is_scattered(elements: _Elements) -> bool:
-    """Whether elements of such calls were found to have little in common."""
+    """Whether elements of such calls were found to have little in common.
+
+    Derivatives of runs that are kept follow these, which are of parts or of elements.
+    """
     return any(_unlike.get(_key(elements, size)[0]) for size in (None, _size(elements)))
 
 
