@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 
@@ -80,8 +80,8 @@ class UnsupportedError(PyFuncError, NotImplementedError):
     """A transform that JAX forbids for this call, or a program that cannot be saved."""
 
 
-# Each holds the frames that it went through, with their arrays.
-MAX_ORIGINALS = 16
+MAX_ORIGINALS = 1024
+MAX_INTACT = 16  # with the variables of the frames that they went through, their arrays
 
 _MARKER = re.compile(r"<py_func exception (\d+)>")
 
@@ -93,6 +93,7 @@ class _Originals:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._kept: OrderedDict[int, BaseException] = OrderedDict()
+        self._intact: deque[BaseException] = deque()
         self.blocks = 0
 
     def enter(self) -> None:
@@ -104,13 +105,19 @@ class _Originals:
             self.blocks -= 1
             if not self.blocks:
                 self._kept.clear()
+                self._intact.clear()
 
     def keep(self, error: BaseException) -> str:
         with self._lock:
             number = next(self._numbers)
             self._kept[number] = error
+            self._intact.append(error)
             if len(self._kept) > MAX_ORIGINALS:  # those of programs that are long over
                 self._kept.popitem(last=False)
+            older = self._intact.popleft() if len(self._intact) > MAX_INTACT else None
+        while older is not None:
+            traceback.clear_frames(older.__traceback__)
+            older = older.__cause__ or older.__context__
         return f"<py_func exception {number}>"
 
     def find(self, error: BaseException) -> BaseException | None:

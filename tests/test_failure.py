@@ -125,9 +125,11 @@ def test_no_exception_is_swallowed(kind, transform):
         raise kind("stop")
 
     f = transform(py_func(body, Tout=f32))
-    with pytest.raises((kind, jax.errors.JaxRuntimeError)) as info:
-        jax.block_until_ready(f(1.0))
-    assert kind.__name__ in repr(info.value) + str(info.value)
+    # An interrupt of a compiled program interrupts again; see the last test.
+    if (kind, transform) != (KeyboardInterrupt, jax.jit):
+        with pytest.raises((kind, jax.errors.JaxRuntimeError)) as info:
+            jax.block_until_ready(f(1.0))
+        assert kind.__name__ in repr(info.value) + str(info.value)
     with pytest.raises(kind), raise_original():
         f(1.0)
 

@@ -185,7 +185,7 @@ def test_a_stateful_body_is_differentiated_where_it_was_evaluated(options, trans
     assert len(drawn) == 3
 
 
-@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian], ids=repr)
+@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian])
 def test_a_stateful_run_that_is_lost_is_never_repeated(take, runs, transform, nothing_kept):
     f = py_func(lambda x: runs.append(1) or x**2, Tout=f32, stateful=True, name="step")
     program = transform(take(f))

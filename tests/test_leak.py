@@ -9,7 +9,7 @@ import pytest
 from programs import run_program
 
 from jpyfunc import py_func, raise_original
-from jpyfunc._errors import MAX_ORIGINALS
+from jpyfunc._errors import MAX_INTACT
 
 
 def test_resident_memory_of_20000_calls():
@@ -158,7 +158,7 @@ def test_calls_of_one_function_find_what_was_compiled():
 
 
 def test_originals_are_bounded():
-    """Of many failures in one block, the last can be asked for and the first are gone."""
+    """Of many failures in a block all can be asked for; the last have their variables."""
 
     class Large:
         pass
@@ -176,4 +176,4 @@ def test_originals_are_bounded():
             with pytest.raises(ValueError, match=f"{i}.0"), raise_original():
                 f(float(i)).block_until_ready()
         gc.collect()
-        assert sum(ref() is not None for ref in alive) <= MAX_ORIGINALS + 1
+        assert sum(ref() is not None for ref in alive) <= MAX_INTACT + 1

@@ -209,7 +209,7 @@ def test_a_conversion_to_numpy_raises_in_a_few_lines(conversion, transform, tape
     assert call(transform(jax.grad(py_func(jnp.sin, Tout=f32))), 0.0) == 1.0
 
 
-@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian], ids=repr)
+@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian])
 def test_a_result_that_a_read_cut_off_raises(take, transform, tape_limit):
     """Where TensorFlow returns 0.0 and says nothing."""
 
@@ -483,7 +483,7 @@ def test_custom_rules_are_python_that_sees_values_and_the_world(transform):
             assert grad(-3.0) == -1.0
 
 
-@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd], ids=repr)
+@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd])
 def test_a_numpy_array_that_a_body_writes_to_again(take, transform):
     """Plain `jax.grad` gets [9, 9, 9]: it looks at the array when it is too late."""
 
@@ -498,7 +498,7 @@ def test_a_numpy_array_that_a_body_writes_to_again(take, transform):
     np.testing.assert_allclose(got, [6, 6, 6])
 
 
-@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian], ids=repr)
+@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian])
 def test_settings_that_a_body_changes_for_a_while(take, transform):
     def body(x):
         with jax.enable_x64(True):

@@ -253,7 +253,7 @@ def unready():
     return (x @ x)[0, 0] / 1500
 
 
-@pytest.mark.parametrize(("name", "setting", "value"), SETTINGS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("name", "setting", "value"), SETTINGS)
 def test_settings_of_the_caller_are_in_force_in_the_body(transform, name, setting, value):
     seen = []
 
@@ -272,7 +272,7 @@ def test_settings_of_the_caller_are_in_force_in_the_body(transform, name, settin
     assert [s for s, _ in seen] == [value, default]
 
 
-@pytest.mark.parametrize(("name", "setting", "value"), SETTINGS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("name", "setting", "value"), SETTINGS)
 def test_settings_are_in_force_on_the_thread_of_the_runtime(name, setting, value):
     seen = []
 
