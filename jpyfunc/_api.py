@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import enum
 import functools
@@ -524,23 +523,22 @@ class PyFunc:
         self, leaves: list[Any], tree: Any, template: Template, result: Any
     ) -> Template:
         """`template` of a result with dtypes for Python numbers, as all branches join."""
-        places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-        found = [template]
 
-        def probe(arrays: list[Any]) -> None:
-            filled = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
-            values = self._on_abstract_values([*filled.values()], tree)
-            avals = [_unsharded(jax.typeof(x)) for x in arrays]
-            with contextlib.suppress(InferenceError, ResultError):
-                found.append(infer(values, avals, None, self._where))
+        def inferred(traced: list[Any]) -> Template:
+            values = self._on_abstract_values(traced, tree)
+            avals = [_unsharded(jax.typeof(x)) for x in traced if is_array(x)]
+            try:
+                return infer(values, avals, None, self._where)
+            except (InferenceError, ResultError):
+                return template
 
-        jax.eval_shape(probe, [leaves[i] for i in places])
-        if found[-1].tree != template.tree:
+        found = with_arrays_traced(leaves, inferred)
+        if found.tree != template.tree:
             return template
         joined = [
             b if type(x) in _NUMBERS and b.dtype not in (None, jnp.result_type(x)) else a
             for a, b, x in zip(
-                template.leaves, found[-1].leaves, jax.tree.leaves(result), strict=True
+                template.leaves, found.leaves, jax.tree.leaves(result), strict=True
             )
         ]
         return replace(template, leaves=tuple(joined))
@@ -718,6 +716,28 @@ def _static(leaf: Any) -> Static | Float0:
     if is_float0(leaf):
         return Float0(np.shape(leaf))
     return Static(hashable(leaf), type(leaf))
+
+
+def with_arrays_traced(leaves: list[Any], function: Callable[[list[Any]], Any]) -> Any:
+    """What `function` gives for `leaves` with traced arrays; nothing is computed.
+
+    Args:
+        leaves: of the arguments; a `jax.ShapeDtypeStruct` stands for an array, too.
+        function: of the leaves.
+    """
+    places = [
+        i
+        for i, leaf in enumerate(leaves)
+        if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    ]
+    found: list[Any] = []
+
+    def probe(arrays: list[Any]) -> None:
+        filled = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
+        found.append(function([*filled.values()]))
+
+    jax.eval_shape(probe, [leaves[i] for i in places])
+    return found[0]
 
 
 def _unsharded(aval: Any) -> ShapedArray:

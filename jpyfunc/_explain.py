@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jpyfunc._api import PyFunc, is_array, py_func
+from jpyfunc._api import PyFunc, py_func, with_arrays_traced
 from jpyfunc._stage import Calls, Node, Tree
 
 
@@ -54,19 +54,8 @@ def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
         )
     wrapped = func if isinstance(func, PyFunc) else py_func(func)
     leaves, structure = jax.tree.flatten((args, kwargs))
-    places = [
-        i
-        for i, leaf in enumerate(leaves)
-        if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-    ]
-    found: list[Tree] = []
-
-    def probe(arrays: list[Any]) -> None:
-        filled = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
-        found.append(wrapped.foresee([*filled.values()], structure))
-
-    jax.eval_shape(probe, [leaves[i] for i in places])
-    return Explanation(wrapped.__name__, found[0])
+    tree = with_arrays_traced(leaves, lambda traced: wrapped.foresee(traced, structure))
+    return Explanation(wrapped.__name__, tree)
 
 
 class Explanation:

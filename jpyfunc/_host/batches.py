@@ -18,7 +18,7 @@ from jpyfunc._host import kept
 from jpyfunc._host.derivatives import call
 from jpyfunc._host.profile import Run, note, title_of
 from jpyfunc._traces.batched import Batched, CannotBatch, Part
-from jpyfunc._traces.branches import Branches
+from jpyfunc._traces.branches import Branches, number_of
 from jpyfunc._traces.cache import Cache
 
 MAX_BYTES = 2**26  # of operands and results that a run by branch begins with
@@ -122,10 +122,9 @@ class _Elements:
             try:
                 values = self.run([column.element(row) for column in self.columns])
             except BaseException as error:
-                at = row if len(self.sizes) == 1 else np.unravel_index(row, self.sizes)
-                shown = at if isinstance(at, int) else tuple(int(i) for i in at)
                 error.add_note(
-                    f"{self.base.primal.label} ran on element {shown} of a batch of "
+                    f"{self.base.primal.label} ran on element "
+                    f"{number_of(row, self.sizes)} of a batch of "
                     f"{' by '.join(map(str, self.sizes))}."
                 )
                 raise

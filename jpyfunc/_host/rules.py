@@ -52,11 +52,7 @@ def backward(
     wrt: Sequence[int],
 ) -> list[Any]:
     """The cotangents of operands `wrt` by those of results `of`."""
-    given = dict(zip(of, cotangents, strict=True))
-    bars = [
-        read_only(given[i]) if i in given else _zero(aval)
-        for i, aval in enumerate(primal.out_avals)
-    ]
+    bars = _with_zeros(primal.out_avals, of, cotangents)
     x_bar = jax.tree.unflatten(primal.template.tree, bars)
     where = f"{primal.label}: bwd"
     result = unwrapped(primal.rules.bwd)(residuals.value, x_bar)
@@ -95,14 +91,10 @@ def push(
     of: Sequence[int],
 ) -> list[Any]:
     """The tangents of results `of` by those of operands `wrt`."""
-    given = dict(zip(wrt, tangents, strict=True))
-    dots = [
-        read_only(given[i]) if i in given else _zero(aval)
-        for i, aval in enumerate(primal.in_avals)
-    ]
+    dots = _with_zeros(primal.in_avals, wrt, tangents)
     where = f"{primal.label}: jvp"
-    primals, dots = tuple(_arguments(primal, operands)), tuple(_arguments(primal, dots))
-    result = unwrapped(primal.rules.jvp)(primals, dots)
+    arguments = [tuple(_arguments(primal, values)) for values in (operands, dots)]
+    result = unwrapped(primal.rules.jvp)(*arguments)
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise ResultError(
             f"{where}: expected a pair (result, tangent), got {_what(result)}. Write "
@@ -125,6 +117,16 @@ def _arguments(primal: Primal, operands: Sequence[Any]) -> list[Any]:
 
 def _is_none(x: Any) -> bool:
     return x is None
+
+
+def _with_zeros(
+    avals: Sequence[Any], indices: Sequence[int], values: Sequence[Any]
+) -> list[Any]:
+    """Derivatives of all of `avals`: `values` at `indices`, and zeros elsewhere."""
+    given = dict(zip(indices, values, strict=True))
+    return [
+        read_only(given[i]) if i in given else _zero(aval) for i, aval in enumerate(avals)
+    ]
 
 
 def _zero(aval: Any) -> np.ndarray:

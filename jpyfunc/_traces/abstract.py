@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params, set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._errors import line_of, place_of_frame, user_frame
-from jpyfunc._traces.operations import calls_host, with_weak_type
+from jpyfunc._traces.operations import calls_host, is_host_call, with_weak_type
 
 # A loop on an abstract condition is one decision per turn, and may never end.
 MAX_DECISIONS = 64
@@ -182,7 +182,7 @@ def _is_constant(
     return (
         not any(isinstance(x, Tracer) for x in operands)
         and all(aval.size <= MAX_CONSTANT for aval in outs)
-        and not (primitive.name == "py_func" or "callback" in primitive.name)
+        and not is_host_call(primitive)
         and not any(map(calls_host, jaxprs_in_params(params)))
     )
 

@@ -65,9 +65,7 @@ class Branches(Running):
 
     def number(self, row: int) -> int | tuple[int, ...]:
         """What the user calls an element."""
-        if len(self.sizes) == 1:
-            return row
-        return tuple(int(i) for i in np.unravel_index(row, self.sizes))
+        return number_of(row, self.sizes)
 
     def agree(self, rows: np.ndarray) -> Any:
         """Go on with elements that have one value; return it.
@@ -161,6 +159,13 @@ class Branches(Running):
 
     def process_shard_map(self, *_: Any, **__: Any) -> Any:
         self.cannot()
+
+
+def number_of(row: int, sizes: tuple[int, ...]) -> int | tuple[int, ...]:
+    """What the user calls an element of a batch with axes of these sizes."""
+    if len(sizes) == 1:
+        return row
+    return tuple(int(i) for i in np.unravel_index(row, sizes))
 
 
 def _is_same(x: Any, before: Any) -> bool:

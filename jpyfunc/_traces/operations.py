@@ -462,12 +462,15 @@ def has_rules(jaxpr: Any) -> bool:
     )
 
 
+def is_host_call(primitive: Any) -> bool:
+    """Whether a bind of `primitive` calls the host."""
+    return primitive.name == "py_func" or "callback" in primitive.name
+
+
 def calls_host(jaxpr: Any) -> bool:
     """Whether a jaxpr has an effect, or calls the host."""
     return bool(jaxpr.effects) or any(
-        eqn.primitive.name == "py_func"
-        or "callback" in eqn.primitive.name
-        or any(map(calls_host, jaxprs_in_params(eqn.params)))
+        is_host_call(eqn.primitive) or any(map(calls_host, jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )
 
