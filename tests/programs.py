@@ -1,5 +1,6 @@
 """Runs a program in a Python of its own, with a time limit."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for this module, too
 
 
 def run_program(source: str, limit: float, **environment: str) -> str:
@@ -25,8 +27,15 @@ def run_program(source: str, limit: float, **environment: str) -> str:
         text=True,
         timeout=limit,
         cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        env={**inherited, "PYTHONPATH": PATH, **environment},
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def resident() -> int:
+    """Bytes of memory that this process has, without garbage; for the programs."""
+    gc.collect()
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

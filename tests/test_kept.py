@@ -407,13 +407,9 @@ def test_memory_stays_under_the_bound():
     """Backward passes that never come, as in tensorflow/tensorflow#35010."""
     out = run_program(
         """
+        from programs import resident
         import gc, os
         import jax, jax.numpy as jnp, jpyfunc
-
-        def resident():
-            gc.collect()
-            with open("/proc/self/statm") as f:
-                return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
         jpyfunc.set_tape_limit(2**24)
         f = jpyfunc.py_func(lambda x: jnp.sin(x) * x if x > 0 else x, Tout=jnp.float32)
@@ -442,13 +438,9 @@ def test_a_small_run_is_counted_at_least_at_what_it_takes():
     """So that a bound of n bytes is not passed by many small arrays."""
     out = run_program(
         """
+        from programs import resident
         import gc, os
         import jax, jax.numpy as jnp, jpyfunc
-
-        def resident():
-            gc.collect()
-            with open("/proc/self/statm") as f:
-                return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
         f = jpyfunc.py_func(lambda x: jnp.sin(x) * x if x > 0 else x, Tout=jnp.float32)
         forward = jax.jit(lambda x: jax.vjp(f, x)[1])

@@ -15,15 +15,11 @@ from jpyfunc._errors import MAX_INTACT
 def test_resident_memory_of_20000_calls():
     out = run_program(
         """
+        from programs import resident
         import gc, jax, jax.numpy as jnp, os
         from jpyfunc import py_func, set_tape_limit
 
         set_tape_limit(2**20)  # which fills up meanwhile
-
-        def resident():
-            gc.collect()
-            with open("/proc/self/statm") as f:
-                return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
         f = py_func(lambda x: x * 2 if x > 0 else x, Tout=jnp.float32)
         calls = [jax.jit(f), jax.jit(jax.grad(f)), f]

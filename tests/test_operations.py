@@ -146,13 +146,9 @@ def test_runs_that_are_kept_hold_nothing_that_was_compiled_for_them_alone():
     """Some megabytes for each call of a function that a body jits anew."""
     out = run_program(
         """
+        from programs import resident
         import gc, os
         import jax, jax.numpy as jnp, jpyfunc
-
-        def resident():
-            gc.collect()
-            with open("/proc/self/statm") as f:
-                return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
         def body(x):
             return jax.jit(lambda y: y * x)(x) if x > 0 else x
