@@ -35,6 +35,7 @@ from jpyfunc._errors import (
     ResultError,
     is_called_from,
     not_differentiable,
+    refuse_partial,
 )
 from jpyfunc._host.profile import Run, annotated, measure, note, open_profiles
 from jpyfunc._inference import MAX_RUNS, infer
@@ -492,6 +493,7 @@ class PyFunc:
     def _run_now(self, arrays: list[Any], tree: Any, run: Run) -> Any:
         template = self._declared(arrays, tree)
         if self._numpy:  # which has no PRNG keys, so they stay what they are
+            refuse_partial(arrays, self._where)
             arrays = [
                 read_only(x) if is_array(x) and not is_key_dtype(x.dtype) else x
                 for x in arrays

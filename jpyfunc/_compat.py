@@ -161,26 +161,28 @@ def default_device() -> Device:
 LARGE = 2**16  # bytes, below which XLA copies an array inline
 
 
-def put(value: np.ndarray, aval: ShapedArray, device: Device) -> jax.Array:
-    """`value` as an uncommitted array on `device`, without a copy where XLA allows.
+def put(
+    value: np.ndarray, aval: ShapedArray, device: Device, copy: bool = False
+) -> jax.Array:
+    """`value` as an uncommitted array on `device`, without a copy if it may and XLA allows.
 
     `jax.device_put` commits to the device and drops the weak type, and
     `jnp.asarray` under `jax.default_device` takes ten times as long.
     """
-    value = _aligned(value)
+    value = value.copy() if copy and value.nbytes < LARGE else _aligned(value, copy)
     return _xla_client.batched_device_put(
         aval, _sharding_of(device), [value], [device], False
     )
 
 
-def _aligned(value: np.ndarray) -> np.ndarray:
+def _aligned(value: np.ndarray, copy: bool) -> np.ndarray:
     """A large `value` where XLA takes it without a copy of its own.
 
     XLA copies what does not begin at a multiple of 64 bytes, and NumPy's allocations do
     not: from 100 kB on another thread. NumPy copies 64 MB four times as fast, because it
     asks for huge pages.
     """
-    if value.nbytes < LARGE or value.ctypes.data % 64 == 0:
+    if value.nbytes < LARGE or (value.ctypes.data % 64 == 0 and not copy):
         return value
     buffer = np.empty(value.nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64

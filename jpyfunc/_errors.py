@@ -5,16 +5,20 @@ from __future__ import annotations
 import _thread
 import itertools
 import linecache
+import os
 import re
 import sys
 import threading
 import traceback
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import jax
+import jaxlib
 
 from jpyfunc import _compat
 
@@ -80,10 +84,25 @@ class UnsupportedError(PyFuncError, NotImplementedError):
     """A transform that JAX forbids for this call, or a program that cannot be saved."""
 
 
+def refuse_partial(arrays: Iterable[Any], label: str) -> None:
+    """Raise if a call needs values of an array that other processes hold in part.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    for x in arrays:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            raise UnsupportedError(
+                f"{label} is called eagerly on {jax.typeof(x).str_short()} over several "
+                "processes, of which this one does not have all values. Call it under "
+                "jax.jit."
+            )
+
+
 MAX_ORIGINALS = 1024
 MAX_INTACT = 16  # with the variables of the frames that they went through, their arrays
 
-_MARKER = re.compile(r"<py_func exception (\d+)>")
+_MARKER = re.compile(r"<py_func exception (\w+)>")
 
 
 class _Originals:
@@ -91,8 +110,9 @@ class _Originals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._process = os.urandom(4).hex()  # texts go from one process to others
         self._numbers = itertools.count()
-        self._kept: OrderedDict[int, BaseException] = OrderedDict()
+        self._kept: OrderedDict[str, BaseException] = OrderedDict()
         self._intact: deque[BaseException] = deque()
         self.blocks = 0
 
@@ -109,8 +129,8 @@ class _Originals:
 
     def keep(self, error: BaseException) -> str:
         with self._lock:
-            number = next(self._numbers)
-            self._kept[number] = error
+            name = f"{self._process}_{next(self._numbers)}"
+            self._kept[name] = error
             self._intact.append(error)
             if len(self._kept) > MAX_ORIGINALS:  # those of programs that are long over
                 self._kept.popitem(last=False)
@@ -118,7 +138,7 @@ class _Originals:
         while older is not None:
             traceback.clear_frames(older.__traceback__)
             older = older.__cause__ or older.__context__
-        return f"<py_func exception {number}>"
+        return f"<py_func exception {name}>"
 
     def find(self, error: BaseException) -> BaseException | None:
         # JAX's fast path for a program that ran before raises ValueError of that text.
@@ -126,35 +146,60 @@ class _Originals:
             return None
         # The last one is its own; the text may quote those of errors before it.
         markers = _MARKER.findall(str(error))
-        return self._kept.get(int(markers[-1])) if markers else None
+        return self._kept.get(markers[-1]) if markers else None
 
 
 _originals = _Originals()
 
 
-def mark_crossing(error: BaseException) -> None:
-    """Raise in the place of `error` what shows the way back to it, if one may be asked.
+def crossing_text(error: BaseException, label: str) -> str:
+    """What is known of an exception that leaves a host call.
 
-    XLA keeps nothing of an exception that leaves a host call but its text. Where a
-    `raise_original` block is open, that text must carry a marker to find `error` by.
+    XLA keeps nothing of it but a text: that of the body, its lines and its message, and
+    how to catch it. Where a `raise_original` block is open, that is a marker to find it by.
+
+    Args:
+        error: what was raised.
+        label: what errors call the user's function.
     """
-    text = "".join(traceback.format_exception(error))
-    # XLA cuts a text at a zero byte, and crashes on a surrogate.
-    safe = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    text = f"{label}:\n{_traceback(error)}"
     if _originals.blocks:
-        original = _originals.find(error) or error
-        raise RuntimeError(f"{safe}{_originals.keep(original)}") from None
-    if safe != text or not _has_text(error):
-        raise RuntimeError(safe) from None
+        text += _originals.keep(_originals.find(error) or error)
+    elif not isinstance(error, PyFuncError) and _HINT not in text:
+        text += _HINT
+    # XLA cuts a text at a zero byte, and crashes on a surrogate.
+    return (
+        text.rstrip("\n").replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    )
 
 
-def _has_text(error: BaseException) -> bool:
-    """Whether `str(error)` is one: XLA ends the process where it raises."""
-    try:
-        str(error)
-    except Exception:  # noqa: BLE001 - from a method of the user's
-        return False
-    return True
+_HINT = "To catch it as what it is, write `with jpyfunc.raise_original():` around the call."
+_INTERNAL = tuple(
+    str(Path(file).parent) + os.sep for file in (jax.__file__, jaxlib.__file__, __file__)
+)
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback of an exception and of what it came from, by the user's frames."""
+    shown = traceback.TracebackException.from_exception(error)
+    links = [shown]
+    for link in links:  # which grows
+        link.stack[:] = [f for f in link.stack if not f.filename.startswith(_INTERNAL)]
+        links.extend(each for each in (link.__cause__, link.__context__) if each)
+    if isinstance(error, PyFuncError):
+        del shown.stack[:-2]
+        shown.__cause__ = shown.__context__ = None
+    return "".join(shown.format())
+
+
+def leave(text: str) -> Iterator[Any]:
+    """Raise, when it is asked for its first item, what XLA makes an error of.
+
+    XLA prints the whole stack that a raising frame is on, but that of a generator, once it
+    has raised, is on none.
+    """
+    raise RuntimeError(text)
+    yield
 
 
 def pass_on_interrupt(error: BaseException) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import dis
 import heapq
+import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +19,7 @@ from jax.core import ShapedArray
 from jax.extend.core import set_current_trace, take_current_trace
 
 from jpyfunc._body.tout import Leaf, Template, is_same_kind, is_weak, kind_of
-from jpyfunc._errors import InferenceError, ResultError, place_of
+from jpyfunc._errors import InferenceError, ResultError, place_of, user_frame
 from jpyfunc._traces.abstract import (
     MAX_DECISIONS,
     AbstractTrace,
@@ -64,13 +67,10 @@ def infer(
         if error is None:
             seen = run.result
             found = seen if found is None else join(found, seen, run.trace.branch, name)
-        elif isinstance(error, NeedsValueError):
-            raise _needs_value_error(error, str(error), template, name) from None
-        elif isinstance(error, jax.errors.JAXTypeError | jax.errors.JAXIndexError):
-            what = str(error).split("\n", 1)[0]
-            raise _needs_value_error(error, what, template, name) from error
         elif isinstance(error, ResultError | InferenceError):
             raise error
+        elif isinstance(error, _UNKNOWN):
+            raise no_result(error, template, name) from error
         elif isinstance(error, Exception):
             failure = error  # a branch that raises returns nothing to compare
         elif error:
@@ -80,19 +80,73 @@ def infer(
     return found
 
 
+# What a body raises that needs a value.
+_UNKNOWN = (NeedsValueError, jax.errors.JAXTypeError, jax.errors.JAXIndexError)
+# What JAX says where that is a shape.
+_OF_SHAPES = re.compile("boolean indices|size.? argument|[Ss]hapes must be 1D|arange")
+
+
 def no_result(
-    failure: Exception | None, template: Template | None, name: str, last: str = ""
+    error: Exception | None, template: Template | None, name: str, last: str = ""
 ) -> InferenceError:
-    """The error of a body that returned on no run, whose last decision was at `last`."""
-    reason = (
-        f"it raised {type(failure).__name__}{place_of(failure)}: {failure}"
-        if failure
-        else f"it made more than {MAX_DECISIONS} decisions without a return, the last{last}"
+    """The error of a body that returned on no abstract values.
+
+    Args:
+        error: what it raised, or None if it made too many decisions.
+        template: what is declared, or None.
+        name: the name of the function.
+        last: where it made the last of its decisions.
+    """
+    start = f"{name}: the shapes of its results cannot be inferred, because the body"
+    if error is None:
+        return InferenceError(
+            f"{start} makes more than {MAX_DECISIONS} decisions before it returns, the "
+            f"last{last}. In a jax.lax.while_loop there are none. Or say what it returns, "
+            f"and it will not be run to find out: {_declaration(template)}."
+        )
+    place, what = place_of(error), str(error).split("\n", 1)[0].rstrip(".")
+    declare = (
+        "Say what the body returns, and it will not be run to find out: "
+        f"{_declaration(template, error)}."
     )
+    if _OF_SHAPES.search(str(error)):
+        return InferenceError(
+            f"{start} makes an array whose shape depends on data{place}: {what}. What a "
+            "compiled program gets back has a fixed shape. If the array is returned, pad it "
+            "(jnp.nonzero(x, size=8)) or mask it (jnp.where(mask, x, 0)). If it is not: "
+            f"{declare}"
+        )
+    if isinstance(error, _UNKNOWN):
+        return InferenceError(f"{start} needs a concrete value{place}: {what}. {declare}")
     return InferenceError(
-        f"{name}: the shapes of its results could not be inferred, because on "
-        f"abstract values {reason}. {_remedy(template)}"
+        f"{name}: {type(error).__name__}{place}: {error}\nThe body raised this on values "
+        "without data, from which the shapes of its results are inferred. If it does so "
+        f"with data, too, it is to be mended. If not: {declare}"
     )
+
+
+def _declaration(template: Template | None, error: Exception | None = None) -> str:
+    """What to write as `Tout`."""
+    if template is None and error is not None and _returns_nothing(error):
+        return "Tout=[], which means nothing"
+    tout = template or "jax.ShapeDtypeStruct(SHAPE, jnp.float32)"
+    return f"Tout={tout}, with () as the shape of a scalar"
+
+
+def _returns_nothing(error: Exception) -> bool:
+    """Whether the function of the user's in which an exception began has no result."""
+    frame = user_frame(frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    if frame is None:
+        return False
+    previous: Any = None
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.opname == "RETURN_VALUE" and previous is not None:
+            if previous.opname != "LOAD_CONST" or previous.argval is not None:
+                return False
+        elif instruction.opname == "RETURN_CONST" and instruction.argval is not None:
+            return False
+        previous = instruction
+    return True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -197,23 +251,6 @@ def _promotable(leaf: Leaf) -> Any:
     """The dtype, or the Python type that stands for it where it is weak."""
     python_types = {"b": bool, "u": int, "i": int, "f": float, "c": complex}
     return python_types[kind_of(leaf.dtype) or ""] if leaf.weak_type else leaf.dtype
-
-
-def _needs_value_error(
-    error: Exception, what: str, template: Template | None, name: str
-) -> InferenceError:
-    return InferenceError(
-        f"{name}: the shapes of its results cannot be inferred, because the body needs a "
-        f"concrete value{place_of(error)}: {what}. {_remedy(template)}"
-    )
-
-
-def _remedy(template: Template | None) -> str:
-    tout = template or "jax.ShapeDtypeStruct(SHAPE, jnp.float32)"
-    return (
-        "Say what the body returns, and it will not be run to find out: "
-        f"Tout={tout}, with () as the shape of a scalar."
-    )
 
 
 _muted = threading.local()  # `.blocks`: how many `_quiet` blocks this thread is in

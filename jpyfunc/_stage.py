@@ -19,7 +19,14 @@ from jpyfunc import _compat
 from jpyfunc._body.tout import Leaf, Template
 from jpyfunc._errors import InferenceError, ResultError, place_of
 from jpyfunc._inference import Run, explore, join, no_result, template_of
-from jpyfunc._traces.abstract import MAX_DECISIONS, Decision, Ref, Step, Undecided
+from jpyfunc._traces.abstract import (
+    MAX_DECISIONS,
+    Decision,
+    NeedsValueError,
+    Ref,
+    Step,
+    Undecided,
+)
 
 MAX_OPERATIONS = 1000  # of a tree without a warning
 
@@ -112,6 +119,7 @@ def stage(
     declared = template if template is not None and template.complete else None
     root, found, runs = Node(), None, 0
     error: BaseException | None = None
+    last = ""
     failure: InferenceError | ResultError | None = None
 
     def returned(operands: list[Any]) -> Any:
@@ -129,6 +137,8 @@ def stage(
         elif isinstance(run.error, ResultError | InferenceError) and declared is None:
             failure = failure or run.error
         error = error or run.error
+        if isinstance(run.error, Undecided):
+            last = run.trace.decisions[-1].place
         found = seen
         trace = run.trace
         if reason:
@@ -139,7 +149,7 @@ def stage(
     _close(root, f"it takes more than {limit} runs on abstract values to come here")
     if found is None and declared is None and failure is None:
         raised = error if isinstance(error, Exception) else None
-        failure = no_result(raised, template, name)
+        failure = no_result(raised, template, name, last)
         failure.__cause__ = raised
     return Tree(root, declared or found, failure, runs)
 
@@ -148,10 +158,8 @@ def _reason(run: Run) -> str:
     """Why what was noted of a run cannot be compiled, or ""."""
     if isinstance(run.error, Undecided):
         return f"it makes more than {MAX_DECISIONS} decisions"
-    if run.trace.refusal:  # which the body may have caught
-        return run.trace.refusal
-    if run.error is None:
-        return ""
+    if run.error is None or isinstance(run.error, NeedsValueError):
+        return run.trace.refusal  # of what the body may have caught
     text = str(run.error).split("\n", 1)[0]
     return f"{type(run.error).__name__}: {text}{place_of(run.error)}"
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -32,6 +33,58 @@ def run_program(source: str, limit: float, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run_processes(
+    source: str, count: int, limit: float, devices: int = 1, fails: bool = False
+) -> list[str]:
+    """Run `source` in several processes of one JAX, each with its `rank`.
+
+    Args:
+        source: as of `run_program`, after the processes have found each other.
+        count: how many processes.
+        limit: seconds.
+        devices: of each.
+        fails: whether all are to fail.
+
+    Returns:
+        What each printed, errors included.
+    """
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    start = f"""
+import sys, jax
+rank = int(sys.argv[1])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("localhost:{port}", {count}, rank)
+"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": PATH,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    program = start + textwrap.dedent(source)
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-c", program, str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        for rank in range(count)
+    ]
+    try:
+        printed = [process.communicate(timeout=limit)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, text in zip(running, printed, strict=True):
+        assert (process.returncode != 0) == fails, text
+    return printed
 
 
 def resident() -> int:

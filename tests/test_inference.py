@@ -309,11 +309,18 @@ def test_a_body_that_needs_a_value_says_where(what):
     with pytest.raises(InferenceError) as caught:
         jax.jit(f)(V)
     text = str(caught.value)
+    of_shapes = what.startswith(("Array boolean", "Abstract tracer"))
+    reason = (
+        "makes an array whose shape depends on data"
+        if of_shapes
+        else "needs a concrete value"
+    )
     assert text.startswith(
         "py_func 'body': the shapes of its results cannot be inferred, because the body "
-        f"needs a concrete value at {__file__}:{needs.__code__.co_firstlineno}: "
+        f"{reason} at {__file__}:{needs.__code__.co_firstlineno}: "
     )
     assert what in text
+    assert ("jnp.where(mask, x, 0)" in text) == of_shapes
     assert "Tout=jax.ShapeDtypeStruct(SHAPE, jnp.float32), with () as the shape" in text
 
 
@@ -342,7 +349,8 @@ def test_a_loop_that_never_ends_on_abstract_values():
 
     with pytest.raises(
         InferenceError,
-        match=r"more than 64 decisions without a return, the last at .*test_inference",
+        match=r"more than 64 decisions before it returns, the last at .*test_inference.*"
+        r"In a jax.lax.while_loop there are none",
     ):
         jax.jit(py_func(never))(2.0)
 
@@ -353,9 +361,24 @@ def test_a_body_that_always_raises():
 
     with pytest.raises(
         InferenceError,
-        match=rf"'body': .* it raised KeyError at {line(body, 1)}: 'missing'",
-    ):
+        match=rf"^py_func 'body': KeyError at {line(body, 1)}: 'missing'\n.*to be mended",
+    ) as caught:
         jax.jit(py_func(body))(2.0)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_body_that_returns_nothing_and_reads_is_told_so():
+    def shows(x):
+        print(float(x))
+
+    def shows_and_returns(x):
+        print(float(x))
+        return x
+
+    for body, nothing in ((shows, True), (shows_and_returns, False)):
+        with pytest.raises(InferenceError) as caught:
+            jax.jit(py_func(body))(2.0)
+        assert ("Tout=[], which means nothing" in str(caught.value)) == nothing
 
 
 def test_truth_of_many_elements_is_ambiguous():

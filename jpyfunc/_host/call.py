@@ -8,16 +8,29 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._body.closure import held
 from jpyfunc._body.derived import Body
-from jpyfunc._errors import UnsupportedError, mark_crossing, pass_on_interrupt
+from jpyfunc._body.primal import Primal
+from jpyfunc._errors import UnsupportedError, crossing_text, leave, pass_on_interrupt
 from jpyfunc._host.evaluate import evaluate_with
 from jpyfunc._host.profile import Run, annotated, measure_body, open_profiles
 from jpyfunc._traces.on_device import OnDevice
+
+
+# What a call says of its failure where others must know: a text, zeros if there is none.
+REPORT = ShapedArray((8192,), np.uint8)
+
+
+def raise_reported(report: np.ndarray) -> tuple[np.ndarray]:
+    """Raise what a call has reported; True if that is nothing."""
+    text = bytes(np.asarray(report)).rstrip(b"\0").decode("utf-8", "replace")
+    if text:
+        next(leave(text))
+    return (np.asarray(True),)
 
 
 class HostCall:
@@ -32,22 +45,41 @@ class HostCall:
         device: the private one for the program, as `_compat.body_device` gave it.
     """
 
-    __slots__ = ("_body", "_device", "_on_device", "_settings")
+    __slots__ = ("_body", "_device", "_on_device", "_reports", "_settings")
 
     def __init__(
-        self, body: Body, settings: tuple[Any, ...], device: _compat.Device
+        self,
+        body: Body,
+        settings: tuple[Any, ...],
+        device: _compat.Device,
+        reports: bool,
     ) -> None:
         self._body = body
         self._settings = settings
         self._device = device
+        self._reports = reports
         # It costs each operation JAX's fast path, some 60 us, so only where needed.
-        self._on_device = _holds_array_elsewhere(body.primal.held, device)
+        self._on_device = _holds_array_elsewhere(body.primal, device)
 
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
-        if open_profiles:
-            execute = functools.partial(self._cross, operands)
-            return measure_body(self._body, operands, execute)
-        return self._cross(operands, annotated)
+        try:
+            if open_profiles:
+                execute = functools.partial(self._cross, operands)
+                results = measure_body(self._body, operands, execute)
+            else:
+                results = self._cross(operands, annotated)
+            if not self._reports:
+                return results
+            text = ""
+        except BaseException as error:  # noqa: BLE001 - it is raised, as XLA takes it
+            pass_on_interrupt(error)
+            text = crossing_text(error, self._body.primal.label)
+            results = ()
+        if not self._reports:
+            next(leave(text))
+        if text:
+            results = tuple(np.zeros(a.shape, a.dtype) for a in self._body.out_avals)
+        return (*results, _report(text))
 
     def _cross(self, operands: Sequence[Any], run: Run) -> tuple[np.ndarray, ...]:
         device = self._device
@@ -59,10 +91,6 @@ class HostCall:
             else:
                 results = evaluate_with(self._body, operands, device, run)
             return tuple(np.asarray(result) for result in results)
-        except BaseException as error:
-            pass_on_interrupt(error)
-            mark_crossing(error)
-            raise
         finally:
             _compat.leave_settings(entered)
 
@@ -75,11 +103,32 @@ class HostCall:
         )
 
 
-def _holds_array_elsewhere(body: Any, device: _compat.Device) -> bool:
-    """Whether `body` holds a JAX array that is not on `device`, global ones included."""
-    return any(
-        isinstance(value, jax.Array)
-        and not isinstance(value, Tracer)
-        and value.sharding.device_set != {device}
-        for _, value in held(body, with_globals=True)
-    )
+def _report(text: str) -> np.ndarray:
+    """`text` as a report, without its middle if it is long."""
+    data = text.encode()
+    half = REPORT.size // 2
+    if len(data) > REPORT.size:
+        data = data[: half - 5] + b"\n...\n" + data[-half:]
+    report = np.zeros(REPORT.shape, REPORT.dtype)
+    report[: len(data)] = np.frombuffer(data, REPORT.dtype)
+    return report
+
+
+def _holds_array_elsewhere(primal: Primal, device: _compat.Device) -> bool:
+    """Whether a body holds a JAX array that is not on `device`, global ones included.
+
+    Raises:
+        UnsupportedError: it holds one that other processes hold in part.
+    """
+    elsewhere = False
+    for path, value in held(primal.held, with_globals=True):
+        if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+            continue
+        if not value.is_fully_addressable:
+            raise UnsupportedError(
+                f"{primal.label}: the body holds {value.aval.str_short()}, an array over "
+                f"several processes, as {path}. It runs in one of them, which does not "
+                "have all of its values. Pass it as an argument."
+            )
+        elsewhere = elsewhere or value.sharding.device_set != {device}
+    return elsewhere

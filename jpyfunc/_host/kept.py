@@ -9,10 +9,12 @@ this one, never find anything.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import sys
 import threading
+import types
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -32,6 +34,9 @@ Run = Record | Residuals
 # What an array takes beside its data, in objects of XLA, JAX and Python, as measured.
 ARRAY_OVERHEAD = 4096
 DEFAULT_LIMIT = 2**30
+MAX_OBJECTS = 256  # that are kept of those whose size is unknown
+MAX_SEARCHED = 1000  # objects that one refers to
+_NOT_ITS_OWN = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 
 def set_tape_limit(nbytes: int) -> int:
@@ -44,7 +49,9 @@ def set_tape_limit(nbytes: int) -> int:
 
     Args:
         nbytes: the bound in bytes, arrays that several runs share counted once, each with
-            4 KiB for the objects that hold it; 0 keeps nothing.
+            4 KiB for the objects that hold it; 0 keeps nothing. Residuals of a rule count
+            by their `nbytes`, or else by what Python knows of their size, and as 1/256 of
+            the bound at least.
 
     Returns:
         The bound that was in force.
@@ -72,8 +79,10 @@ class _Kept:
     def __init__(self, limit: int) -> None:
         # Reentrant, because freeing arrays may run finalizers that come here.
         self._lock = threading.RLock()
-        self._records: OrderedDict[bytes, tuple[Run, Avals, int]] = OrderedDict()
-        self._shared: dict[int, int] = {}  # by id, how many records have an array
+        # By name: what it is, of which operands, the key of its function, its arrays by id.
+        self._records: OrderedDict[bytes, tuple[Run, Avals, int, Any]] = OrderedDict()
+        # By id of an array: how many records have it, and its size.
+        self._shared: dict[int, tuple[int, int]] = {}
         self._functions: dict[int, set[bytes]] = {}  # by id, the names of their runs
         self._nonce = os.urandom(6)
         self._last = 0
@@ -95,24 +104,27 @@ class _Kept:
 
     def add(self, name: bytes, record: Run, primal: Primal) -> int:
         """Keep a record, if there is room; returns how many bytes that takes."""
-        arrays = {id(x): x for x in record.arrays()}
+        # One that has none is not for nothing.
+        arrays = {id(x): x for x in record.arrays()} or {id(record): record}
         shared = self._shared
         with self._lock:
-            size = sum([_size(x) for i, x in arrays.items() if i not in shared])
+            sizes = {i: _size(x) for i, x in arrays.items() if i not in shared}
+            size = sum(sizes.values())
             if size > self.limit:
                 return 0
             for i in arrays:
-                shared[i] = shared.get(i, 0) + 1
+                count, each = shared.get(i) or (0, sizes[i])
+                shared[i] = (count + 1, each)
             self.nbytes += size
             owner = self._own(unwrapped(primal.func), name)
-            self._records[name] = (record, primal.in_avals, owner)
+            self._records[name] = (record, primal.in_avals, owner, arrays)
             dropped = self._shrink()
         del dropped
         return size
 
     def find(self, name: bytes, primal: Primal) -> Run | None:
         with self._lock:
-            record, in_avals, _ = self._records.get(name, (None, None, 0))
+            record, in_avals, *_ = self._records.get(name, (None, None))
             if record is None or in_avals != primal.in_avals:
                 return None
             self._records.move_to_end(name)
@@ -138,20 +150,20 @@ class _Kept:
             dropped = [self._drop(name) for name in names]
         del dropped
 
-    def _drop(self, name: bytes) -> Run | None:
-        record, _, owner = self._records.pop(name, (None, None, 0))
-        if record:
-            self._functions.get(owner, set()).discard(name)
-            shared = self._shared
-            for i, x in {id(x): x for x in record.arrays()}.items():
-                if shared[i] > 1:
-                    shared[i] -= 1
-                else:
-                    del shared[i]
-                    self.nbytes -= _size(x)
-        return record
+    def _drop(self, name: bytes) -> Any:
+        """Drop a record; returns what is to be freed outside the lock."""
+        record, _, owner, arrays = self._records.pop(name, (None, None, 0, {}))
+        self._functions.get(owner, set()).discard(name)
+        shared = self._shared
+        for i in arrays:
+            count, size = shared.pop(i)
+            if count > 1:
+                shared[i] = (count - 1, size)
+            else:
+                self.nbytes -= size
+        return record, arrays
 
-    def _shrink(self) -> list[Run | None]:
+    def _shrink(self) -> list[Any]:
         dropped = []
         while self.nbytes > self.limit:
             dropped.append(self._drop(next(iter(self._records))))
@@ -162,9 +174,32 @@ def _size(x: Any) -> int:
     if isinstance(x, np.ndarray):
         return x.nbytes + ARRAY_OVERHEAD
     if not isinstance(x, jax.Array):
-        return sys.getsizeof(x) + ARRAY_OVERHEAD
+        return _size_of_object(x) + ARRAY_OVERHEAD
     aval = aval_of(x)
     return math.prod(aval.shape) * aval.dtype.itemsize + ARRAY_OVERHEAD
+
+
+def _size_of_object(x: Any) -> int:
+    """The size of a Python object by its `nbytes`, or else with what it refers to.
+
+    What a library has beside that is unknown, as SciPy has its factors of sparse matrices;
+    so of objects without `nbytes` no more than `MAX_OBJECTS` are kept.
+    """
+    if x is None or isinstance(x, bool | int | float | complex | str | bytes | Run):
+        return sys.getsizeof(x)
+    told = getattr(x, "nbytes", None)
+    if isinstance(told, int):
+        return told
+    seen: dict[int, Any] = {}
+    todo, size = [x], 0
+    while todo and len(seen) < MAX_SEARCHED:
+        each = todo.pop()
+        if id(each) in seen or isinstance(each, _NOT_ITS_OWN):
+            continue
+        seen[id(each)] = each
+        size += each.nbytes if isinstance(each, jax.Array) else sys.getsizeof(each)
+        todo.extend(gc.get_referents(each))
+    return max(size, _kept.limit // MAX_OBJECTS)
 
 
 _kept = _Kept(DEFAULT_LIMIT)

@@ -29,7 +29,10 @@ class Residuals:
 
     def arrays(self) -> Iterator[Any]:
         """What it consists of, as far as JAX can take it apart."""
-        yield from jax.tree.leaves(self.value)
+        try:
+            yield from jax.tree.leaves(self.value)
+        except Exception:  # noqa: BLE001 - from a method of the user's, or keys without order
+            yield self.value
 
 
 def forward(primal: Primal, operands: Sequence[Any]) -> tuple[list[Any], Residuals]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
-from jpyfunc._host.call import HostCall
+from jpyfunc._host.call import REPORT, HostCall
+from jpyfunc._primitive.failure import checked
 from jpyfunc._primitive.primitive import ORDERED, Params, check_rules
 
 
@@ -27,21 +29,24 @@ def _py_func_lowering(
             in a `shard_map`.
     """
     _check_supported(ctx, params)
-    devices = _automatic_devices(ctx)
-    if devices is not None:
-        operands = _replicated(ctx, operands, ctx.avals_in, devices)
+    whole = _whole_on_all_devices(ctx)
+    avals_out = list(ctx.avals_out)
+    if whole is not None:
+        operands = _lowered(ctx, _constrain, operands, ctx.avals_in, ctx.avals_in, whole)
+        avals_out.append(REPORT)
     token = ctx.tokens_in.get(ORDERED) if params.ordered else None
+    device = _compat.body_device(ctx)
     results, token = _compat.emit_host_call(
-        ctx,
-        HostCall(params.body, params.settings, _compat.body_device(ctx)),
+        ctx.replace(avals_out=avals_out),
+        HostCall(params.body, params.settings, device, reports=whole is not None),
         token,
         operands,
         has_side_effect=params.stateful,
     )
-    if devices is not None:
+    if whole is not None:
         # The call runs on one device, and a result that stayed there alone would have
         # a sharding that no later eager operation accepts.
-        results = _replicated(ctx, results, ctx.avals_out, devices)
+        results = _lowered(ctx, _checked, results, avals_out, ctx.avals_out, whole)
     if token is not None:
         ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({ORDERED: token})))
     return list(results)
@@ -72,30 +77,41 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
             )
 
 
-def _automatic_devices(ctx: mlir.LoweringRuleContext) -> list[_compat.Device] | None:
-    """The devices over which XLA partitions this program, if there are several."""
+def _whole_on_all_devices(ctx: mlir.LoweringRuleContext) -> NamedSharding | None:
+    """That over the devices that XLA partitions this program over, if they are several."""
     axes = ctx.module_context.axis_context
     if not isinstance(axes, mlir.ShardingContext) or axes.num_devices == 1:
         return None
-    return list(axes.device_assignment or ())
+    devices: list[_compat.Device] = list(axes.device_assignment or ())
+    return NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
 
 
-def _replicated(
-    ctx: mlir.LoweringRuleContext, values: Any, avals: Any, devices: list[_compat.Device]
+def _constrain(xs: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
+    # Without the barrier, XLA (of jaxlib 0.12) takes the constraint on the results as
+    # leave to run a call that has several of them on every device.
+    xs = jax.lax.optimization_barrier(xs)
+    return [jax.lax.with_sharding_constraint(x, sharding) for x in xs]
+
+
+def _checked(xs: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
+    *results, report = _constrain(xs, sharding)
+    return checked(results, report, sharding)
+
+
+def _lowered(
+    ctx: mlir.LoweringRuleContext,
+    function: Callable[[Sequence[jax.Array], NamedSharding], list[jax.Array]],
+    values: Any,
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    sharding: NamedSharding,
 ) -> Any:
-    """Constrain lowered `values` to be whole on every device."""
-    sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
-
-    def constrain(*xs: jax.Array) -> list[jax.Array]:
-        # Without the barrier, XLA (of jaxlib 0.12) takes the constraint on the results
-        # as leave to run a call that has several of them on every device.
-        return [
-            jax.lax.with_sharding_constraint(x, sharding)
-            for x in jax.lax.optimization_barrier(xs)
-        ]
-
+    """What a function of arrays computes of lowered values, of all devices' programs."""
+    lower = mlir.lower_fun(lambda *xs: function(xs, sharding), multiple_results=True)
     # Avals without the explicit axes of a mesh, on which a constraint is an assertion.
-    avals = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
-    lower = mlir.lower_fun(constrain, multiple_results=True)
+    plain = [
+        [ShapedArray(aval.shape, aval.dtype) for aval in avals]
+        for avals in (avals_in, avals_out)
+    ]
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return lower(ctx.replace(avals_in=avals, avals_out=avals), *values)
+        return lower(ctx.replace(avals_in=plain[0], avals_out=plain[1]), *values)

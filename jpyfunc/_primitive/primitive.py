@@ -13,8 +13,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Effect, Primitive
 
 from jpyfunc import _compat
-from jpyfunc._body.derived import Body, Jvp, Recorded, Vjp, flat
-from jpyfunc._errors import no_rule
+from jpyfunc._body.derived import Batch, Body, Jvp, Recorded, Vjp, flat
+from jpyfunc._errors import no_rule, refuse_partial
 from jpyfunc._host.evaluate import evaluate
 
 py_func_p = Primitive("py_func")
@@ -142,14 +142,17 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
     if params.ordered:
         jax.effects_barrier()  # what was dispatched before it runs before it
     arrays = [jnp.asarray(x) for x in operands]
+    if isinstance(params.body, Batch) or params.body.primal.numpy:
+        refuse_partial(arrays, params.name)
     devices = set().union(*(x.devices() for x in arrays))
     device = devices.pop() if len(devices) == 1 else _compat.default_device()
     with _compat.no_axis_names():
         results = evaluate(params.body, arrays, device)
+    is_foreign = params.body.primal.numpy  # the user may write to what it returned
     return [
         _as_declared(result, aval)
         if isinstance(result, jax.Array)
-        else _compat.put(result, aval, device)
+        else _compat.put(result, aval, device, copy=is_foreign)
         for result, aval in zip(results, params.body.out_avals, strict=True)
     ]
 

@@ -125,6 +125,8 @@ class AbstractTrace(Trace):
         outs, effects = primitive.abstract_eval(*avals, **params)
         if effects:
             self.refuse(f"an operation has an effect ({primitive.name})")
+        elif is_host_call(primitive) or any(map(calls_host, jaxprs_in_params(params))):
+            self.refuse("it calls Python itself")  # maybe not for all elements of a batch
         outs = outs if primitive.multiple_results else [outs]
         jaxpr = params.get("jaxpr")
         if not effects and _is_constant(primitive, tracers, params, outs):
@@ -171,6 +173,8 @@ class AbstractTrace(Trace):
             closed = jax.make_jaxpr(
                 lambda *xs: primitive.bind(*xs, subfuns=functions, **params)
             )(*(with_weak_type(jax.typeof(x)) for x in operands))
+        if calls_host(closed):
+            self.refuse("it calls Python itself")
         operands = [*closed.consts, *operands]
         return self._note(_compat.opened(closed), operands, closed.out_avals, _size(closed))
 
@@ -249,6 +253,9 @@ class AbstractTracer(Tracer):
         return repr(self)
 
     def __repr__(self) -> str:
+        # What is printed is of no consequence; another text may be.
+        if not line_of(user_frame()).startswith("print("):
+            self._trace.refuse(f"text of {self.aval.str_short()}")
         return f"Abstract({self.aval.str_short()})"
 
 
