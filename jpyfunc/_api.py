@@ -117,7 +117,9 @@ def py_func(
             them. It costs a run of the body, some milliseconds, for each path, and to
             compile what is found: a loop is as many operations as it has in all its
             turns, those before a branch once. What Python does beside (`print`, a list that
-            grows) it does while tracing alone. `jpyfunc.explain` shows the tree.
+            grows) it does while tracing alone, for which the body is run on abstract values
+            whatever `Tout` says; arrays that it holds are those of then. Calls of Python in
+            the body are left to a call of it. `jpyfunc.explain` shows the tree.
 
     Returns:
         The results in the structure of `Tout` (the first form), or the wrapped
@@ -272,7 +274,6 @@ class PyFunc:
         functools.update_wrapper(self, func)
         # The documentation of a partial is that of `functools.partial`.
         inner: Any = func.func if isinstance(func, functools.partial) else func
-        self.__doc__ = inner.__doc__
         self.__name__ = name or getattr(inner, "__name__", None) or type(inner).__name__
         self.node_name = name
         self._where = f"{kind} {self.__name__!r}"
@@ -299,6 +300,24 @@ class PyFunc:
         self._vmap_method = vmap_method
         self._staged = self._runs_to_stage(staged)
         self._rules: Rules | None = None
+        self.__doc__ = f"{inner.__doc__ or ''}\n\n{self._description(kind)}".strip()
+
+    def _description(self, kind: str) -> str:
+        """What `help` says of it beside what the function says of itself."""
+        tout = self._template or getattr(self._callable_tout, "__name__", "inferred")
+        options = [f"Tout: {tout}"]
+        for name, value in (
+            ("stateful", self._stateful and not self._ordered),
+            ("ordered", self._ordered),
+            ("vmap_method", self._vmap_method),
+            ("staged", self._staged),
+        ):
+            if value:
+                options.append(name if value is True else f"{name}: {value}")
+        return (
+            f"Wrapped by jpyfunc.{kind} ({', '.join(options)}): it runs on the host, from "
+            f"inside compiled programs, too. See help(jpyfunc.{kind})."
+        )
 
     @property
     def _key(self) -> tuple[Any, ...]:

@@ -112,8 +112,8 @@ def no_result(
     if _OF_SHAPES.search(str(error)):
         return InferenceError(
             f"{start} makes an array whose shape depends on data{place}: {what}. What a "
-            "compiled program gets back has a fixed shape. If the array is returned, pad it "
-            "(jnp.nonzero(x, size=8)) or mask it (jnp.where(mask, x, 0)). If it is not: "
+            "compiled program gets back has a fixed shape. If the array is returned, pad "
+            "it (jnp.nonzero(x, size=8)) or mask it (jnp.where(mask, x, 0)). If it is not: "
             f"{declare}"
         )
     if isinstance(error, _UNKNOWN):

@@ -57,7 +57,9 @@ def run_processes(
 import sys, jax
 rank = int(sys.argv[1])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize("localhost:{port}", {count}, rank)
+jax.distributed.initialize(
+    "localhost:{port}", {count}, rank, shutdown_timeout_seconds=5
+)
 """
     environment = {
         **os.environ,

@@ -5,6 +5,7 @@ import enum
 import functools
 import inspect
 import os
+import pydoc
 import re
 import subprocess
 import sys
@@ -595,3 +596,15 @@ def test_masked_arrays_are_refused(transform):
     f = transform(py_func(lambda x: masked, Tout=Struct((2,), jnp.float32)))
     with pytest.raises(ResultError, match=r"a mask.*filled"), raise_original():
         jax.block_until_ready(f(1.0))
+
+
+def test_help_says_what_a_wrapped_function_is():
+    def area(r):
+        """The area of a disc."""
+        return jnp.pi * r**2
+
+    text = pydoc.render_doc(py_func(area, Tout=jnp.float32, ordered=True))
+    assert "area(r)" in pydoc.plain(text)
+    assert "The area of a disc." in text
+    assert "Wrapped by jpyfunc.py_func (Tout: jnp.float32, ordered)" in text
+    assert "Wrapped by jpyfunc.numpy_func (Tout: inferred)" in numpy_func(area).__doc__

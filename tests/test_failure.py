@@ -279,3 +279,25 @@ def test_an_interrupt_of_a_body_interrupts_the_program():
         limit=60,
     )
     assert out.split() == ["interrupted"] * 2
+
+
+def test_the_text_has_the_lines_of_the_user_and_the_way_to_the_exception():
+    big = jnp.ones((500, 500))  # on XLA's thread, and on the caller's
+    for x in (jnp.float32(-1), -jnp.dot(big, big).max()):
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as info:
+            jax.block_until_ready(jax.jit(lambda x: wrapped(x))(x))
+        text = str(info.value)
+        assert "py_func 'fails_when_negative'" in text
+        assert "_inner_frame(float" in text  # the source of the line
+        assert "site-packages" not in text
+        assert text.rstrip().splitlines()[-1].startswith("To catch it as what it is")
+
+
+def test_errors_of_our_own_are_short():
+    f = jax.jit(py_func(lambda x: "text", Tout=f32))
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as info:
+        jax.block_until_ready(f(1.0))
+    lines = str(info.value).rstrip().splitlines()
+    assert len(lines) <= 10
+    assert "ResultError" in lines[-1]
+    assert "Return" in lines[-1]

@@ -463,3 +463,100 @@ def test_any_order_by_a_rule_around_the_call(transform):
     h = 1e-2
     by_hand = (jax.grad(root)(2.0 + h) - jax.grad(root)(2.0 - h)) / (2 * h)
     close(transform(jax.grad(jax.grad(root)))(2.0), by_hand, rtol=1e-2)
+
+
+# What residuals may be
+
+
+@jax.tree_util.register_pytree_node_class
+class Made:
+    """Its leaves are made anew whenever JAX takes it apart."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def tree_flatten(self):
+        return (self.x * 1.0,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+
+def growing(r, bar):
+    r.append(np.ones(3))
+    return (2 * r[0] * bar,)
+
+
+RESIDUALS = {
+    "leaves made anew": (Made, lambda r, bar: (2 * r.x * bar,)),
+    "changed by bwd": (lambda x: [x], growing),
+    "keys without order": (lambda x: {"x": x, 0: 1}, lambda r, bar: (2 * r["x"] * bar,)),
+}
+
+
+@pytest.mark.parametrize("kind", RESIDUALS)
+def test_residuals_of_every_kind_come_and_go(kind, transform):
+    make, backward = RESIDUALS[kind]
+    f = numpy_func(lambda x: x * x, Tout=lambda x: x)
+    f.defvjp(lambda x: (x * x, make(x)), backward)
+    innocent = numpy_func(lambda x: x * x, Tout=lambda x: x)
+    innocent.defvjp(lambda x: (x * x, x), lambda x, bar: (2 * x * bar,))
+    before = jpf.set_tape_limit(2**16)
+    try:
+        for function in (f, innocent):
+            gradient = transform(jax.grad(lambda x, f=function: f(x).sum()))
+            for i in range(12):
+                np.testing.assert_allclose(gradient(jnp.full(1000, i + 0.0)), 2.0 * i)
+    finally:
+        jpf.set_tape_limit(before)
+
+
+def test_objects_of_unknown_size_are_bounded_in_number(transform):
+    class Opaque:
+        __slots__ = ("__weakref__", "data")
+
+    class Told(Opaque):
+        nbytes = 2**10
+
+    for kind, least, most in ((Opaque, 200, 256), (Told, 600, 600)):
+        living = weakref.WeakSet()
+
+        def forward(x, kind=kind, living=living):
+            residual = kind()
+            living.add(residual)
+            return x, residual
+
+        f = numpy_func(lambda x: x, Tout=F32)
+        f.defvjp(forward, lambda r, bar: (bar,))
+        before = jpf.set_tape_limit(2**22)
+        try:
+            gradient = transform(jax.grad(f))
+            for _ in range(600):
+                gradient(1.0)
+            gc.collect()
+            assert least <= len(living) <= most
+        finally:
+            jpf.set_tape_limit(before)
+
+
+def test_a_buffer_that_a_rule_reuses_does_not_change_earlier_results(transform):
+    raw = np.zeros(4096 + 64, np.uint8)
+    start = -raw.ctypes.data % 64  # as aligned as XLA asks to share memory
+    buffer = raw[start : start + 4096].view(np.float32)
+
+    def own(x):
+        buffer[:] = x * 2
+        return buffer
+
+    f = numpy_func(own, Tout=lambda x: x)
+    f.defvjp(lambda x: (own(x), None), lambda r, bar: (own(bar),))
+    f.defjvp(lambda primals, tangents: (own(primals[0]), own(tangents[0])))
+    x = jnp.ones(1024)
+    value = transform(lambda x: jax.vjp(f, x)[0])
+    bar = transform(lambda bar: jax.vjp(f, x)[1](bar)[0])
+    dot = transform(lambda dot: jax.jvp(f, (x,), (dot,))[1])
+    for function in (value, bar, dot):
+        first, second = function(x), function(5 * x)
+        np.testing.assert_array_equal(first, np.full(1024, 2))
+        np.testing.assert_array_equal(second, np.full(1024, 10))

@@ -414,3 +414,34 @@ def test_explain_says_why_inference_fails():
     assert explain(log_huber, jax.ShapeDtypeStruct((), jnp.float32), 2).as_dict()[
         "complete"
     ]
+
+
+def test_calls_in_a_staged_body_are_made_for_those_that_come_to_them(transform):
+    @py_func(Tout=SCALAR)
+    def inner(x):
+        if float(jax.lax.stop_gradient(x)) < 0:
+            raise ValueError("negative")
+        return x * 2
+
+    def body(x):
+        if x > 0:
+            return inner(x)
+        return -x
+
+    f = staged(body)
+    assert_close(transform(jax.vmap(f))(jnp.array([-1.0, 2.0])), jnp.array([1.0, 4.0]))
+    assert not explain(f, 1.0).as_dict()["complete"]
+    assert calls_of(f, 1.0) == 1
+
+
+def test_text_of_a_value_is_a_read_unless_it_is_printed(transform):
+    def tagged(x):
+        return x * 2 if f"{x:.1f}" == "2.0" else x * 3
+
+    def shown(x):
+        print(x)
+        return x * 2
+
+    assert transform(staged(tagged, Tout=SCALAR))(2.0) == 4.0
+    assert calls_of(staged(tagged, Tout=SCALAR), 2.0) == 1
+    assert calls_of(staged(shown, Tout=SCALAR), 2.0) == 0

@@ -20,7 +20,6 @@ from jpyfunc._host.evaluate import evaluate_with
 from jpyfunc._host.profile import Run, annotated, measure_body, open_profiles
 from jpyfunc._traces.on_device import OnDevice
 
-
 # What a call says of its failure where others must know: a text, zeros if there is none.
 REPORT = ShapedArray((8192,), np.uint8)
 

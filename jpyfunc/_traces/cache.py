@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import sys
 import threading
 import types
 import weakref
@@ -52,7 +53,9 @@ class Cache:
     def put(self, key: Any, value: Any, owners: Sequence[Any] = ()) -> None:
         """Keep `value` while all `owners` live, whose ids are in the key."""
 
-        def drop(_: Any) -> None:
+        def drop(_: Any, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+            if is_finalizing():
+                return
             entry = self._kept.pop(key, None)
             for operation in entry[0] if entry and isinstance(entry[0], tuple) else ():
                 if isinstance(operation, Operation):
