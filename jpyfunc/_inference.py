@@ -70,7 +70,8 @@ def infer(
         elif isinstance(error, ResultError | InferenceError):
             raise error
         elif isinstance(error, _UNKNOWN):
-            raise no_result(error, template, name) from error
+            cause = None if isinstance(error, NeedsValueError) else error
+            raise no_result(error, template, name) from cause
         elif isinstance(error, Exception):
             failure = error  # a branch that raises returns nothing to compare
         elif error:

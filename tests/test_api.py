@@ -94,15 +94,16 @@ def test_no_arguments(transform):
 def test_a_wrapped_function_is_like_its_own():
     for g in (py_func(scale), py_func(Tout=jnp.float32)(scale)):
         assert g.__name__ == "scale"
-        assert g.__doc__ == "Scale x."
+        assert g.__doc__.startswith("Scale x.\n")
         assert g.__wrapped__ is scale
         assert g.__module__ == scale.__module__
         assert inspect.signature(g) == inspect.signature(scale)
     assert py_func(scale, name="other").__name__ == "other"
     partial = py_func(functools.partial(scale, m=1.0))
-    assert (partial.__name__, partial.__doc__) == ("scale", "Scale x.")
+    assert partial.__name__ == "scale"
+    assert partial.__doc__.startswith("Scale x.\n")
     assert repr(py_func(scale)) == "<py_func 'scale'>"
-    assert Model.wrapped.__doc__ == "Multiply."
+    assert Model.wrapped.__doc__.startswith("Multiply.\n")
     assert list(inspect.signature(Model(1.0).wrapped).parameters) == ["x", "m"]
 
 
@@ -606,5 +607,8 @@ def test_help_says_what_a_wrapped_function_is():
     text = pydoc.render_doc(py_func(area, Tout=jnp.float32, ordered=True))
     assert "area(r)" in pydoc.plain(text)
     assert "The area of a disc." in text
-    assert "Wrapped by jpyfunc.py_func (Tout: jnp.float32, ordered)" in text
+    assert (
+        "Wrapped by jpyfunc.py_func (Tout: jax.ShapeDtypeStruct(SHAPE, jnp.float32), ordered)"
+        in text
+    )
     assert "Wrapped by jpyfunc.numpy_func (Tout: inferred)" in numpy_func(area).__doc__

@@ -41,7 +41,8 @@ def test_call_forms(transform, form):
 
 
 def test_it_is_like_its_function():
-    assert (ranks.__name__, ranks.__doc__) == ("ranks", "Rank x.")
+    assert ranks.__name__ == "ranks"
+    assert ranks.__doc__.startswith("Rank x.\n")
     assert ranks == numpy_func(ranks.__wrapped__, Tout=Struct((3,), jnp.float32))
     assert ranks != py_func(ranks.__wrapped__, Tout=Struct((3,), jnp.float32))
 
