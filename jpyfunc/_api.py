@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import functools
@@ -42,7 +43,8 @@ from jpyfunc._inference import MAX_RUNS, infer
 from jpyfunc._primitive.batching import BATCHERS
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._stage import Tree, emit, stage, warn_if_large
-from jpyfunc._symbol import Symbol, noting
+from jpyfunc._symbol import Symbol, building, noting
+from jpyfunc._traces.abstract import AbstractTrace
 from jpyfunc._traces.batched import is_batched, running_batch
 from jpyfunc._traces.running import runs_now
 from jpyfunc._traces.taped import is_taped
@@ -123,8 +125,9 @@ def py_func(
 
     Returns:
         The results in the structure of `Tout` (the first form), or the wrapped
-        function, or a decorator. With graph tensors among the arguments, the results
-        are graph tensors; of a body that returns nothing, its `Operation`.
+        function, or a decorator. With graph tensors among the arguments, and in a
+        `with graph.as_default():` or `with Session():` without, too, the results are
+        graph tensors; of a body that returns nothing, its `Operation`.
 
     Raises:
         TypeError: an argument of the wrong kind; a body that closes over a traced
@@ -243,6 +246,24 @@ def _dispatch(kind: str, func: Any, inp: Any, *options: Any) -> Any:
         f"{kind} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
         f"or a single array, got {type(inp).__name__}; write inp=[...]."
     )
+
+
+class _KeepsFirst:
+    """A function without arguments of which no result gets lost by inference."""
+
+    def __init__(self, func: Callable[[], Any]) -> None:
+        self._func = func
+        self._kept: list[Any] = []
+
+    def __call__(self) -> Any:
+        if not isinstance(_compat.current_trace(), AbstractTrace):
+            with contextlib.suppress(IndexError):
+                return self._kept.pop()
+            return self._func()
+        if not self._kept:
+            with set_current_trace(_compat.eval_trace):
+                self._kept.append(self._func())
+        return self._kept[0]
 
 
 def _rewrapped(options: Any, rules: Rules | None) -> PyFunc:
@@ -481,11 +502,19 @@ class PyFunc:
         copied._func = noting(self._func, note)
         return copied
 
+    def keeping_first(self) -> PyFunc:
+        """A copy of one without arguments, which infers from a result, and returns that."""
+        copied = copy.copy(self)
+        copied._func = _KeepsFirst(self._func)
+        return copied
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         for leaf in leaves:
             if isinstance(leaf, Symbol):
                 return leaf.call_py_func(self, args, kwargs)
+        if building.graphs and _compat.is_eager() and not _compat.is_in_body():
+            return building.graphs[-1].call_py_func(self, args, kwargs)
         by_rule = self._rules and any(map(is_taped, leaves))
         if runs_now() and not by_rule and all(map(_has_value, leaves)):
             return self._call(leaves, tree)

@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
+
+
+class _Building(threading.local):
+    def __init__(self) -> None:
+        self.graphs: list[Any] = []
+
+
+# What a thread builds in `with` blocks: there, calls without tensors are nodes, too.
+building = _Building()
+
+
+class not_building:  # noqa: N801 - a context manager
+    """Lets calls without tensors be calls: a graph runs, or a body does."""
+
+    def __enter__(self) -> None:
+        self._graphs, building.graphs = building.graphs, []
+
+    def __exit__(self, *exc_info: object) -> None:
+        building.graphs = self._graphs
 
 
 class Symbol:

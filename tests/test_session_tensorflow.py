@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import run_program
 
 import jpyfunc as jpf
 
@@ -131,3 +132,53 @@ def test_no_placement_is_forced(sess):
     x = jpf.placeholder(jnp.float32)
     y = jpf.py_func(lambda x: x * 2, [x], jnp.float32) + 1
     assert sess.run(y, {x: fed}) == 5.0
+
+
+def test_no_arguments_is_a_node_that_runs_each_time(sess):
+    """`py_func(lambda: next(batches), [], dtype)`, and no batch is lost by inference."""
+    batches = iter([np.full(3, i, np.float32) for i in range(9)])
+    batch = jpf.py_func(lambda: next(batches), [], jnp.float32)
+    total = jpf.numpy.sum(batch * 2)
+    for i in (0, 1, 2):
+        np.testing.assert_array_equal(sess.run(batch), [i, i, i])
+    assert sess.run(total) == 18.0  # another program, which is inferred anew
+    got, double = sess.run([batch, total])
+    np.testing.assert_array_equal(got, [4, 4, 4])
+    assert double == 24.0
+
+
+def test_constant_arguments_are_a_node(sess):
+    runs = []
+    y = jpf.py_func(
+        lambda x: (runs.append(1), x + 1)[1], [2.0], jax.ShapeDtypeStruct((), "f")
+    )
+    assert isinstance(y, jpf.Tensor)
+    assert not runs
+    assert [sess.run(y), sess.run(y)] == [3.0, 3.0]
+    assert len(runs) == 2
+
+
+def test_inside_a_body_or_a_transform_it_is_a_call(sess):
+    inner = jpf.py_func(lambda: jnp.float32(5), Tout=jnp.float32)
+    outer = jpf.py_func(lambda x: x * inner(), Tout=jnp.float32)
+    assert sess.run(outer(2.0)) == 10.0
+    assert jax.jit(lambda x: x * inner())(2.0) == 10.0
+    assert jax.grad(outer)(2.0) == 5.0
+    with jax.disable_jit():
+        assert sess.run(outer(jpf.constant(3.0))) == 15.0
+    each = jpf.py_func(lambda x: x * inner(), Tout=jnp.float32, vmap_method="sequential")
+    np.testing.assert_array_equal(jax.vmap(each)(jnp.arange(3.0)), [0, 5, 10])
+
+
+def test_outside_an_explicit_graph_it_is_a_call():
+    out = run_program(
+        """
+        import jax.numpy as jnp, jpyfunc as jpf
+        session = jpf.InteractiveSession()
+        print(jpf.py_func(lambda: jnp.float32(5), [], jnp.float32) + 1)
+        session.close()
+        print(jpf.py_func(lambda: jnp.float32(6), [], jnp.float32) + 1)
+        """,
+        limit=60,
+    )
+    assert out.split() == ["6.0", "7.0"]

@@ -16,6 +16,7 @@ from jpyfunc import _compat
 from jpyfunc._body.derived import Batch, Body, Jvp, Recorded, Vjp, flat
 from jpyfunc._errors import no_rule, refuse_partial
 from jpyfunc._host.evaluate import evaluate
+from jpyfunc._symbol import not_building
 
 py_func_p = Primitive("py_func")
 py_func_p.multiple_results = True
@@ -146,7 +147,7 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
         refuse_partial(arrays, params.name)
     devices = set().union(*(x.devices() for x in arrays))
     device = devices.pop() if len(devices) == 1 else _compat.default_device()
-    with _compat.no_axis_names():
+    with _compat.no_axis_names(), not_building():
         results = evaluate(params.body, arrays, device)
     is_foreign = params.body.primal.numpy  # the user may write to what it returned
     return [

@@ -45,8 +45,14 @@ def apply(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
     return add_call(call, inputs, tree, specs, name)
 
 
-def apply_py_func(func: Any, args: Any, kwargs: Any) -> Any:
+def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
     """Make a node of a wrapped function, with tensors in the structure of its `Tout`.
+
+    Args:
+        func: the wrapped function.
+        args: positional arguments, pytrees.
+        kwargs: keyword arguments, pytrees.
+        graph: where the node goes if there is no tensor among them.
 
     Returns:
         The tensors; the operation itself if there are none, as in TensorFlow.
@@ -56,7 +62,10 @@ def apply_py_func(func: Any, args: Any, kwargs: Any) -> Any:
             depends on shapes that are unknown.
     """
     inputs = tensors_in(args, kwargs)
-    name = common_graph(inputs).unique_name(func.node_name or "PyFunc")
+    graph = common_graph(inputs) if inputs else graph
+    name = graph.unique_name(func.node_name or "PyFunc")
+    if not jax.tree.leaves((args, kwargs)):
+        func = func.keeping_first()
     call = close_over(func.for_node(f"in graph operation {name!r}"), args, kwargs)
     template = func.template
     if template is not None:
@@ -72,7 +81,7 @@ def apply_py_func(func: Any, args: Any, kwargs: Any) -> Any:
                 "jnp.float32 for one result, say, or give the placeholders shapes."
             )
         tree, specs = found
-    return add_call(call, inputs, tree, specs, name, unique=True)
+    return _add(graph, call, inputs, tree, specs, name, unique=True)
 
 
 def add_call(
@@ -81,8 +90,6 @@ def add_call(
     tree: Any,
     specs: Sequence[Spec],
     name: str,
-    *,
-    unique: bool = False,
 ) -> Any:
     """Add the node of a call to the graph of its inputs.
 
@@ -92,11 +99,24 @@ def add_call(
         tree: structure of its results.
         specs: one per result.
         name: of the node.
-        unique: whether `name` has been made unique already.
 
     Returns:
         The results' tensors in the structure of `tree`; without any, the operation.
     """
+    return _add(common_graph(inputs), call, inputs, tree, specs, name, unique=False)
+
+
+def _add(
+    graph: Any,
+    call: Callable[[Sequence[Any]], Any],
+    inputs: Sequence[Any],
+    tree: Any,
+    specs: Sequence[Spec],
+    name: str,
+    *,
+    unique: bool,
+) -> Any:
+    """`add_call` to a graph, under a name that has been made unique already or not."""
 
     def compute(values: Sequence[Any]) -> list[Any]:
         results, got = jax.tree.flatten(call(values))
@@ -108,7 +128,7 @@ def add_call(
             )
         return [jnp.asarray(result) for result in results]
 
-    op = common_graph(inputs).create_operation(name, inputs, compute, specs, unique=unique)
+    op = graph.create_operation(name, inputs, compute, specs, unique=unique)
     return jax.tree.unflatten(tree, op.outputs) if op.outputs else op
 
 

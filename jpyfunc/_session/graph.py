@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jpyfunc._session.apply import Spec
+from jpyfunc._session.apply import Spec, apply_py_func
 from jpyfunc._session.nodes import Operation, Tensor
 from jpyfunc._session.stacks import remove_last, stacks
+from jpyfunc._symbol import building
 
 _NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*")
 
@@ -42,10 +43,16 @@ class Graph:
     def as_default(self) -> Iterator[Graph]:
         """Make this the graph that new nodes go to on this thread."""
         stacks.graphs.append(self)
+        building.graphs.append(self)
         try:
             yield self
         finally:
             remove_last(stacks.graphs, self)
+            remove_last(building.graphs, self)
+
+    def call_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make a node here of a call without tensors, which each run makes."""
+        return apply_py_func(func, args, kwargs, self)
 
     def get_operations(self) -> list[Operation]:
         """All operations, in the order of their creation."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jpyfunc._errors import InferenceError
 from jpyfunc._session.nodes import Operation, Tensor
 from jpyfunc._session.pullback import Compute, with_pullback
-from jpyfunc._symbol import add_note
+from jpyfunc._symbol import add_note, not_building
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,7 +59,8 @@ def lower(
         ran: dict[Operation, list[Any]] = {}
         for op, compute in steps:
             try:
-                results = compute([known[t] for t in op.inputs])
+                with not_building():
+                    results = compute([known[t] for t in op.inputs])
             except InferenceError as error:
                 own = _own(error, op)
                 raise own from own.__cause__

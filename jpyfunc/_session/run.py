@@ -14,6 +14,7 @@ from jpyfunc._session.lower import lower
 from jpyfunc._session.nodes import Operation, Tensor
 from jpyfunc._session.stacks import remove_last, stacks
 from jpyfunc._session.values import to_numpy
+from jpyfunc._symbol import building
 
 
 class Session:
@@ -158,12 +159,17 @@ class Session:
             self._programs.clear()
 
     def __enter__(self) -> Session:
+        self._be_default()
+        building.graphs.append(self._graph)
+        return self
+
+    def _be_default(self) -> None:
         self._check_open()
         stacks.sessions.append(self)
         stacks.graphs.append(self._graph)
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
+        remove_last(building.graphs, self._graph)
         remove_last(stacks.sessions, self)
         remove_last(stacks.graphs, self._graph)
         self.close()
@@ -244,7 +250,7 @@ class InteractiveSession(Session):
 
     def __init__(self, graph: Graph | None = None) -> None:
         super().__init__(graph)
-        super().__enter__()
+        self._be_default()
 
     def __enter__(self) -> InteractiveSession:
         self._check_open()
