@@ -323,6 +323,12 @@ def like_operands(aval: ShapedArray, operand_avals: Sequence[Any]) -> ShapedArra
     )
 
 
+def tokens() -> list[Any]:
+    """What stands for the effects of the programs that were dispatched last."""
+    of = _dispatch.runtime_tokens
+    return [*of.current_tokens.values(), *of.output_runtime_tokens.values()]
+
+
 def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:
     """Let programs hold `effect_type`: when lowered, in control flow, in custom rules."""
     _effects.lowerable_effects.add_type(effect_type)

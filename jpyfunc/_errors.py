@@ -15,12 +15,12 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jaxlib
 
-from jpyfunc import _compat
+from jpyfunc._flight import Flight
 
 
 class PyFuncError(Exception):
@@ -192,14 +192,23 @@ def _traceback(error: BaseException) -> str:
     return "".join(shown.format())
 
 
-def leave(text: str) -> Iterator[Any]:
-    """Raise, when it is asked for its first item, what XLA makes an error of.
-
-    XLA prints the whole stack that a raising frame is on, but that of a generator, once it
-    has raised, is on none.
-    """
-    raise RuntimeError(text)
+def _nowhere() -> Iterator[None]:
     yield
+
+
+_suspended: Any = _nowhere()
+next(_suspended)
+
+
+def leave(text: str) -> NoReturn:
+    """Raise what XLA makes an error of.
+
+    XLA prints the stack that the innermost frame of an exception is on, JAX's calls and
+    all. That of a generator which is suspended is on none.
+    """
+    frame = _suspended.gi_frame
+    place = TracebackType(None, frame, frame.f_lasti, frame.f_lineno)
+    raise RuntimeError(text).with_traceback(place)
 
 
 def pass_on_interrupt(error: BaseException) -> None:
@@ -289,7 +298,8 @@ class raise_original:  # noqa: N801 - a context manager, named like JAX's own
     JAX reports an exception in a compiled program's body as a `JaxRuntimeError` whose
     text has the body's traceback. Inside this context manager the body's own exception
     object is raised instead, with its type, attributes and traceback. On leaving, it
-    waits for the arrays in flight, so a failure cannot surface after the block.
+    waits for what was dispatched in it, so a failure cannot surface after the block; but
+    not for a body that itself waits for some seconds, as for a lock that is held here.
 
     Raises:
         BaseException: whatever the body raised, `KeyboardInterrupt` included.
@@ -310,6 +320,7 @@ class raise_original:  # noqa: N801 - a context manager, named like JAX's own
     """
 
     def __enter__(self) -> None:
+        self._before = Flight()
         _originals.enter()
 
     def __exit__(
@@ -319,7 +330,7 @@ class raise_original:  # noqa: N801 - a context manager, named like JAX's own
         trace: TracebackType | None,
     ) -> None:
         try:
-            original = _in_flight_failure() if error is None else _originals.find(error)
+            original = _originals.find(error) if error else _failure_since(self._before)
         finally:
             _originals.leave()
         if original is not None:
@@ -328,27 +339,10 @@ class raise_original:  # noqa: N801 - a context manager, named like JAX's own
             raise original from (original.__cause__ or original.__context__)
 
 
-def _in_flight_failure() -> BaseException | None:
+def _failure_since(before: Flight) -> BaseException | None:
     """The exception of a body whose program was dispatched but not waited for yet."""
     # With blocks open on several threads there is no telling whose array it is; then
     # the failure surfaces as JAX's error where the array is waited for.
-    # In a body, waiting for what waits for the body would never end.
-    if _originals.blocks > 1 or _compat.is_in_body():
+    if _originals.blocks > 1:
         return None
-    try:
-        jax.effects_barrier()
-    except jax.errors.JaxRuntimeError as error:
-        original = _originals.find(error)
-        if original is None:
-            raise
-        return original
-    for array in jax.live_arrays():
-        try:
-            array.block_until_ready()
-        except jax.errors.JaxRuntimeError as error:
-            original = _originals.find(error)
-            if original is not None:
-                return original
-        except RuntimeError:
-            pass  # deleted or donated since it was listed
-    return None
+    return next(filter(None, map(_originals.find, before.wait())), None)

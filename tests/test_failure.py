@@ -301,3 +301,38 @@ def test_errors_of_our_own_are_short():
     assert len(lines) <= 10
     assert "ResultError" in lines[-1]
     assert "Return" in lines[-1]
+
+
+LOCKED = """
+import threading, time, jax, jax.numpy as jnp, jpyfunc
+lock = threading.Lock()
+
+def body(x):
+    with lock:
+        return x + 1
+
+compiled = jax.jit(jpyfunc.py_func(body, Tout=lambda x: x))
+x = jnp.ones((1000, 1000))
+
+def f():  # of what is not there yet, so that it runs on a thread of XLA's
+    return compiled(jnp.dot(jnp.dot(x, x) / 1000, x))
+
+jax.block_until_ready(f())
+for block in (jpyfunc.profile, jpyfunc.raise_original):
+    with lock:
+        before = f()  # waits for the lock
+        time.sleep(0.2)
+        begin = time.monotonic()
+        with block():
+            pass
+        at_once = time.monotonic() - begin
+        with block():
+            during = f()
+    assert at_once < 3, at_once
+    assert float(before[0, 0]) == float(during[0, 0]) == 1001
+print("done")
+"""
+
+
+def test_leaving_a_block_does_not_wait_for_a_lock_that_is_held_outside():
+    assert run_program(LOCKED, limit=90).strip() == "done"

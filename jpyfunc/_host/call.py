@@ -16,6 +16,7 @@ from jpyfunc._body.closure import held
 from jpyfunc._body.derived import Body
 from jpyfunc._body.primal import Primal
 from jpyfunc._errors import UnsupportedError, crossing_text, leave, pass_on_interrupt
+from jpyfunc._flight import running_body
 from jpyfunc._host.evaluate import evaluate_with
 from jpyfunc._host.profile import Run, annotated, measure_body, open_profiles
 from jpyfunc._traces.on_device import OnDevice
@@ -28,7 +29,7 @@ def raise_reported(report: np.ndarray) -> tuple[np.ndarray]:
     """Raise what a call has reported; True if that is nothing."""
     text = bytes(np.asarray(report)).rstrip(b"\0").decode("utf-8", "replace")
     if text:
-        next(leave(text))
+        leave(text)
     return (np.asarray(True),)
 
 
@@ -62,11 +63,12 @@ class HostCall:
 
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
-            if open_profiles:
-                execute = functools.partial(self._cross, operands)
-                results = measure_body(self._body, operands, execute)
-            else:
-                results = self._cross(operands, annotated)
+            with running_body():
+                if open_profiles:
+                    execute = functools.partial(self._cross, operands)
+                    results = measure_body(self._body, operands, execute)
+                else:
+                    results = self._cross(operands, annotated)
             if not self._reports:
                 return results
             text = ""
@@ -75,7 +77,7 @@ class HostCall:
             text = crossing_text(error, self._body.primal.label)
             results = ()
         if not self._reports:
-            next(leave(text))
+            leave(text)
         if text:
             results = tuple(np.zeros(a.shape, a.dtype) for a in self._body.out_avals)
         return (*results, _report(text))

@@ -5,7 +5,6 @@ It is also where bodies get the name by which `jax.profiler` shows them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import html
@@ -20,7 +19,6 @@ import jax
 import numpy as np
 from jax.profiler import TraceAnnotation
 
-from jpyfunc import _compat
 from jpyfunc._body.derived import (
     Batch,
     Body,
@@ -31,6 +29,7 @@ from jpyfunc._body.derived import (
     Vjp,
 )
 from jpyfunc._body.primal import Primal, unwrapped
+from jpyfunc._flight import Flight
 
 # Profiles whose block is open. A list that changes in place, so that the modules that
 # run bodies import it once and pay one truth test per call where there is none.
@@ -208,9 +207,10 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     conversion of the results, and JAX may still compute when their body has returned.
 
     A call counts in every block, of any thread, that was open when it began. On leaving
-    a block without an exception, it waits for the arrays and effects in flight, so that
-    calls of programs that were dispatched in the block are in it; not so in a body,
-    which must not wait for its own program. A failure of theirs surfaces where JAX
+    a block without an exception, it waits for what was dispatched in it, so that the
+    calls of those programs are in it; not so in a body, which must not wait for its own
+    program, nor for a body that itself waits for some seconds, as for a lock that is held
+    here. A failure of theirs surfaces where JAX
     reports it, not here. A profile may be entered again, and goes on counting.
 
     Example:
@@ -231,8 +231,10 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[Key, dict[str, Counts]] = {}
+        self._before: list[Flight] = []
 
     def __enter__(self) -> profile:
+        self._before.append(Flight())
         open_profiles.append(self)
         return self
 
@@ -242,9 +244,10 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        before = self._before.pop()
         try:
             if error is None:
-                _wait_for_calls()
+                before.wait()
         finally:
             open_profiles.remove(self)
 
@@ -337,15 +340,3 @@ def _bytes(value: int | float) -> str:
         if value >= scale:
             return f"{value / scale:.1f} {unit}"
     return f"{value} B"
-
-
-def _wait_for_calls() -> None:
-    """Wait for the programs in flight whose results or effects are still held."""
-    # In a body, that would be to wait for the program that waits for the body.
-    if _compat.is_in_body():
-        return
-    with contextlib.suppress(RuntimeError):
-        jax.effects_barrier()
-    for array in jax.live_arrays():
-        with contextlib.suppress(RuntimeError):  # failed, or deleted since it was listed
-            array.block_until_ready()
