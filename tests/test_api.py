@@ -4,16 +4,20 @@ import dataclasses
 import enum
 import functools
 import inspect
+import itertools
 import os
 import pydoc
 import re
 import subprocess
 import sys
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from cases import assert_close
 from programs import ROOT
 
 from jpyfunc import ResultError, numpy_func, py_func, raise_original
@@ -610,3 +614,48 @@ def test_help_says_what_a_wrapped_function_is():
     tout = "jax.ShapeDtypeStruct(SHAPE, jnp.float32)"
     assert f"Wrapped by jpyfunc.py_func (Tout: {tout}, ordered)" in text
     assert "Wrapped by jpyfunc.numpy_func (Tout: inferred)" in numpy_func(area).__doc__
+
+
+@pytest.mark.parametrize(
+    "iterate",
+    [
+        iter,
+        lambda xs: zip(xs, strict=True),
+        lambda xs: itertools.chain(xs),
+        lambda xs: (x for x in xs),
+    ],
+    ids=["iter", "zip", "chain", "generator"],
+)
+def test_a_traced_value_in_an_iterator_is_refused(iterate):
+    @jax.jit
+    def program(x, w):
+        items = iterate([w, w])
+        return py_func(lambda x: (x, next(items))[0], [x], F32)
+
+    with pytest.raises(TypeError, match=r"'items'.*Pass it as an argument"):
+        program(1.0, 2.0)
+
+
+def test_equinox_modules_optax_states_and_nested_dicts_pass(transform):
+    model = equinox.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
+    arrays, rest = equinox.partition(model, equinox.is_array)
+    optimizer = optax.adam(0.1)
+    x, y = jnp.ones((8, 2)), jnp.ones((8, 1))
+
+    def loss(arrays):
+        return jnp.mean((jax.vmap(equinox.combine(arrays, rest))(x) - y) ** 2)
+
+    def step(arrays, state):
+        gradient = jax.grad(loss)(arrays)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(arrays, updates), state
+
+    before = (arrays, optimizer.init(arrays))
+    stepped = transform(py_func(step, Tout=lambda *args: args))(*before)
+    assert_close(stepped, jax.jit(step)(*before), rtol=1e-4)
+    value = transform(jax.grad(py_func(loss, Tout=F32)))(arrays)
+    assert_close(value, jax.jit(jax.grad(loss))(arrays), rtol=1e-4)
+
+    params = {"params": {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}}
+    tripled = py_func(lambda p: jax.tree.map(lambda x: x * 3, p), Tout=lambda p: p)
+    assert_close(transform(tripled)(params), jax.tree.map(lambda x: x * 3, params))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpyfunc import InferenceError, ResultError, py_func
+from jpyfunc import InferenceError, ResultError, py_func, raise_original
 
 V = jnp.arange(1.0, 4.0)
 
@@ -533,3 +533,18 @@ def test_a_python_scalar_of_a_wider_kind_disagrees(true, false):
     """Eagerly one side is an int32, where the other would make it a float32 under jit."""
     with pytest.raises(InferenceError, match="disagree on result"):
         jax.jit(py_func(sides(true, false)))(jnp.float32(1.0))
+
+
+def test_shard_map_in_an_inferred_body(transform):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    part = jax.sharding.PartitionSpec("d")
+    doubled = jax.shard_map(lambda x: x * 2, mesh=mesh, in_specs=part, out_specs=part)
+
+    def body(x):
+        y = doubled(x)
+        return y if y.sum() > 0 else -y
+
+    with raise_original():
+        np.testing.assert_array_equal(
+            transform(py_func(body))(jnp.arange(4.0)), [0, 2, 4, 6]
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import types
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from jax.core import Tracer
 from jpyfunc._traces.abstract import is_abstract
 
 MAX_SEARCHED = 10_000  # objects; a body may hold all of a program's data
+ITERATING = ("builtins", "itertools")  # modules whose iterators hold what they give
 LIBRARIES = ("builtins", "jax", "jaxlib", "jpyfunc", "numpy")
 
 
@@ -100,6 +102,8 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             with contextlib.suppress(ValueError):  # a name that is not bound yet
                 yield f"the variable {name!r}", cell.cell_contents
         yield "a default", (value.__defaults__, value.__kwdefaults__)
+    elif type(value).__module__ in ITERATING and isinstance(value, Iterator):
+        yield from ((path, item) for item in gc.get_referents(value))
     elif isinstance(value, types.ModuleType | jax.Array):
         return
     else:

@@ -163,16 +163,33 @@ class AbstractTrace(Trace):
     ) -> Any:
         return self._call_custom(primitive, (fun, fwd, bwd), tracers, params)
 
+    def process_shard_map(
+        self, primitive: Any, fun: Any, tracers: Any, /, **params: Any
+    ) -> Any:
+        structure: list[Any] = []
+
+        def call(*operands: Any) -> list[Any]:
+            structure[:] = [primitive.bind(*operands, subfuns=(fun,), **params)]
+            return [*structure[0]]
+
+        results = self._note_whole(call, tracers)
+        return structure[0].update(results)  # a flat tree of JAX
+
     def _call_custom(
         self, primitive: Any, functions: Any, operands: Sequence[Any], params: Any
     ) -> Any:
         if not self._keeps_rules:
             with set_current_trace(self):
                 return functions[0].call_wrapped(*operands)
+        return self._note_whole(
+            lambda *xs: primitive.bind(*xs, subfuns=functions, **params), operands
+        )
+
+    def _note_whole(self, call: Any, operands: Sequence[Any]) -> list[AbstractTracer]:
+        """Note all that a function does as one operation."""
+        avals = [with_weak_type(jax.typeof(x)) for x in operands]
         with set_current_trace(_compat.eval_trace):
-            closed = jax.make_jaxpr(
-                lambda *xs: primitive.bind(*xs, subfuns=functions, **params)
-            )(*(with_weak_type(jax.typeof(x)) for x in operands))
+            closed = jax.make_jaxpr(call)(*avals)
         if calls_host(closed):
             self.refuse("it calls Python itself")
         operands = [*closed.consts, *operands]
