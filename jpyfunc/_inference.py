@@ -110,7 +110,7 @@ def no_result(
         "Say what the body returns, and it will not be run to find out: "
         f"{_declaration(template, error)}."
     )
-    if _OF_SHAPES.search(str(error)):
+    if isinstance(error, TypeError | IndexError) and _OF_SHAPES.search(str(error)):
         return InferenceError(
             f"{start} makes an array whose shape depends on data{place}: {what}. What a "
             "compiled program gets back has a fixed shape. If the array is returned, pad "
