@@ -394,7 +394,8 @@ class PyFunc:
                 None for none. Keyword arguments come last, in the order of the
                 parameters. It is not told which are needed; others are dropped. Under
                 `jax.vmap` both run once per element, or, as the function does with
-                `vmap_method="expand_dims"` and `"broadcast_all"`, on whole batches.
+                `vmap_method="expand_dims"` and `"broadcast_all"`, on whole batches; with
+                the first, the cotangent of what the elements share is summed over them.
 
         Raises:
             TypeError: the function is wrapped by `py_func`, or a rule is no function.
