@@ -499,14 +499,15 @@ class PyFunc:
 
     def for_node(self, note: str) -> PyFunc:
         """A copy for a node of a graph: an exception in its body gets `note`."""
-        copied = copy.copy(self)
-        copied._func = noting(self._func, note)
-        return copied
+        return self._with_func(noting(self._func, note))
 
     def keeping_first(self) -> PyFunc:
         """A copy of one without arguments, which infers from a result, and returns that."""
+        return self._with_func(_KeepsFirst(self._func))
+
+    def _with_func(self, func: Callable[..., Any]) -> PyFunc:
         copied = copy.copy(self)
-        copied._func = _KeepsFirst(self._func)
+        copied._func = func
         return copied
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,12 +7,11 @@ from programs import run_processes, run_program
 
 SETUP = """
 import jax.numpy as jnp, numpy as np, jpyfunc
-from functools import partial
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jpyfunc import UnsupportedError, numpy_func, profile, py_func, raise_original
 
 mesh = Mesh(np.array(jax.devices()), ("i",))
-parts, whole = NamedSharding(mesh, P("i")), NamedSharding(mesh, P())
+parts = NamedSharding(mesh, P("i"))
 data = np.linspace(-1, 2, 2 * len(jax.devices()), dtype=np.float32)
 x = jax.make_array_from_callback(data.shape, parts, lambda i: data[i])
 same = lambda x: x

@@ -69,18 +69,15 @@ class HostCall:
                     results = measure_body(self._body, operands, execute)
                 else:
                     results = self._cross(operands, annotated)
-            if not self._reports:
-                return results
-            text = ""
         except BaseException as error:  # noqa: BLE001 - it is raised, as XLA takes it
             pass_on_interrupt(error)
             text = crossing_text(error, self._body.primal.label)
-            results = ()
+        else:
+            return (*results, _report("")) if self._reports else results
         if not self._reports:
             leave(text)
-        if text:
-            results = tuple(np.zeros(a.shape, a.dtype) for a in self._body.out_avals)
-        return (*results, _report(text))
+        zeros = (np.zeros(aval.shape, aval.dtype) for aval in self._body.out_avals)
+        return (*zeros, _report(text))
 
     def _cross(self, operands: Sequence[Any], run: Run) -> tuple[np.ndarray, ...]:
         device = self._device

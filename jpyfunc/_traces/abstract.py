@@ -13,7 +13,12 @@ from jax.extend.core import jaxprs_in_params, set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._errors import line_of, place_of_frame, user_frame
-from jpyfunc._traces.operations import calls_host, is_host_call, with_weak_type
+from jpyfunc._traces.operations import (
+    apply_shard_map,
+    calls_host,
+    is_host_call,
+    with_weak_type,
+)
 
 # A loop on an abstract condition is one decision per turn, and may never end.
 MAX_DECISIONS = 64
@@ -125,7 +130,7 @@ class AbstractTrace(Trace):
         outs, effects = primitive.abstract_eval(*avals, **params)
         if effects:
             self.refuse(f"an operation has an effect ({primitive.name})")
-        elif is_host_call(primitive) or any(map(calls_host, jaxprs_in_params(params))):
+        elif is_host_call(primitive, params):
             self.refuse("it calls Python itself")  # maybe not for all elements of a batch
         outs = outs if primitive.multiple_results else [outs]
         jaxpr = params.get("jaxpr")
@@ -166,14 +171,9 @@ class AbstractTrace(Trace):
     def process_shard_map(
         self, primitive: Any, fun: Any, tracers: Any, /, **params: Any
     ) -> Any:
-        structure: list[Any] = []
-
-        def call(*operands: Any) -> list[Any]:
-            structure[:] = [primitive.bind(*operands, subfuns=(fun,), **params)]
-            return [*structure[0]]
-
-        results = self._note_whole(call, tracers)
-        return structure[0].update(results)  # a flat tree of JAX
+        return apply_shard_map(
+            primitive, fun, params, lambda call: self._note_whole(call, tracers)
+        )
 
     def _call_custom(
         self, primitive: Any, functions: Any, operands: Sequence[Any], params: Any
@@ -203,8 +203,7 @@ def _is_constant(
     return (
         not any(isinstance(x, Tracer) for x in operands)
         and all(aval.size <= MAX_CONSTANT for aval in outs)
-        and not is_host_call(primitive)
-        and not any(map(calls_host, jaxprs_in_params(params)))
+        and not is_host_call(primitive, params)
     )
 
 

@@ -462,16 +462,40 @@ def has_rules(jaxpr: Any) -> bool:
     )
 
 
-def is_host_call(primitive: Any) -> bool:
-    """Whether a bind of `primitive` calls the host."""
-    return primitive.name == "py_func" or "callback" in primitive.name
+def is_host_call(primitive: Any, params: Any) -> bool:
+    """Whether a bind calls the host, itself or in a jaxpr among its parameters."""
+    return (
+        primitive.name == "py_func"
+        or "callback" in primitive.name
+        or any(map(calls_host, jaxprs_in_params(params)))
+    )
+
+
+def apply_shard_map(
+    primitive: Any, fun: Any, params: Any, apply: Callable[[Any], Sequence[Any]]
+) -> Any:
+    """What a trace gives for a `shard_map`, which is to be in a flat tree of JAX's.
+
+    Args:
+        primitive: that of `shard_map`.
+        fun: what it maps.
+        params: its other parameters.
+        apply: from a function of the operands, with a list of results, to these results.
+    """
+    structure: list[Any] = []
+
+    def call(*operands: Any) -> list[Any]:
+        structure[:] = [primitive.bind(*operands, subfuns=(fun,), **params)]
+        return [*structure[0]]
+
+    results = apply(call)
+    return structure[0].update(results)
 
 
 def calls_host(jaxpr: Any) -> bool:
     """Whether a jaxpr has an effect, or calls the host."""
     return bool(jaxpr.effects) or any(
-        is_host_call(eqn.primitive) or any(map(calls_host, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
+        is_host_call(eqn.primitive, eqn.params) for eqn in jaxpr.eqns
     )
 
 

@@ -18,7 +18,13 @@ from jax.extend.core import set_current_trace
 from jpyfunc import _compat
 from jpyfunc._errors import NotDifferentiableError
 from jpyfunc._traces.cache import Uncacheable, binding, operation_of_custom
-from jpyfunc._traces.operations import Linear, Loose, LooseLinear, Operation
+from jpyfunc._traces.operations import (
+    Linear,
+    Loose,
+    LooseLinear,
+    Operation,
+    apply_shard_map,
+)
 from jpyfunc._traces.running import HAVE_RULES, Running, run
 from jpyfunc._traces.taped import Taped
 
@@ -200,12 +206,6 @@ class Tape(Running):
     def process_shard_map(
         self, primitive: Any, fun: Any, tracers: Any, /, **params: Any
     ) -> Any:
-        structure: list[Any] = []
-
-        def call(*operands: Any) -> list[Any]:
-            results = primitive.bind(*operands, subfuns=(fun,), **params)
-            structure[:] = [results]
-            return [*results]
-
-        results = self.apply(Loose(call), tracers)
-        return structure[0].update(results)  # a flat tree of JAX
+        return apply_shard_map(
+            primitive, fun, params, lambda call: self.apply(Loose(call), tracers)
+        )
