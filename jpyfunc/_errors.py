@@ -7,6 +7,7 @@ import itertools
 import linecache
 import os
 import re
+import signal
 import sys
 import threading
 import traceback
@@ -231,7 +232,11 @@ def pass_on_interrupt(error: BaseException) -> None:
                 timer.start()
                 return
             running = running.f_back
-        _thread.interrupt_main()
+        if callable(signal.getsignal(signal.SIGINT)) and hasattr(signal, "pthread_kill"):
+            # Wakes it, too, should it sleep or wait for a line by now.
+            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+        else:
+            _thread.interrupt_main()
 
     threading.Thread(target=interrupt, daemon=True).start()
 
