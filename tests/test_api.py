@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from cases import assert_close
+from flax import linen, nnx
 from programs import ROOT
 
 from jpyfunc import ResultError, numpy_func, py_func, raise_original
@@ -636,7 +637,7 @@ def test_a_traced_value_in_an_iterator_is_refused(iterate):
         program(1.0, 2.0)
 
 
-def test_equinox_modules_optax_states_and_nested_dicts_pass(transform):
+def test_equinox_modules_and_optax_states_pass(transform):
     model = equinox.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
     arrays, rest = equinox.partition(model, equinox.is_array)
     optimizer = optax.adam(0.1)
@@ -656,6 +657,23 @@ def test_equinox_modules_optax_states_and_nested_dicts_pass(transform):
     value = transform(jax.grad(py_func(loss, Tout=F32)))(arrays)
     assert_close(value, jax.jit(jax.grad(loss))(arrays), rtol=1e-4)
 
-    params = {"params": {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}}
-    tripled = py_func(lambda p: jax.tree.map(lambda x: x * 3, p), Tout=lambda p: p)
-    assert_close(transform(tripled)(params), jax.tree.map(lambda x: x * 3, params))
+
+def test_flax_modules_and_their_parameters_pass(transform):
+    x = jnp.linspace(0, 1, 6).reshape(2, 3)
+    dense = linen.Dense(4)
+    graph, state = nnx.split(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    for apply, params in (
+        (dense.apply, dense.init(jax.random.key(0), x)),
+        (lambda state, x: nnx.merge(graph, state)(x), state),
+    ):
+
+        def loss(params, x, apply=apply):
+            return jnp.sum(jnp.tanh(apply(params, x)) ** 2)
+
+        def smaller(params, x, loss=loss):
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params, x))
+
+        value = transform(jax.value_and_grad(py_func(loss, Tout=F32)))(params, x)
+        assert_close(value, jax.jit(jax.value_and_grad(loss))(params, x), rtol=1e-4)
+        stepped = transform(py_func(smaller, Tout=lambda params, x: params))(params, x)
+        assert_close(stepped, jax.jit(smaller)(params, x), rtol=1e-4)
