@@ -248,3 +248,18 @@ def test_a_batch_of_branches_or_turns_with_a_stateful_call_is_refused(recorder, 
     assert recorder.values()[4:] == [1.0, -1.0]
     transform(taken)(False, xs)
     assert len(recorder.values()) == 6
+
+
+def test_an_ordered_call_on_the_sum_of_a_product_that_is_returned():
+    """Which XLA cannot compile of calls without an order, `jax.debug.callback` as well."""
+    x, seen = jnp.ones((600, 600)) / 600, []
+
+    @jax.jit
+    def program(x):
+        y = x @ x
+        py_func(lambda sums: seen.append(np.asarray(sums)), Tout=[], ordered=True)(y.sum(0))
+        return y
+
+    np.testing.assert_allclose(program(x), np.full((600, 600), 1 / 600), rtol=1e-5)
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen, [np.ones(600)], rtol=1e-5)
