@@ -61,10 +61,9 @@ jax.distributed.initialize(
     "localhost:{port}", {count}, rank, shutdown_timeout_seconds=5
 )
 """
-    # Without the cache of compiled programs, which is for one process at a time.
-    inherited = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment = {
-        **inherited,
+        **os.environ,
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # it is for one process at a time
         "PYTHONPATH": PATH,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",

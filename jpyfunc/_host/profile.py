@@ -210,8 +210,8 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     a block without an exception, it waits for what was dispatched in it, so that the
     calls of those programs are in it; not so in a body, which must not wait for its own
     program, nor for a body that itself waits for some seconds, as for a lock that is held
-    here. A failure of theirs surfaces where JAX
-    reports it, not here. A profile may be entered again, and goes on counting.
+    here. A failure of theirs surfaces where JAX reports it, not here. A profile may be
+    entered again, and goes on counting.
 
     Example:
         >>> import jax, jax.numpy as jnp, jpyfunc

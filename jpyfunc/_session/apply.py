@@ -42,7 +42,7 @@ def apply(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
     # What works for no shape that was tried is taken to have one result, as nearly all
     # of jax.numpy has; the node checks that when it runs.
     tree, specs = found or (jax.tree.structure(0), [(None, None)])
-    return add_call(call, inputs, tree, specs, name)
+    return _add_call(common_graph(inputs), call, inputs, tree, specs, name)
 
 
 def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
@@ -81,32 +81,10 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
                 "jnp.float32 for one result, say, or give the placeholders shapes."
             )
         tree, specs = found
-    return _add(graph, call, inputs, tree, specs, name, unique=True)
+    return _add_call(graph, call, inputs, tree, specs, name, unique=True)
 
 
-def add_call(
-    call: Callable[[Sequence[Any]], Any],
-    inputs: Sequence[Any],
-    tree: Any,
-    specs: Sequence[Spec],
-    name: str,
-) -> Any:
-    """Add the node of a call to the graph of its inputs.
-
-    Args:
-        call: the function of the inputs' values.
-        inputs: tensors of one graph.
-        tree: structure of its results.
-        specs: one per result.
-        name: of the node.
-
-    Returns:
-        The results' tensors in the structure of `tree`; without any, the operation.
-    """
-    return _add(common_graph(inputs), call, inputs, tree, specs, name, unique=False)
-
-
-def _add(
+def _add_call(
     graph: Any,
     call: Callable[[Sequence[Any]], Any],
     inputs: Sequence[Any],
@@ -114,9 +92,22 @@ def _add(
     specs: Sequence[Spec],
     name: str,
     *,
-    unique: bool,
+    unique: bool = False,
 ) -> Any:
-    """`add_call` to a graph, under a name that has been made unique already or not."""
+    """Add the node of a call to a graph.
+
+    Args:
+        graph: that of the inputs, if there are any.
+        call: the function of the inputs' values.
+        inputs: tensors of one graph.
+        tree: structure of its results.
+        specs: one per result.
+        name: of the node.
+        unique: whether `name` has been made unique already.
+
+    Returns:
+        The results' tensors in the structure of `tree`; without any, the operation.
+    """
 
     def compute(values: Sequence[Any]) -> list[Any]:
         results, got = jax.tree.flatten(call(values))
