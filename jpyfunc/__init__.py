@@ -29,4 +29,4 @@ from jpyfunc._session.run import InteractiveSession as InteractiveSession
 from jpyfunc._session.run import Session as Session
 from jpyfunc._session.stacks import get_default_session as get_default_session
 
-__version__ = "0.4.0"
+__version__ = "0.4.1"

@@ -8,7 +8,9 @@ that these names were checked on is stated in `pyproject.toml`.
 
 from __future__ import annotations
 
+import collections
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, cast
@@ -35,6 +37,9 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Effect, Jaxpr
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
+from jaxlib.mlir import ir as _ir
+from jaxlib.mlir.dialects import func as _func
+from jaxlib.mlir.dialects import stablehlo as _stablehlo
 
 # The trace that runs operations at once, and what a call of a jitted function binds.
 EvalTrace = _core.EvalTrace
@@ -43,6 +48,9 @@ eval_jaxpr = _core.eval_jaxpr
 jit_p = _jit_p
 stop_gradient_p = _ad_util.stop_gradient_p
 weakref_lru_cache = _util.weakref_lru_cache
+
+# How many of the values behind the operands of a call are searched for a root.
+_MOST_SEARCHED = 1000
 
 Device = Any  # `jax.Device` is a variable to a type checker
 
@@ -408,7 +416,7 @@ def emit_host_call(
             avals_in=[_core.abstract_token, *ctx.avals_in],
             avals_out=[_core.abstract_token, *ctx.avals_out],
         )
-        callback = _thread_token(host_call)
+        callback = functools.partial(_thread_token, host_call)
         if isinstance(sharding, _sharding_impls.SdyArrayList) and ctx.avals_out[1:]:
             # One annotation per result, and the token is now the first of them.
             devices = sharding.shardings[0].logical_device_ids
@@ -416,8 +424,15 @@ def emit_host_call(
                 mesh_shape=(), dim_shardings=(), logical_device_ids=devices
             )
             sharding = _sharding_impls.SdyArrayList((of_token, *sharding.shardings))
-    module.add_host_callback(callback)
     kind = "cpu" if module.platforms[0] == "cpu" else "gpu"
+    sample = (
+        _sample_of_returned(ctx, operands) if has_side_effect and kind == "cpu" else None
+    )
+    if sample is not None:
+        operands = [*operands, sample[0]]
+        ctx = ctx.replace(avals_in=[*ctx.avals_in, sample[1]])
+        callback = functools.partial(_drop_last, callback)
+    module.add_host_callback(callback)
     call = _ffi.build_ffi_lowering_function(
         f"xla_ffi_python_{kind}_callback", has_side_effect=has_side_effect
     )(ctx, *operands, index=np.uint64(len(module.host_callbacks) - 1))
@@ -429,5 +444,89 @@ def emit_host_call(
     return results, token
 
 
-def _thread_token(host_call: Any) -> Any:
-    return lambda token, *operands: (token, *host_call(*operands))
+def _thread_token(host_call: Any, token: Any, *operands: Any) -> Any:
+    return (token, *host_call(*operands))
+
+
+def _drop_last(callback: Any, *operands: Any) -> Any:
+    return callback(*operands[:-1])
+
+
+def _sample_of_returned(
+    ctx: mlir.LoweringRuleContext, operands: Sequence[Any]
+) -> tuple[Any, ShapedArray] | None:
+    """One element of each value behind `operands` that may be all that is returned.
+
+    A call on a reduction of the one array that its program returns fails to compile on
+    the CPU (`RET_CHECK ... IsDead`) where its own results are not returned: XLA fuses
+    the array into the reduction, its only user, and forgets that it is the root
+    (`LibraryRewriter::AddFusionCandidates` of `xla/backends/cpu/transforms`). An element
+    of the array, as one more operand of the call, is a user that is never fused.
+
+    Args:
+        ctx: the context of the lowering rule.
+        operands: lowered operands of a call that stays when its results are unused.
+
+    Returns:
+        The elements, a float32 vector, and its aval; None if there is no such value.
+    """
+    block = _ir.InsertionPoint.current.block
+    roots = _only_result(ctx.module_context.symbol_table["main"]) + _only_result(
+        block.owner
+    )
+    if not roots:
+        return None
+    behind: dict[Any, None] = {}
+    values = collections.deque(operands)
+    while values and len(behind) < _MOST_SEARCHED:
+        value = values.popleft()
+        # What another call has a sample of needs no other, nor does what is behind it.
+        if value not in behind and not any(_is_sample(use.owner) for use in value.uses):
+            behind[value] = None
+            if not isinstance(value.owner, _ir.Block):
+                values.extend(value.owner.operands)
+    axes = ctx.module_context.axis_context
+    parts = axes.mesh.size if isinstance(axes, mlir.SPMDAxisContext) else 1
+    elements = [
+        _element(value)
+        for value in behind
+        if any(_may_be(value.type, root, parts) for root in roots)
+    ]
+    if not elements:
+        return None
+    aval = ShapedArray((len(elements),), np.float32)
+    return _stablehlo.concatenate(elements, 0), aval
+
+
+def _only_result(operation: Any) -> list[Any]:
+    """Type of the one array that a function, a loop or a branch returns; else nothing."""
+    if isinstance(operation, _func.FuncOp):
+        types = list(operation.type.results)
+    else:
+        types = [result.type for result in operation.results]
+    return types if len(types) == 1 and isinstance(types[0], _ir.RankedTensorType) else []
+
+
+def _may_be(local: Any, root: Any, parts: int) -> bool:
+    """Whether XLA may reshape a value to a result, or one of its parts, by their types."""
+    if (
+        not isinstance(local, _ir.RankedTensorType)
+        or local.element_type != root.element_type
+    ):
+        return False
+    size, whole = math.prod(local.shape), math.prod(root.shape)
+    return size > 0 and whole % size == 0 and whole // size <= parts
+
+
+def _element(value: Any) -> Any:
+    """The first element of a lowered value, as a float32 vector of one."""
+    rank = value.type.rank
+    first = _stablehlo.slice(value, [0] * rank, [1] * rank, [1] * rank)
+    vector = _ir.RankedTensorType.get([1], value.type.element_type)
+    single = _ir.RankedTensorType.get([1], _ir.F32Type.get())
+    return _stablehlo.convert(single, _stablehlo.reshape(vector, first))
+
+
+def _is_sample(operation: Any) -> bool:
+    """Whether it is the slice of an `_element`."""
+    return operation.name == "stablehlo.slice" and set(operation.result.type.shape) <= {1}

@@ -2,8 +2,7 @@
 
 Each runs in a subprocess with a time limit. Arrays are 300x300 because small ones are
 computed inline and never wait, so that a test with them would prove nothing. Where bodies
-are given the client of the program that calls them, all hang but `threads_grad`; `threads`
-does at twice the size.
+are given the client of the program that calls them, all hang, `threads` at twice the size.
 """
 
 import pytest
@@ -61,7 +60,7 @@ PROGRAMS = {
     """,
     "threads_grad": """
     loss = lambda x: sum(f(x * i) for i in range(4)).sum()
-    on_threads(jax.jit(jax.grad(loss)), 16, 1)
+    on_threads(jax.jit(jax.grad(loss)), 16, 4)
     """,
     "nested": """
     outer = py_func(lambda x: f(x) + f(x / 2), Tout=same)

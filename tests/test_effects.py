@@ -250,16 +250,47 @@ def test_a_batch_of_branches_or_turns_with_a_stateful_call_is_refused(recorder, 
     assert len(recorder.values()) == 6
 
 
-def test_an_ordered_call_on_the_sum_of_a_product_that_is_returned():
-    """Which XLA cannot compile of calls without an order, `jax.debug.callback` as well."""
-    x, seen = jnp.ones((600, 600)) / 600, []
+def returning(y, log):
+    log(y.sum(0))
+    return y
 
-    @jax.jit
-    def program(x):
-        y = x @ x
-        py_func(lambda sums: seen.append(np.asarray(sums)), Tout=[], ordered=True)(y.sum(0))
-        return y
 
-    np.testing.assert_allclose(program(x), np.full((600, 600), 1 / 600), rtol=1e-5)
+def summed_in_one_of_its_own(y, log):
+    jax.jit(lambda y: log(y.sum(0)))(y)
+    return y
+
+
+def behind_others(y, log):
+    z = jnp.sqrt(1 + abs(y @ y))
+    log(jnp.tanh((z * y).sum(0)))
+    return y
+
+
+def twice(y, log):
+    log(y.sum(0))
+    return returning(y * 3, log)
+
+
+def in_a_loop(y, log):
+    return jax.lax.while_loop(lambda y: y[-1, -1] < 5, lambda y: returning(y * 2, log), y)
+
+
+@pytest.mark.parametrize("made", [lambda x: x @ x, lambda x: x * 2, jax.nn.relu])
+@pytest.mark.parametrize(
+    "logging", [returning, summed_in_one_of_its_own, behind_others, twice, in_a_loop]
+)
+def test_a_call_on_a_reduction_of_all_that_is_returned(made, logging):
+    """XLA's own failure, `RET_CHECK ... IsDead`, of which `jax.debug.callback` dies."""
+    x = jnp.linspace(0, 1, 360_000).reshape(600, 600) / 10
+    seen, expected = [], []
+
+    @py_func(Tout=[], stateful=True)
+    def log(value):
+        seen.append(np.asarray(value))
+
+    result = jax.jit(lambda x: logging(made(x), log))(x)
     jax.effects_barrier()
-    np.testing.assert_allclose(seen, [np.ones(600)], rtol=1e-5)
+    with jax.disable_jit():
+        answer = logging(made(x), expected.append)
+    np.testing.assert_allclose(result, answer, rtol=1e-5)
+    np.testing.assert_allclose(sorted(seen, key=sum), sorted(expected, key=sum), rtol=1e-4)

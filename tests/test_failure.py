@@ -185,11 +185,13 @@ def test_export_and_serialization_say_why_not():
     for platforms in (["cpu"], ["cpu", "cuda"]):
         with pytest.raises(UnsupportedError, match=reason):
             jax.export.export(jax.jit(f), platforms=platforms)(1.0)
-    compiled = jax.jit(f).lower(1.0).compile()
-    with pytest.raises(UnsupportedError, match=reason):
-        serialize_executable.serialize(compiled)
-    with pytest.raises(TypeError, match="pickle"):
-        pickle.dumps(compiled)
+    for options in ({}, {"stateful": True}, {"ordered": True}):
+        g = py_func(lambda x: x * 2, Tout=f32, name="double", **options)
+        compiled = jax.jit(lambda x, g=g: g(x + 1)).lower(1.0).compile()
+        with pytest.raises(UnsupportedError, match=reason):
+            serialize_executable.serialize(compiled)
+        with pytest.raises(TypeError, match="pickle"):
+            pickle.dumps(compiled)
     assert jax.jit(f)(1.0) == 2.0
 
 

@@ -147,6 +147,35 @@ def test_pmap(wrapped, calls):
     assert_close(got, jax.grad(lambda x: per_shard(x, W)[0].sum())(X).reshape(4, 2))
 
 
+def test_a_call_on_a_reduction_of_all_that_is_returned():
+    """On one device, too, XLA fails on it, but for what `_compat` does (`test_effects`)."""
+    calls = []
+
+    @py_func(Tout=[], stateful=True)
+    def log(value):
+        calls.append(np.asarray(value))
+
+    def program(x):
+        y = x * 2
+        log(y.sum(0))
+        return y
+
+    mesh, x = mesh_of(AxisType.Auto), jnp.linspace(0, 1, 160_000).reshape(400, 400)
+    sharded = jax.device_put(x, NamedSharding(mesh, P("d")))
+    shards = jax.shard_map(program, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    for run, operand, parts in (
+        (jax.jit(program), sharded, x[None]),
+        (jax.jit(shards), sharded, x.reshape(4, 100, 400)),
+        (jax.pmap(program), x.reshape(4, 100, 400), x.reshape(4, 100, 400)),
+    ):
+        calls.clear()
+        result = run(operand)
+        jax.effects_barrier()
+        np.testing.assert_allclose(result, operand * 2)
+        expected = np.sum(2 * np.asarray(parts), axis=1)
+        np.testing.assert_allclose(sorted(calls, key=sum), expected, rtol=1e-4)
+
+
 def test_partly_automatic_shard_map_is_refused():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
     f = py_func(lambda x: x * 2, Tout=lambda x: x, name="double")
