@@ -2,7 +2,8 @@
 
 Each runs in a subprocess with a time limit. Arrays are 300x300 because small ones are
 computed inline and never wait, so that a test with them would prove nothing. Where bodies
-are given the client of the program that calls them, all hang, `threads` at twice the size.
+are given the client of the program that calls them, all hang on jaxlib 0.10, `threads` at
+twice the size.
 """
 
 import pytest
