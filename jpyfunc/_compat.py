@@ -338,8 +338,12 @@ def tokens() -> list[Any]:
 
 
 def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:
-    """Let programs hold `effect_type`: when lowered, in control flow, in custom rules."""
+    """Let programs hold `effect_type`: when lowered, in control flow, in custom rules.
+
+    In reverse mode, too: what a loop does is kept, though no derivative needs it.
+    """
     _effects.lowerable_effects.add_type(effect_type)
+    _effects.partial_eval_kept_effects.add_type(effect_type)
     _effects.control_flow_allowed_effects.add_type(effect_type)
     _effects.custom_derivatives_allowed_effects.add_type(effect_type)
     if ordered:

@@ -180,6 +180,38 @@ class TestControlFlow:
         np.testing.assert_allclose(transform(jax.grad(forward))(0.7), 7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
+@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian, jax.value_and_grad])
+def test_a_loop_under_a_derivative_makes_calls_that_no_derivative_needs(
+    take, options, recorder, transform
+):
+    """Once each, as `jax.debug.callback`; JAX drops those of `io_callback`."""
+    f = recorder.body(**options)
+
+    def step(c, x):
+        c = jnp.tanh(c + x)
+        f(c)
+        return c
+
+    def scan(w):
+        return jax.lax.scan(lambda c, x: (step(c, w * x), None), 0.0, jnp.arange(3.0))[0]
+
+    def fori(w):
+        return jax.lax.fori_loop(0, 3, lambda i, c: step(c, w * i), 0.0)
+
+    def nested(w):
+        def turn(c, x):
+            return jax.lax.cond(x > 0, jax.jit(step), lambda c, x: c, c, w * x), None
+
+        return jax.lax.scan(turn, 0.0, jnp.arange(3.0))[0]
+
+    want = [0.0, np.tanh(0.5), np.tanh(np.tanh(0.5) + 1)]
+    for loop, calls in ((scan, want), (fori, want), (nested, want[1:])):
+        recorder.clear()
+        transform(take(loop))(0.5)
+        np.testing.assert_allclose(recorder.values(), calls, atol=1e-4)
+
+
 def test_scan_over_a_batch_of_gradients(transform):
     """vmap of grad of scan, the training loop of a batch of models."""
     f = py_func(log_huber, Tout=jnp.float32)
