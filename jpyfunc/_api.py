@@ -90,6 +90,8 @@ def py_func(
         func: what to run. The wrapped function takes what it takes: positional and
             keyword arguments, each a pytree of arrays and Python scalars, which become
             `jax.Array`s. Other leaves (strings, callables, enums) reach it unchanged.
+            One that `py_func` has wrapped already is taken as what it wraps, with its
+            options where none is given here.
         inp: a list or tuple of arguments, or one array, to call with at once.
         Tout: what it returns, a pytree. A leaf with `.shape` and `.dtype` is exact; a
             dtype leaf fixes the dtype, and the shape is inferred; a callable receives
@@ -230,6 +232,8 @@ def _dispatch(kind: str, func: Any, inp: Any, *options: Any) -> Any:
             f"{kind}: expected func to be a Python function, got {func!r}; write "
             f"{kind}(func, inp, Tout), or @{kind}(Tout=...) to decorate."
         )
+    if kind == "py_func" and isinstance(func, PyFunc):
+        func, options = func.unwrapped(*options)
     wrapped = PyFunc(kind, func, *options)
     if inp is None:
         return wrapped
@@ -490,6 +494,28 @@ class PyFunc:
         return ValueError(
             f"{self._where}: vmap_method='by_branch' runs a body on many elements at once, "
             f"and this one {what}. Leave vmap_method out, or write 'sequential'."
+        )
+
+    def unwrapped(
+        self,
+        tout: Any,
+        name: str | None,
+        stateful: bool,
+        ordered: bool,
+        vmap_method: str | None,
+        staged: bool | int,
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What to wrap, once, where this is wrapped by `py_func` with these options."""
+        kind, func, *own = self._options
+        if kind != "py_func":
+            return self, (tout, name, stateful, ordered, vmap_method, staged)
+        return func, (
+            own[0] if tout is INFERRED else tout,
+            name or own[1],
+            stateful or own[2],
+            ordered or own[3],
+            vmap_method or own[4],
+            staged or own[5],
         )
 
     @property

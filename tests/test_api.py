@@ -21,6 +21,7 @@ from cases import assert_close
 from flax import linen, nnx
 from programs import ROOT
 
+import jpyfunc
 from jpyfunc import ResultError, numpy_func, py_func, raise_original
 
 Struct = jax.ShapeDtypeStruct
@@ -110,6 +111,31 @@ def test_a_wrapped_function_is_like_its_own():
     assert repr(py_func(scale)) == "<py_func 'scale'>"
     assert Model.wrapped.__doc__.startswith("Multiply.\n")
     assert list(inspect.signature(Model(1.0).wrapped).parameters) == ["x", "m"]
+
+
+def test_a_function_that_is_wrapped_twice_crosses_once():
+    """With the options of both, those of the last one first."""
+    once = py_func(scale, Tout=F32, name="scale it", vmap_method="sequential")
+    twice = py_func(once)
+    assert twice == once
+    assert twice.__wrapped__ is scale
+    assert py_func(once, name="other").__name__ == "other"
+    assert py_func(once, Tout=jnp.int32) != once
+    assert py_func(once, vmap_method="by_branch") == py_func(scale, Tout=F32, name="scale it", vmap_method="by_branch")  # fmt: skip  # noqa: E501
+    for options in ({"stateful": True}, {"ordered": True}):
+        assert py_func(py_func(scale, **options)) == py_func(scale, **options)
+        assert py_func(py_func(scale), **options) == py_func(scale, **options)
+        with pytest.raises(ValueError, match=r"staged .* is stateful"):
+            py_func(py_func(scale, **options), staged=True)
+    staged = py_func(py_func(scale), staged=True)
+    assert "py_func" not in str(jax.make_jaxpr(staged)(1.0, 2.0))
+    with jpyfunc.profile() as profile:
+        assert jax.jit(lambda x: py_func(once, [x, 2.0]))(1.0) == scale(1.0, 2.0)
+    assert profile.as_dict()["scale it"]["forward"]["calls"] == 1
+    # A body that takes NumPy arrays stays one, with its rules.
+    doubled = numpy_func(lambda x: x * 2, Tout=F32)
+    doubled.defvjp(lambda x: (x * 2, None), lambda _, g: (g * 2,))
+    assert jax.grad(py_func(doubled, Tout=F32))(3.0) == 2.0
 
 
 def test_arguments_are_pytrees_of_arrays(transform):
