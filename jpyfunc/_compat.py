@@ -8,10 +8,10 @@ that these names were checked on is stated in `pyproject.toml`.
 
 from __future__ import annotations
 
-import collections
 import functools
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -48,9 +48,6 @@ eval_jaxpr = _core.eval_jaxpr
 jit_p = _jit_p
 stop_gradient_p = _ad_util.stop_gradient_p
 weakref_lru_cache = _util.weakref_lru_cache
-
-# How many of the values behind the operands of a call are searched for a root.
-_MOST_SEARCHED = 1000
 
 Device = Any  # `jax.Device` is a variable to a type checker
 
@@ -459,13 +456,13 @@ def _drop_last(callback: Any, *operands: Any) -> Any:
 def _sample_of_returned(
     ctx: mlir.LoweringRuleContext, operands: Sequence[Any]
 ) -> tuple[Any, ShapedArray] | None:
-    """One element of each value behind `operands` that may be all that is returned.
+    """One element of each value that XLA might lose, as the program returns it alone.
 
     A call on a reduction of the one array that its program returns fails to compile on
     the CPU (`RET_CHECK ... IsDead`) where its own results are not returned: XLA fuses
     the array into the reduction, its only user, and forgets that it is the root
     (`LibraryRewriter::AddFusionCandidates` of `xla/backends/cpu/transforms`). An element
-    of the array, as one more operand of the call, is a user that is never fused.
+    of what is reduced, as one more operand of the call, is a user that is never fused.
 
     Args:
         ctx: the context of the lowering rule.
@@ -474,32 +471,52 @@ def _sample_of_returned(
     Returns:
         The elements, a float32 vector, and its aval; None if there is no such value.
     """
+    module = ctx.module_context
     block = _ir.InsertionPoint.current.block
-    roots = _only_result(ctx.module_context.symbol_table["main"]) + _only_result(
-        block.owner
-    )
+    roots = _only_result(module.symbol_table["main"]) + _only_result(block.owner)
     if not roots:
         return None
-    behind: dict[Any, None] = {}
-    values = collections.deque(operands)
-    while values and len(behind) < _MOST_SEARCHED:
-        value = values.popleft()
-        # What another call has a sample of needs no other, nor does what is behind it.
-        if value not in behind and not any(_is_sample(use.owner) for use in value.uses):
-            behind[value] = None
-            if not isinstance(value.owner, _ir.Block):
-                values.extend(value.owner.operands)
-    axes = ctx.module_context.axis_context
+    axes = module.axis_context
     parts = axes.mesh.size if isinstance(axes, mlir.SPMDAxisContext) else 1
-    elements = [
-        _element(value)
-        for value in behind
-        if any(_may_be(value.type, root, parts) for root in roots)
-    ]
+    seen, sampled = _searched.setdefault(module.module, (set(), set()))
+    values: list[tuple[Any, Any]] = [(value, None) for value in operands]
+    elements = []
+    while values:
+        # The operand that fusions would begin from, with what it is computed from.
+        value, first = values.pop()
+        if first and hash(first) not in sampled and _may_be(value, roots, parts):
+            sampled.add(hash(first))
+            elements.append(_element(first))
+        if hash(value) in seen:
+            continue
+        seen.add(hash(value))
+        operation = value.owner
+        if isinstance(operation, _ir.Block):  # an argument of it
+            continue
+        fuses = operation.name in _FUSES_OPERANDS
+        for x in operation.operands:
+            values.append((x, first if not fuses else x if _size(x.type) else None))
+        if operation.name == "func.call":
+            values.extend((x, x) for x in operation.results if _size(x.type))
     if not elements:
         return None
     aval = ShapedArray((len(elements),), np.float32)
     return _stablehlo.concatenate(elements, 0), aval
+
+
+# For each module, the values that have been searched, and those that have a sample, by
+# their hashes: values would keep their module.
+_searched: weakref.WeakKeyDictionary[Any, tuple[set[int], set[int]]]
+_searched = weakref.WeakKeyDictionary()
+
+# What XLA fuses operands into; a function may do any of it.
+_FUSES_OPERANDS = frozenset(
+    ["func.call"]
+    + [
+        f"stablehlo.{name}"
+        for name in ("convolution", "dot_general", "reduce", "reduce_window")
+    ]
+)
 
 
 def _only_result(operation: Any) -> list[Any]:
@@ -511,15 +528,17 @@ def _only_result(operation: Any) -> list[Any]:
     return types if len(types) == 1 and isinstance(types[0], _ir.RankedTensorType) else []
 
 
-def _may_be(local: Any, root: Any, parts: int) -> bool:
-    """Whether XLA may reshape a value to a result, or one of its parts, by their types."""
-    if (
-        not isinstance(local, _ir.RankedTensorType)
-        or local.element_type != root.element_type
-    ):
-        return False
-    size, whole = math.prod(local.shape), math.prod(root.shape)
-    return size > 0 and whole % size == 0 and whole // size <= parts
+def _may_be(value: Any, roots: Sequence[Any], parts: int) -> bool:
+    """Whether a value may become a result, or a part of it, in another shape or dtype."""
+    size = _size(value.type)
+    return size > 0 and any(
+        size <= whole <= size * parts and whole % size == 0 for whole in map(_size, roots)
+    )
+
+
+def _size(type_: Any) -> int:
+    """How many elements values of a type have; of what is no array, none."""
+    return math.prod(type_.shape) if isinstance(type_, _ir.RankedTensorType) else 0
 
 
 def _element(value: Any) -> Any:
@@ -529,8 +548,3 @@ def _element(value: Any) -> Any:
     vector = _ir.RankedTensorType.get([1], value.type.element_type)
     single = _ir.RankedTensorType.get([1], _ir.F32Type.get())
     return _stablehlo.convert(single, _stablehlo.reshape(vector, first))
-
-
-def _is_sample(operation: Any) -> bool:
-    """Whether it is the slice of an `_element`."""
-    return operation.name == "stablehlo.slice" and set(operation.result.type.shape) <= {1}

@@ -298,6 +298,29 @@ def behind_others(y, log):
     return y
 
 
+def summed_in_part(y, log):
+    log(y.sum(0)[0])
+    return y
+
+
+def summed_where_it_is_made(y, log):
+    y, sums = jax.jit(lambda y: (y * 2, (y * 2).sum(0)))(y)
+    log(sums)
+    return y
+
+
+def summed_as_another_dtype(y, log):
+    y = (100 * y).astype(jnp.int8)
+    log(y.astype(jnp.float32).sum(0))
+    return y
+
+
+def summed_with_others(y, log):
+    row = y[0] * 2
+    log((y * row).sum(1))
+    return row
+
+
 def twice(y, log):
     log(y.sum(0))
     return returning(y * 3, log)
@@ -309,8 +332,12 @@ def in_a_loop(y, log):
 
 @pytest.mark.parametrize("made", [lambda x: x @ x, lambda x: x * 2, jax.nn.relu])
 @pytest.mark.parametrize(
-    "logging", [returning, summed_in_one_of_its_own, behind_others, twice, in_a_loop]
-)
+    "logging",
+    [
+        returning, summed_in_one_of_its_own, summed_in_part, summed_where_it_is_made,
+        summed_as_another_dtype, summed_with_others, behind_others, twice, in_a_loop,
+    ],
+)  # fmt: skip
 def test_a_call_on_a_reduction_of_all_that_is_returned(made, logging):
     """XLA's own failure, `RET_CHECK ... IsDead`, of which `jax.debug.callback` dies."""
     x = jnp.linspace(0, 1, 360_000).reshape(600, 600) / 10
@@ -325,4 +352,30 @@ def test_a_call_on_a_reduction_of_all_that_is_returned(made, logging):
     with jax.disable_jit():
         answer = logging(made(x), expected.append)
     np.testing.assert_allclose(result, answer, rtol=1e-5)
-    np.testing.assert_allclose(sorted(seen, key=sum), sorted(expected, key=sum), rtol=1e-4)
+    np.testing.assert_allclose(
+        sorted(seen, key=np.sum), sorted(expected, key=np.sum), rtol=1e-4
+    )
+
+
+def test_what_that_takes_is_little():
+    """An element of what is reduced and might be returned, once for each."""
+    log = py_func(lambda value: None, Tout=[], stateful=True)
+
+    def elements(program):
+        return jax.jit(program).lower(jnp.ones((64, 64))).as_text().count("stablehlo.slice")
+
+    def chain(x):
+        for _ in range(50):
+            x = jnp.sin(x)
+        log(x)
+        return x
+
+    def steps(x):
+        for _ in range(20):
+            x = jnp.tanh(x @ x)
+            log(x.mean())
+        return x
+
+    assert elements(chain) == 0
+    assert elements(steps) <= 21
+    assert elements(lambda x: (steps(x), x)) == 0
