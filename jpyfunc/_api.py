@@ -6,6 +6,7 @@ import contextlib
 import copy
 import enum
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -624,6 +625,7 @@ class PyFunc:
     def _bind(self, leaves: list[Any], tree: Any) -> Any:
         """Make one bind of the primitive, or more of what a body does that is staged."""
         refuse_traced_closure(self._func, self._where)
+        self._check_signature(*jax.tree.unflatten(tree, leaves))
         arrays = self._arrays(leaves, tree)
         if not self._staged:
             template = self._declared(leaves, tree)
@@ -652,8 +654,22 @@ class PyFunc:
         )
         return jax.tree.unflatten(template.tree, results)
 
+    def _check_signature(self, args: Any, kwargs: Any) -> None:
+        """Raise Python's own error here where the function does not take the arguments."""
+        try:
+            signature = inspect.signature(self._func)
+        except ValueError:  # some that are written in C have none
+            return
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{self._where}: {error}; call it with the arguments of {signature}."
+            ) from None
+
     def foresee(self, leaves: list[Any], tree: Any) -> Tree:
         """What can be compiled of a call with these arguments, which are traced."""
+        self._check_signature(*jax.tree.unflatten(tree, leaves))
         return stage(
             self._on_abstract_values(leaves, tree),
             [jax.typeof(x) for x in self._arrays(leaves, tree)],

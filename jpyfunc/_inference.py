@@ -224,10 +224,15 @@ def join(first: Template, second: Template, branch: str, name: str) -> Template:
     leaves = []
     for i, (a, b) in enumerate(zip(first.leaves, second.leaves, strict=True)):
         if a.shape != b.shape or not _may_join(a, b):
+            remedy = "Return the same on every side"
+            if a.shape == b.shape and not (a.is_key or b.is_key):
+                both = Leaf(a.shape, jnp.promote_types(a.dtype, b.dtype))
+                declared = [*first.leaves[:i], both, *first.leaves[i + 1 :]]
+                meant = dataclasses.replace(first, leaves=tuple(declared))
+                remedy += f", or declare what both sides become: Tout={meant}"
             raise InferenceError(
                 f"{name}: the sides of {branch} disagree on {first.path(i)}: if true, it "
-                f"is {b}, else {a}. Return the same on every side, or declare the one "
-                f"meant: Tout={first}."
+                f"is {b}, else {a}. {remedy}."
             )
         dtype = a.dtype
         if a.dtype != b.dtype:

@@ -138,6 +138,18 @@ def test_a_function_that_is_wrapped_twice_crosses_once():
     assert jax.grad(py_func(doubled, Tout=F32))(3.0) == 2.0
 
 
+def test_arguments_that_the_function_does_not_take(transform):
+    for call, text in (
+        (lambda x: py_func(scale)(x, x, x), "scale.*positional argument"),
+        (lambda x: py_func(scale, Tout=F32)(x, other=x), "scale.*'other'"),
+        (lambda x: py_func(scale, staged=True)(m=x), "scale.*'x'"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            transform(call)(1.0)
+    with pytest.raises(TypeError, match=r"'scale': missing .* 'x'; .* \(x, m=3\.0\)"):
+        jpyfunc.explain(scale)
+
+
 def test_arguments_are_pytrees_of_arrays(transform):
     seen = {}
 

@@ -543,3 +543,13 @@ class TestLargeGraph:
         jax.clear_caches()
         gc.collect()
         assert alive() is None
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
+def test_a_session_in_a_transform_says_where_it_runs(transform):
+    x = jpf.placeholder(jnp.float32)
+    with jpf.Session() as session:
+        program = transform(lambda v: session.run(x * 2, {x: v}))
+        with pytest.raises(TypeError, match=r"Session\.run: .* runs outside of jax\.jit"):
+            program(jnp.ones(3) if transform is jax.vmap else 1.0)
+        assert session.run(x * 2, {x: 1.0}) == 2

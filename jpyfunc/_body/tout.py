@@ -302,9 +302,10 @@ def _keys(kind: Any) -> list[Any]:
 
 
 def _structure_error(name: str, path: str, expected: str, got: Any) -> ResultError:
+    inferred = ", or leave Tout out, to infer it" if expected == "nothing" else ""
     return ResultError(
         f"{name}: result{path}: expected {expected}, got {_describe(got)}. Return the "
-        "one, or declare the other in Tout."
+        f"one, or declare the other in Tout{inferred}."
     )
 
 
@@ -324,9 +325,11 @@ def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
     """`value` as an array of the declared shape and dtype, if casting allows."""
     array, weak = as_array(value, where)
     if leaf.shape is not None and tuple(array.shape) != leaf.shape:
+        parts = isinstance(value, list | tuple) and any(hasattr(x, "dtype") for x in value)
+        made = f", of a {_describe(value)} arrays" if parts else ""
         raise ResultError(
-            f"{where()}: expected shape {leaf.shape}, got {tuple(array.shape)}. Return an "
-            "array of that shape, or declare the other one in Tout."
+            f"{where()}: expected shape {leaf.shape}, got {tuple(array.shape)}{made}. "
+            "Return an array of that shape, or declare what is returned in Tout."
         )
     if leaf.dtype is None:
         return jnp.asarray(value if weak else array)
@@ -339,7 +342,7 @@ def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
             f"same kind does not convert. Convert it in the body{remedy}, or declare "
             f"{_available_source(array.dtype)} in Tout."
         )
-    if weak and isinstance(array, np.ndarray):
+    if isinstance(array, np.ndarray):
         _check_range(array, leaf.dtype, where)
     if isinstance(array, np.ndarray) and not np.can_cast(array.dtype, leaf.dtype, "unsafe"):
         array = jnp.asarray(array)  # NumPy lacks some casts between ml_dtypes
@@ -353,15 +356,16 @@ def _available_source(dtype: Any) -> str:
 
 
 def _check_range(array: np.ndarray, dtype: Any, where: Callable[[], str]) -> None:
-    """Refuse Python integers that `dtype` has no room for, as JAX and NumPy do."""
-    if kind_of(dtype) not in ("u", "i") or not array.size:
+    """Refuse integers that `dtype` has no room for, where NumPy would wrap its own."""
+    if kind_of(dtype) not in ("u", "i") or array.dtype == np.bool_ or not array.size:
         return
     limits = jnp.iinfo(dtype)
-    if array.min() < int(limits.min) or array.max() > int(limits.max):
-        raise ResultError(
-            f"{where()}: {array.tolist()} does not fit in {dtype}. Declare a wider dtype "
-            "in Tout."
-        )
+    for value in (array.min(), array.max()):
+        if not int(limits.min) <= int(value) <= int(limits.max):
+            raise ResultError(
+                f"{where()}: {value} does not fit in {dtype}. Declare a wider dtype in "
+                "Tout."
+            )
 
 
 def _is_buffer(value: Any) -> bool:

@@ -63,7 +63,8 @@ def backward(
     if not isinstance(result, tuple | list) or len(result) != len(trees):
         raise ResultError(
             f"{where}: expected a tuple of {len(trees)} cotangents, one per argument, got "
-            f"{_what(result)}. Write None for an argument that needs none."
+            f"{_what(result)}. Return ({', '.join('g' * len(trees))},), with None for an "
+            "argument that needs none."
         )
     found: dict[int, Any] = {}
     for number, (numbers, cotangent) in enumerate(zip(trees, result, strict=True)):

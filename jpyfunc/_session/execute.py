@@ -41,6 +41,12 @@ def execute(plan: Plan, values: Iterable[Any]) -> Any:
     try:
         arrays = plan.program(*[arguments[i] for i in plan.order])
         return plan.tree.unflatten([read(arrays[i]) for i, read in plan.reads])
+    except jax.errors.TracerArrayConversionError:
+        raise TypeError(
+            "Session.run: expected feeds that are values, got one that JAX traces: a "
+            "session runs outside of jax.jit, jax.grad and jax.vmap. In these, call the "
+            "functions that the graph is made of; jpyfunc.gradients differentiates a graph."
+        ) from None
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         failure = originals.find(error)
         if failure is None:
