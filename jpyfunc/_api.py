@@ -657,7 +657,8 @@ class PyFunc:
     def _check_signature(self, args: Any, kwargs: Any) -> None:
         """Raise Python's own error here where the function does not take the arguments."""
         try:
-            signature = inspect.signature(self._func)
+            # What a decorator wraps may take other arguments than what it makes.
+            signature = inspect.signature(self._func, follow_wrapped=False)
         except ValueError:  # some that are written in C have none
             return
         try:

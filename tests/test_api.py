@@ -149,6 +149,14 @@ def test_arguments_that_the_function_does_not_take(transform):
     with pytest.raises(TypeError, match=r"'scale': missing .* 'x'; .* \(x, m=3\.0\)"):
         jpyfunc.explain(scale)
 
+    @functools.wraps(scale)
+    def scale_all(*factors):
+        return scale(*factors[:2]) * factors[2]
+
+    assert transform(py_func(scale_all))(1.0, 2.0, 3.0) == 6
+    assert transform(py_func(jax.jit(scale)))(1.0, m=2.0) == 2
+    assert transform(py_func(max, Tout=F32))(1.0, 2.0) == 2
+
 
 def test_arguments_are_pytrees_of_arrays(transform):
     seen = {}
