@@ -63,6 +63,9 @@ class _Inferred:
 
 INFERRED = _Inferred()
 
+# What is left out: Tout, name, stateful, ordered, vmap_method, staged.
+_LEFT_OUT = (INFERRED, None, False, False, None, False)
+
 
 def py_func(
     func: Callable[..., Any] | None = None,
@@ -497,27 +500,13 @@ class PyFunc:
             f"and this one {what}. Leave vmap_method out, or write 'sequential'."
         )
 
-    def unwrapped(
-        self,
-        tout: Any,
-        name: str | None,
-        stateful: bool,
-        ordered: bool,
-        vmap_method: str | None,
-        staged: bool | int,
-    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """What to wrap, once, where this is wrapped by `py_func` with these options."""
+    def unwrapped(self, *options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What `py_func` is to wrap, once, where it is called with this and `options`."""
         kind, func, *own = self._options
         if kind != "py_func":
-            return self, (tout, name, stateful, ordered, vmap_method, staged)
-        return func, (
-            own[0] if tout is INFERRED else tout,
-            name or own[1],
-            stateful or own[2],
-            ordered or own[3],
-            vmap_method or own[4],
-            staged or own[5],
-        )
+            return self, options
+        given = zip(options, own, _LEFT_OUT, strict=True)
+        return func, tuple(mine if x is default else x for x, mine, default in given)
 
     @property
     def template(self) -> Template | None:
