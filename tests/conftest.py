@@ -5,7 +5,8 @@ import tempfile
 from importlib.metadata import version
 
 # Many tests compile the same small programs. Of each process, because JAX's cache may give
-# one what another has half written; programs that a test starts alone may have it, too.
+# one what another has half written; a thread that gets that warns and compiles. Programs
+# that a test starts alone may have it, too.
 _compiled = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
