@@ -614,9 +614,9 @@ class PyFunc:
     def _bind(self, leaves: list[Any], tree: Any) -> Any:
         """Make one bind of the primitive, or more of what a body does that is staged."""
         refuse_traced_closure(self._func, self._where)
-        self._check_signature(*jax.tree.unflatten(tree, leaves))
         arrays = self._arrays(leaves, tree)
         if not self._staged:
+            self._check_signature(*jax.tree.unflatten(tree, leaves))
             template = self._declared(leaves, tree)
             if template is None or not template.complete:
                 template = infer(

@@ -484,7 +484,8 @@ def _sample_of_returned(
     while values:
         # The operand that fusions would begin from, with what it is computed from.
         value, first = values.pop()
-        if first and hash(first) not in sampled and _may_be(value, roots, parts):
+        is_new = first is not None and _size(first.type) and hash(first) not in sampled
+        if is_new and _may_be(value, roots, parts):
             sampled.add(hash(first))
             elements.append(_element(first))
         if hash(value) in seen:
@@ -494,10 +495,9 @@ def _sample_of_returned(
         if isinstance(operation, _ir.Block):  # an argument of it
             continue
         fuses = operation.name in _FUSES_OPERANDS
-        for x in operation.operands:
-            values.append((x, first if not fuses else x if _size(x.type) else None))
+        values.extend((x, x if fuses else first) for x in operation.operands)
         if operation.name == "func.call":
-            values.extend((x, x) for x in operation.results if _size(x.type))
+            values.extend((x, x) for x in operation.results)
     if not elements:
         return None
     aval = ShapedArray((len(elements),), np.float32)
@@ -510,13 +510,13 @@ _searched: weakref.WeakKeyDictionary[Any, tuple[set[int], set[int]]]
 _searched = weakref.WeakKeyDictionary()
 
 # What XLA fuses operands into; a function may do any of it.
-_FUSES_OPERANDS = frozenset(
-    ["func.call"]
-    + [
-        f"stablehlo.{name}"
-        for name in ("convolution", "dot_general", "reduce", "reduce_window")
-    ]
-)
+_FUSES_OPERANDS = {
+    "func.call",
+    "stablehlo.convolution",
+    "stablehlo.dot_general",
+    "stablehlo.reduce",
+    "stablehlo.reduce_window",
+}
 
 
 def _only_result(operation: Any) -> list[Any]:

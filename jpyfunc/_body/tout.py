@@ -357,15 +357,19 @@ def _available_source(dtype: Any) -> str:
 
 def _check_range(array: np.ndarray, dtype: Any, where: Callable[[], str]) -> None:
     """Refuse integers that `dtype` has no room for, where NumPy would wrap its own."""
+    for value in misfits(array, dtype):
+        raise ResultError(
+            f"{where()}: {value} does not fit in {dtype}. Declare a wider dtype in Tout."
+        )
+
+
+def misfits(array: Any, dtype: Any) -> list[int]:
+    """The least and the greatest integer of an array that `dtype` has no room for."""
     if kind_of(dtype) not in ("u", "i") or array.dtype == np.bool_ or not array.size:
-        return
+        return []
     limits = jnp.iinfo(dtype)
-    for value in (array.min(), array.max()):
-        if not int(limits.min) <= int(value) <= int(limits.max):
-            raise ResultError(
-                f"{where()}: {value} does not fit in {dtype}. Declare a wider dtype in "
-                "Tout."
-            )
+    ends = int(array.min()), int(array.max())
+    return [n for n in ends if not int(limits.min) <= n <= int(limits.max)]
 
 
 def _is_buffer(value: Any) -> bool:

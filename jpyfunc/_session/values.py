@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpyfunc._body.tout import is_key_dtype, is_same_kind, kind_of
+from jpyfunc._body.tout import is_key_dtype, is_same_kind, kind_of, misfits
 from jpyfunc._symbol import Symbol
 
 Shape = tuple[int | None, ...]
@@ -66,13 +66,12 @@ def convert(value: Any, dtype: Any, shape: Shape | None, where: Callable[[], str
             f"it without loss of kind; convert the value with .astype({dtype}), or "
             f"declare {array.dtype}."
         )
-    if target in "ui" and source in "ui" and array.size:
+    if misfits(array, dtype):
         limits = jnp.iinfo(dtype)
-        if int(array.min()) < int(limits.min) or int(array.max()) > int(limits.max):
-            raise ValueError(
-                f"{where()}: expected values of {dtype}, from {limits.min} to "
-                f"{limits.max}, got {array.min()} to {array.max()}; declare a wider dtype."
-            )
+        raise ValueError(
+            f"{where()}: expected values of {dtype}, from {limits.min} to "
+            f"{limits.max}, got {array.min()} to {array.max()}; declare a wider dtype."
+        )
     return (
         jnp.asarray(array, dtype) if isinstance(array, jax.Array) else array.astype(dtype)
     )
