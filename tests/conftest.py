@@ -2,25 +2,18 @@
 
 import os
 import tempfile
-from importlib.metadata import version
 
-# Many tests compile the same small programs. Of each process, because JAX's cache may give
-# one what another has half written; a thread that gets that warns and compiles. Programs
-# that a test starts alone may have it, too.
-_compiled = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+from programs import xla_flags
 
-# Before JAX makes its CPU client; the tests of sharding need several devices. And most of
-# the time of the tests is that of compiling: so by what takes the least.
-flags = [
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=4",
-    "--xla_backend_optimization_level=0",
-]
-if version("jaxlib").startswith("0.10."):  # later ones have one way alone
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(flags)
+# Many tests compile the same small programs. One directory for all processes: what one
+# reads that another has half written, it compiles.
+_compiled = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Before JAX makes its CPU client; the tests of sharding need several devices.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), xla_flags(devices=4)])
 
 import jax
 import pytest
@@ -32,7 +25,8 @@ jpyfunc.set_tape_limit(2**26)
 
 
 def pytest_unconfigure():
-    _compiled.cleanup()
+    if _compiled:
+        _compiled.cleanup()
 
 
 @pytest.fixture(params=["eager", "jit"])

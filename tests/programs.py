@@ -6,10 +6,23 @@ import socket
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for this module, too
+
+
+def xla_flags(devices: int) -> str:
+    """Flags of a CPU client of so many devices that takes the least time to compile.
+
+    Compiling is what most of the tests take most of their time for.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags += " --xla_backend_optimization_level=0"
+    if version("jaxlib").startswith("0.10."):  # later ones have one way alone
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    return flags
 
 
 def run_program(source: str, limit: float, **environment: str) -> str:
@@ -18,17 +31,21 @@ def run_program(source: str, limit: float, **environment: str) -> str:
     Args:
         source: a Python program, indented as a whole or not.
         limit: seconds.
-        **environment: added to the environment.
+        **environment: added to the environment, in which XLA compiles quickly.
     """
-    # Without the four devices of the test session: one is what users have.
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": PATH,
+        "XLA_FLAGS": xla_flags(devices=1),  # which is how many users have
+        **environment,
+    }
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(source)],
         capture_output=True,
         text=True,
         timeout=limit,
         cwd=ROOT,
-        env={**inherited, "PYTHONPATH": PATH, **environment},
+        env=environment,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,7 +83,7 @@ jax.distributed.initialize(
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # it is for one process at a time
         "PYTHONPATH": PATH,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
     program = start + textwrap.dedent(source)
     running = [

@@ -9,20 +9,23 @@ import sys
 
 import jax
 import pytest
-from programs import ROOT
+from programs import ROOT, xla_flags
 
 from jpyfunc import __main__ as report
 
 
 def run(*options, encoding="utf-8"):
     """Run the command with one device, as a newcomer would."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "jpyfunc", *options],
         capture_output=True,
         timeout=120,
         cwd=ROOT,
-        env={**environment, "PYTHONIOENCODING": encoding},
+        env={
+            **os.environ,
+            "XLA_FLAGS": xla_flags(devices=1),
+            "PYTHONIOENCODING": encoding,
+        },
         check=False,
     )
 

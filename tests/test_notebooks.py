@@ -12,6 +12,7 @@ import nbformat
 import pytest
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
+from programs import xla_flags
 
 import jpyfunc
 
@@ -51,8 +52,8 @@ def kernel_environment(monkeypatch, tmp_path):
     """What a user's kernel has: one device, inline plots, this jpyfunc; no profile."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
-    environment = dict(os.environ)
-    for name in ("XLA_FLAGS", "MPLBACKEND", "PYTHONBREAKPOINT"):
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
+    for name in ("MPLBACKEND", "PYTHONBREAKPOINT"):
         environment.pop(name, None)
     parts = [str(Path(jpyfunc.__file__).parents[1]), environment.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, parts))

@@ -3,7 +3,7 @@
 from textwrap import dedent
 
 import pytest
-from programs import run_processes, run_program
+from programs import run_processes, run_program, xla_flags
 
 SETUP = """
 import jax.numpy as jnp, numpy as np, jpyfunc
@@ -177,9 +177,9 @@ def test_a_failure_is_known_to_all_processes():
 
 def test_a_failure_is_known_to_all_devices_of_one_process():
     program = SETUP + FAILURE.replace("PROCESS_OF_THE_BODY", "True")
-    devices = "--xla_force_host_platform_device_count=4"
     start = "import jax\nrank = 0\n"
-    assert "went on" in run_program(start + program, limit=60, XLA_FLAGS=devices)
+    printed = run_program(start + program, limit=60, XLA_FLAGS=xla_flags(devices=4))
+    assert "went on" in printed
 
 
 def test_a_failure_of_one_shard_ends_the_other_processes():

@@ -205,8 +205,10 @@ class Linear:
         tangents = [_tangent(operation.avals[i]) for i in active]
         self._avals = ([with_weak_type(aval) for aval in avals], tangents)
         with set_current_trace(_compat.eval_trace):
-            dependent = _dependent(jax.make_jaxpr(push)(*self._avals), len(avals))
+            pushed = jax.make_jaxpr(push)(*self._avals)
+        dependent = _dependent(pushed, len(avals))
         self.of = tuple(inexact[i] for i in dependent)
+        self._pushed = [_tangent(pushed.out_avals[i]) for i in dependent]
         self._push = lambda *args: [y for i, y in enumerate(push(*args)) if i in dependent]
         self._pushes: dict[Indices, Operation] = {}
         self._pulls: dict[tuple[Indices, ...], Operation] = {}
@@ -268,9 +270,7 @@ class Linear:
                 pulled = _transposed(push, tangents, given, operands[n:m])
                 return _summed(pulled, targets, dict(zip(sums, operands[m:], strict=True)))
 
-            with set_current_trace(_compat.eval_trace):
-                pushed = jax.eval_shape(self._push, free, tangents)
-            avals = [*free, *(_tangent(pushed[i]) for i in given)]
+            avals = [*free, *(self._pushed[i] for i in given)]
             avals += [tangents[targets.index(i)] for i in sums]
             operation = self._pulls[key] = Operation(call, avals)
         return operation
