@@ -7,7 +7,7 @@ Python branches on concrete values under `jax.jvp` and `jax.vjp` too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -142,16 +142,6 @@ CASES = (
 CUSTOM_VJP = Case("custom_vjp", uses_custom_vjp, (0.7,), f32)
 
 
-_answers: dict[Any, Any] = {}
-
-
-def plain_answer(key: Any, compute: Callable[[], Any]) -> Any:
-    """What plain JAX gives, computed once for the eager test and the one under jit."""
-    if key not in _answers:
-        _answers[key] = compute()
-    return _answers[key]
-
-
 def scalar(function: Callable[..., Any]) -> Callable[..., jax.Array]:
     """A smooth scalar of every result of `function`, to take gradients of."""
 
@@ -161,18 +151,21 @@ def scalar(function: Callable[..., Any]) -> Callable[..., jax.Array]:
     return summed
 
 
-def with_runs_kept_and_not(program: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
-    """Results where derivatives are taken of kept runs, and where they run bodies again.
+def both_ways(
+    function: Callable[..., Any], *args: Any, eager: bool = True
+) -> Iterator[Any]:
+    """Results of `function`, eager and under jit, to be compared with one plain answer.
 
-    The latter for compiled programs alone, because the difference is the host's, and to
-    differentiate a body eagerly takes the longest of all tests.
+    Under jit twice: where derivatives are taken of kept runs, and where they run bodies
+    again. That is the host's affair, and eager derivatives take the longest of all tests.
     """
-    kept = jax.block_until_ready(program(*args))
-    if not hasattr(program, "lower"):
-        return (kept,)
+    if eager:
+        yield function(*args)
+    program = jax.jit(function)
+    yield program(*args)
     before = set_tape_limit(0)
     try:
-        return kept, jax.block_until_ready(program(*args))
+        yield jax.block_until_ready(program(*args))
     finally:
         set_tape_limit(before)
 

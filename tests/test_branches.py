@@ -13,10 +13,9 @@ from cases import (
     CASES,
     CUSTOM_VJP,
     assert_close,
+    both_ways,
     log_huber,
-    plain_answer,
     scalar,
-    with_runs_kept_and_not,
 )
 from jax.extend.core import Primitive
 
@@ -69,35 +68,24 @@ def one_by_one(case, derivative):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(take(*row) for row in rows))
 
 
-FIRST = [(case, d) for case in CASES for d in ("forward", "grad")]
-FIRST += [(CUSTOM_VJP, "forward"), (CUSTOM_VJP, "grad")]
+EVERY = [(case, derivative) for case in CASES for derivative in DERIVATIVES]
+EVERY += [(CUSTOM_VJP, "forward"), (CUSTOM_VJP, "grad")]
 
 
-@pytest.mark.parametrize(("case", "derivative"), FIRST, ids=str)
-def test_every_case(case, derivative, transform):
-    check(case, derivative, transform)
-
-
-@pytest.mark.parametrize("derivative", ["jacfwd", "hessian"])
-@pytest.mark.parametrize("case", CASES, ids=repr)
-def test_every_case_to_higher_order(case, derivative):
-    """Compiled: eagerly the host does the same, and JAX takes many times as long."""
-    check(case, derivative, jax.jit)
-
-
-def check(case, derivative, transform):
-    take = DERIVATIVES[derivative](case.wrapped, len(case.args))
-    program = transform(jax.vmap(take))
-    key = ("by branch", case.name, derivative)
-    want = plain_answer(key, lambda: one_by_one(case, derivative))
-    for got in with_runs_kept_and_not(program, *columns_of(case)):
+@pytest.mark.parametrize(("case", "derivative"), EVERY, ids=str)
+def test_every_case(case, derivative):
+    """Matrices under jit alone: eagerly the host does the same, and JAX takes long."""
+    program = jax.vmap(DERIVATIVES[derivative](case.wrapped, len(case.args)))
+    want = one_by_one(case, derivative)
+    eager = derivative in ("forward", "grad")
+    for got in both_ways(program, *columns_of(case), eager=eager):
         assert_close(got, want)
 
 
 xs, ms = jnp.linspace(0.5, 4.0, 7), jnp.linspace(1.0, 3.0, 5)
 
 
-def test_orders_and_axes_in_every_mix(transform):
+def test_orders_and_axes_in_every_mix():
     """Nested vmaps, derivatives between and around them, shared operands summed."""
     table = lambda f: jax.vmap(jax.vmap(f, (None, 0)), (0, None))  # noqa: E731
     plain = lambda f: lambda xs, ms: loop(lambda x: loop(lambda m: f(x, m), ms), xs)  # noqa: E731
@@ -107,8 +95,9 @@ def test_orders_and_axes_in_every_mix(transform):
         lambda f, over: jax.jacrev(lambda x, m: over(f)(x, m).sum(0), 1),
         lambda f, over: jax.jacfwd(lambda x, m: over(jax.grad(f))(x, m).sum(1)),
     ):
-        got = transform(take(wrapped, table))(xs, ms)
-        assert_close(got, take(log_huber, plain)(xs, ms))
+        want = take(log_huber, plain)(xs, ms)
+        for got in both_ways(take(wrapped, table), xs, ms):
+            assert_close(got, want)
 
 
 def test_scans_inside_and_outside(transform):
@@ -258,18 +247,17 @@ READS = {
 
 
 @pytest.mark.parametrize("read", READS)
-def test_reads_split_by_value(read, transform):
+def test_reads_split_by_value(read):
     body = READS[read]
     x = jnp.array([0.3, 1.2, 3.7, 1.9, 2.2, 3.1, 0.8])
-    program = transform(jax.vmap(jax.value_and_grad(by_branch(body))))
+    plain = loop(body, x)
+    # Between the jumps, all are smooth functions of x.
+    slope = (loop(body, x + 1e-2) - loop(body, x - 1e-2)) / 2e-2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GradientCutWarning)
-        got = program(x)
-    plain = loop(body, x)
-    assert_close(got[0], plain)
-    # Between the jumps, all are smooth functions of x.
-    ahead, behind = loop(body, x + 1e-2), loop(body, x - 1e-2)
-    np.testing.assert_allclose(got[1], (ahead - behind) / 2e-2, rtol=2e-2, atol=1e-2)
+        for got in both_ways(jax.vmap(jax.value_and_grad(by_branch(body))), x):
+            assert_close(got[0], plain)
+            np.testing.assert_allclose(got[1], slope, rtol=2e-2, atol=1e-2)
 
 
 def test_a_read_warns_and_raises_as_for_one_element(transform):
