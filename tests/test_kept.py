@@ -424,9 +424,9 @@ def test_memory_stays_under_the_bound():
                 if i % 10 == 0:
                     jax.block_until_ready(wide(ones))
 
-        run(4000)
+        run(3000)
         before = resident()
-        run(8000)
+        run(5000)
         print(resident() - before)
         """,
         limit=240,
@@ -452,7 +452,7 @@ def test_a_small_run_is_counted_at_least_at_what_it_takes():
 
         run(1000)
         before = resident()
-        counted = run(4000)
+        counted = run(3000)
         print((resident() - before) / counted)
         """,
         limit=120,

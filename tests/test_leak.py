@@ -12,7 +12,7 @@ from jpyfunc import py_func, raise_original
 from jpyfunc._errors import MAX_INTACT
 
 
-def test_resident_memory_of_20000_calls():
+def test_resident_memory_of_10000_calls():
     out = run_program(
         """
         from programs import resident
@@ -30,12 +30,12 @@ def test_resident_memory_of_20000_calls():
 
         run(4000)
         before = resident()
-        run(20_000)
+        run(10_000)
         print(resident() - before)
         """,
         limit=240,
     )
-    assert int(out) < 5e6
+    assert int(out) < 2.5e6
 
 
 def test_dropped_functions_are_collected():

@@ -29,7 +29,7 @@ def test_a_loop_of_varying_length_compiles_nothing_after_a_while():
         return y
 
     grad = jax.jit(jax.grad(py_func(body, Tout=f32)))
-    turns = np.random.default_rng(0).integers(1, 61, 300)
+    turns = np.random.default_rng(0).integers(1, 41, 200)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for n in turns[:100]:
