@@ -1,5 +1,6 @@
 """What every test shares: four host devices, and each rule tested eager and under jit."""
 
+import gc
 import os
 import tempfile
 
@@ -27,6 +28,12 @@ jpyfunc.set_tape_limit(2**26)
 def pytest_unconfigure():
     if _compiled:
         _compiled.cleanup()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """No garbage collection looks through what the modules before have left."""
+    gc.freeze()
 
 
 @pytest.fixture(params=["eager", "jit"])
