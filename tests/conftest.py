@@ -6,13 +6,12 @@ import tempfile
 
 from programs import xla_flags
 
-# Many tests compile the same small programs. One directory for all processes: what one
-# reads that another has half written, it compiles.
-_compiled = None
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    _compiled = tempfile.TemporaryDirectory()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Many tests compile the same small programs. Of each process, because JAX's cache may give
+# one what another has half written; a thread that gets that warns and compiles. Programs
+# that a test starts alone may have it, too.
+_compiled = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Before JAX makes its CPU client; the tests of sharding need several devices.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), xla_flags(devices=4)])
 
@@ -26,8 +25,7 @@ jpyfunc.set_tape_limit(2**26)
 
 
 def pytest_unconfigure():
-    if _compiled:
-        _compiled.cleanup()
+    _compiled.cleanup()
 
 
 @pytest.fixture(autouse=True, scope="module")
