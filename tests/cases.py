@@ -157,7 +157,8 @@ def both_ways(
     """Results of `function`, eager and under jit, to be compared with one plain answer.
 
     Under jit twice: where derivatives are taken of kept runs, and where they run bodies
-    again. That is the host's affair, and eager derivatives take the longest of all tests.
+    again. Eagerly once, because that difference is the host's, and to differentiate a body
+    eagerly takes the longest of all tests.
     """
     if eager:
         yield function(*args)
