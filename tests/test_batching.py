@@ -4,19 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, both_ways, log_huber, scalar
+from cases import assert_close, both_ways, log_huber, loop, scalar
 
 from jpyfunc import py_func
 
 xs = jnp.linspace(0.5, 4.0, 7)
 ms = jnp.linspace(1.0, 3.0, 7)
 wrapped = py_func(log_huber, Tout=jnp.float32)
-
-
-def stack(function, *columns):
-    """The plain answer: a Python loop over the rows, in eager JAX."""
-    rows = [function(*row) for row in zip(*columns, strict=True)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 DERIVATIVES = {
@@ -36,7 +30,7 @@ def test_vmap_of_derivatives(in_axes, derivative):
         2.0 if axis is None else a for axis, a in zip(in_axes, (xs, ms), strict=True)
     )
     columns = [a if axis == 0 else [2.0] * 7 for axis, a in zip(in_axes, args, strict=True)]
-    want = stack(take(log_huber), *columns)
+    want = loop(take(log_huber), *columns)
     eager = derivative != "hessian" or in_axes == (0, None)
     for got in both_ways(jax.vmap(take(wrapped), in_axes), *args, eager=eager):
         assert_close(got, want)
@@ -86,7 +80,7 @@ def test_nested_vmap_and_derivatives_between():
         return lambda x, m: jax.vmap(jax.jacfwd(inner), (0, None))(x, m)
 
     hessian = jax.hessian(log_huber)
-    want = stack(lambda x: stack(lambda m: hessian(x, m), ms), xs)
+    want = loop(lambda x: loop(lambda m: hessian(x, m), ms), xs)
     for got in both_ways(table(wrapped), xs, ms):
         assert_close(got, want)
 
@@ -110,7 +104,7 @@ def test_methods_agree(derivative):
         }
         return over(derivatives[derivative](function))
 
-    want = take(elementwise, lambda g: lambda x, w: stack(lambda row: g(row, w), x))(x, w)
+    want = take(elementwise, lambda g: lambda x, w: loop(lambda row: g(row, w), x))(x, w)
     for vmap_method in ("sequential", "expand_dims", "broadcast_all"):
         f = py_func(elementwise, vmap_method=vmap_method)
         for got in both_ways(take(f, lambda g: jax.vmap(g, (0, None))), x, w):
@@ -156,7 +150,7 @@ def test_batch_of_integers_bools_and_keys(transform):
     keys, n = jax.random.split(jax.random.key(3), 4), jnp.arange(4)
     flags = jnp.array([True, False, True, False])
     got = transform(jax.vmap(f))(keys, n, flags)
-    want = stack(body, keys, n, flags)
+    want = loop(body, keys, n, flags)
     assert_close(got, want)
 
 

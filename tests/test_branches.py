@@ -9,14 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import (
-    CASES,
-    CUSTOM_VJP,
-    assert_close,
-    both_ways,
-    log_huber,
-    scalar,
-)
+from cases import CASES, CUSTOM_VJP, assert_close, both_ways, log_huber, loop, scalar
 from jax.extend.core import Primitive
 
 import jpyfunc
@@ -29,12 +22,6 @@ wrapped = py_func(log_huber, Tout=SCALAR)
 
 def by_branch(body, **options):
     return py_func(body, **{"Tout": SCALAR, "vmap_method": "by_branch", **options})
-
-
-def loop(function, *columns):
-    """The plain answer: a Python loop over the rows, in eager JAX."""
-    rows = [function(*row) for row in zip(*columns, strict=True)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 def runs_of(program, *args):

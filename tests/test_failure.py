@@ -309,7 +309,7 @@ LOCKED = """
 import threading, time, jax, jax.numpy as jnp, jpyfunc
 from jpyfunc import _flight
 
-_flight.PATIENCE = 2.0
+_flight.PATIENCE = 1.0
 lock = threading.Lock()
 
 def body(x):

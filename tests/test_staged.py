@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, CUSTOM_VJP, assert_close, both_ways, log_huber, scalar
+from cases import CASES, CUSTOM_VJP, assert_close, both_ways, log_huber, loop, scalar
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,11 +26,6 @@ def calls_of(function, *args):
     """How often `py_func` stands in the jaxpr, and what primitives there are."""
     text = str(jax.make_jaxpr(function)(*args))
     return text.count("py_func[")
-
-
-def loop(function, *columns):
-    rows = [function(*row) for row in zip(*columns, strict=True)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 DERIVATIVES = {
