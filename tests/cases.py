@@ -1,7 +1,7 @@
 """Bodies that the tests of every transform run, and the options they are wrapped with.
 
-The independent answer is the body itself, called in plain eager JAX, which follows
-Python branches on concrete values under `jax.jvp` and `jax.vjp` too.
+The independent answer is that of the same function without Python branches, in plain JAX,
+which compiles it as one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ from jpyfunc import py_func, set_tape_limit
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A body and arguments, all of them floating: the test differentiates by each."""
+    """A body and arguments, all of them floating: the test differentiates by each.
+
+    `branchless` is the same function without Python branches, of a body that has any.
+    """
 
     name: str
     body: Callable[..., Any]
     args: tuple[Any, ...]
     Tout: Any = None
+    branchless: Callable[..., Any] | None = None
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """What `jax.jit` compiles, with the independent answer."""
+        return self.branchless or self.body
 
     @property
     def wrapped(self) -> Callable[..., Any]:
@@ -41,9 +50,19 @@ def log_huber(x, m):
     return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
 
 
+def plain_log_huber(x, m):
+    return jnp.where(jnp.abs(x) <= m, x**2, m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2)))
+
+
 def halve_until_small(x):
     while jnp.linalg.norm(x) > 1.0:
         x = x / 2 + jnp.sin(x) / 8
+    return x
+
+
+def plain_halve_until_small(x):
+    for _ in range(6):  # as often as any test needs
+        x = jnp.where(jnp.linalg.norm(x) > 1.0, x / 2 + jnp.sin(x) / 8, x)
     return x
 
 
@@ -55,6 +74,15 @@ def tree(p):
     if p["w"].sum() > 0:
         return {"out": jnp.tanh(p["w"] @ p["x"]), "reg": [p["w"].sum() ** 2]}
     return {"out": p["w"] @ p["x"], "reg": [p["w"].sum()]}
+
+
+def plain_tree(p):
+    y, total = p["w"] @ p["x"], p["w"].sum()
+    positive = total > 0
+    return {
+        "out": jnp.where(positive, jnp.tanh(y), y),
+        "reg": [jnp.where(positive, total**2, total)],
+    }
 
 
 def ignores_one(x, y):
@@ -89,8 +117,16 @@ def uses_custom_jvp(x):
     return tripled_tangent(x) * x if x > 0 else x
 
 
+def plain_custom_jvp(x):
+    return jnp.where(x > 0, tripled_tangent(x) * x, x)
+
+
 def uses_custom_vjp(x):
     return doubled_gradient(x) * x if x > 0 else x
+
+
+def plain_custom_vjp(x):
+    return jnp.where(x > 0, doubled_gradient(x) * x, x)
 
 
 @jax.jit
@@ -100,6 +136,10 @@ def _jitted(x):
 
 def uses_jit(x):
     return _jitted(x) if x.sum() > 0 else x
+
+
+def plain_jit(x):
+    return jnp.where(x.sum() > 0, _jitted(x), x)
 
 
 def uses_grad(x):
@@ -117,29 +157,40 @@ def uses_py_func(x, m):
     return _inner(x, m) * x if x > 0 else -_inner(x, m)
 
 
+def plain_py_func(x, m):
+    y = plain_log_huber(x, m)
+    return jnp.where(x > 0, y * x, -y)
+
+
 def uses_jitted_py_func(x, m):
     return jax.jit(_inner)(x, m) * x if x > 0 else x * m
 
 
+def plain_jitted_py_func(x, m):
+    # Not `where`, for the side that is not taken may be NaN.
+    return jax.lax.cond(x > 0, lambda: plain_log_huber(x, m) * x, lambda: x * m)
+
+
 x3 = jnp.array([0.3, -1.2, 2.0])
 f32 = jnp.float32
+SCALAR = jax.ShapeDtypeStruct((), f32)
 CASES = (
-    Case("log_huber_inside", log_huber, (1.0, 2.0), f32),
-    Case("log_huber_outside", log_huber, (3.0, 2.0), f32),
-    Case("while", halve_until_small, (x3 * 3,)),
+    Case("log_huber_inside", log_huber, (1.0, 2.0), f32, plain_log_huber),
+    Case("log_huber_outside", log_huber, (3.0, 2.0), f32, plain_log_huber),
+    Case("while", halve_until_small, (x3 * 3,), None, plain_halve_until_small),
     Case("two_results", two_results, (1.5, jnp.array([0.5, -2.0])), (f32, f32)),
-    Case("tree", tree, ({"w": jnp.eye(2, 3) + 0.1, "x": x3},)),
+    Case("tree", tree, ({"w": jnp.eye(2, 3) + 0.1, "x": x3},), None, plain_tree),
     Case("ignores_one", ignores_one, (0.7, 2.0), (f32, f32)),
     Case("constant_result", constant_result, (0.7,)),
-    Case("custom_jvp", uses_custom_jvp, (0.7,), jax.ShapeDtypeStruct((), f32)),
-    Case("jit", uses_jit, (x3,)),
+    Case("custom_jvp", uses_custom_jvp, (0.7,), SCALAR, plain_custom_jvp),
+    Case("jit", uses_jit, (x3,), None, plain_jit),
     Case("grad", uses_grad, (x3,)),
     Case("scan", uses_scan, (x3,)),
-    Case("py_func", uses_py_func, (1.5, 2.0)),
-    Case("jitted_py_func", uses_jitted_py_func, (1.5, 2.0)),
+    Case("py_func", uses_py_func, (1.5, 2.0), None, plain_py_func),
+    Case("jitted_py_func", uses_jitted_py_func, (1.5, 2.0), None, plain_jitted_py_func),
 )
 # Its derivative exists in reverse only, and once.
-CUSTOM_VJP = Case("custom_vjp", uses_custom_vjp, (0.7,), f32)
+CUSTOM_VJP = Case("custom_vjp", uses_custom_vjp, (0.7,), f32, plain_custom_vjp)
 
 
 def scalar(function: Callable[..., Any]) -> Callable[..., jax.Array]:
@@ -152,7 +203,7 @@ def scalar(function: Callable[..., Any]) -> Callable[..., jax.Array]:
 
 
 def loop(function: Callable[..., Any], *columns: Any) -> Any:
-    """The plain answer of a batch: a Python loop over its rows, in eager JAX."""
+    """The answer of a batch, by a Python loop over its rows, in eager JAX."""
     rows = [function(*row) for row in zip(*columns, strict=True)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
