@@ -272,6 +272,7 @@ def jitted_with_callback(x):
 
 
 inner_func = py_func(lambda x: x**2 if x > 0 else x, Tout=f32)
+plain_func = lambda x: jnp.where(x > 0, x**2, x)  # noqa: E731
 inner_numpy = numpy_func(lambda x: np.floor(x), Tout=f32)
 
 BODIES = {
@@ -301,14 +302,14 @@ BODIES = {
     "power": lambda x: x**x + 2**x + x**2.5,
     "half": lambda x: (x.astype(jnp.bfloat16) ** 2).astype(jnp.float32) + x,
     "complex": lambda x: jnp.abs(jnp.exp(1j * x) * x + x),
-    "py_func": lambda x: inner_func(x) * x + inner_func(-x),
-    "jitted_py_func": lambda x: jax.jit(lambda y: inner_func(y) * y)(x),
-    "grad_of_py_func": lambda x: jax.grad(lambda y: inner_func(y) * y * x)(x),
-    "vmap_of_py_func": lambda x: jax.vmap(inner_func)(jnp.stack([x, -x]) * x).sum(),
-    "scan_of_py_func": lambda x: jax.lax.scan(
-        lambda c, _: (inner_func(c) * x, None), x, None, length=2
+    "py_func": lambda x, f=inner_func: f(x) * x + f(-x),
+    "jitted_py_func": lambda x, f=inner_func: jax.jit(lambda y: f(y) * y)(x),
+    "grad_of_py_func": lambda x, f=inner_func: jax.grad(lambda y: f(y) * y * x)(x),
+    "vmap_of_py_func": lambda x, f=inner_func: jax.vmap(f)(jnp.stack([x, -x]) * x).sum(),
+    "scan_of_py_func": lambda x, f=inner_func: jax.lax.scan(
+        lambda c, _: (f(c) * x, None), x, None, length=2
     )[0],
-    "numpy_func": lambda x: x * inner_numpy(jax.lax.stop_gradient(x + 1)),
+    "numpy_func": lambda x, f=inner_numpy: x * f(jax.lax.stop_gradient(x + 1)),
     "shard_map": lambda x: jax.shard_map(
         lambda v: jnp.sin(v) * v,
         mesh=jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,)),
@@ -327,29 +328,22 @@ ORDERS = {
 
 
 def plain(name):
-    """The body without py_func, whose branches plain JAX takes on values too."""
-    # Its callbacks are plain functions there, or functions with that derivative.
-    if name == "vmap_of_py_func":
-        return lambda x: (x * x) ** 2 + -x * x
-    return BODIES[name]
+    """The body without functions of ours in it, for JAX to compile."""
+    body = BODIES[name]
+    if name == "numpy_func":
+        return lambda x: body(x, jnp.floor)
+    return (lambda x: body(x, plain_func)) if "py_func" in name else body
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_gradients_of_what_jax_offers_a_body(body):
     """Twice each, so that operations are met for the first time and again."""
-    orders = list(ORDERS)
-    if "py_func" in body and body != "py_func":
-        orders.remove("vmap_grad")  # `plain` would be a batch of callbacks, or of branches
-    if body == "shard_map":
-        orders = ["grad"]  # the others take plain JAX several seconds
+    orders = ["grad"] if body == "shard_map" else ORDERS  # the others take JAX long
 
     def all_of(f):
-        return lambda x: [ORDERS[order](f)(x) for order in orders]
+        return jax.jit(lambda x: [ORDERS[order](f)(x) for order in orders])
 
-    got = jax.jit(all_of(py_func(BODIES[body], Tout=f32, name=body)))
-    want = all_of(plain(body))
-    if "py_func" not in body:  # no branches; and to compile the whole is the shorter
-        want = jax.jit(want)
+    got, want = all_of(py_func(BODIES[body], Tout=f32, name=body)), all_of(plain(body))
     for x in (0.7, 1.3):
         for order, a, b in zip(orders, got(x), want(x), strict=True):
             rtol = 1e-2 if body == "half" else 5e-4
