@@ -29,7 +29,7 @@ def pytest_unconfigure():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest come first, so that all workers end at about the same time."""
+    """Notebooks take the longest: they come first, so that all workers end together."""
     items.sort(key=lambda item: item.path.stem != "test_notebooks")
 
 
