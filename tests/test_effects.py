@@ -181,7 +181,7 @@ class TestControlFlow:
 
 
 @pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
-@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian, jax.value_and_grad])
+@pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian])
 def test_a_loop_under_a_derivative_makes_calls_that_no_derivative_needs(
     take, options, recorder, transform
 ):

@@ -50,7 +50,7 @@ def test_dropped_functions_are_collected():
             alive.append(weakref.ref(body))
             return py_func(body, Tout=jax.ShapeDtypeStruct((), jnp.float32))
 
-        for i in range(2000):
+        for i in range(1000):
             f = wrap(i)
             if i % 20 == 0:
                 assert jax.jit(f)(1.0) == 1 + i
