@@ -84,23 +84,23 @@ def test_the_plain_answer_is_that_of_the_body(case: Case):
     assert_close(case.body(*case.args), case.plain(*case.args))
 
 
-@pytest.mark.parametrize(("case", "derivative"), EVERY, ids=str)
-def test_derivative(case: Case, derivative: str):
-    take, wrapped = DERIVATIVES[derivative], case.wrapped
+def compare(case: Case, take, eager: bool):
+    wrapped = case.wrapped
     want = jax.jit(lambda *args: take(case.plain, args))(*case.args)
-    eager = case.name in SHORT or derivative not in ("jacfwd", "jacrev", "hessian")
     for got in both_ways(lambda *args: take(wrapped, args), *case.args, eager=eager):
         assert_close(got, want)
+
+
+@pytest.mark.parametrize(("case", "derivative"), EVERY, ids=str)
+def test_derivative(case: Case, derivative: str):
+    eager = case.name in SHORT or derivative not in ("jacfwd", "jacrev", "hessian")
+    compare(case, DERIVATIVES[derivative], eager)
 
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("case", SHAPES, ids=repr)
 def test_second_order(case: Case, mix: str):
-    take, wrapped = MIXES[mix], case.wrapped
-    want = jax.jit(lambda *args: take(case.plain, args))(*case.args)
-    eager = case.name in SHORT
-    for got in both_ways(lambda *args: take(wrapped, args), *case.args, eager=eager):
-        assert_close(got, want)
+    compare(case, MIXES[mix], eager=case.name in SHORT)
 
 
 THIRD_ORDER = {

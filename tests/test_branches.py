@@ -12,6 +12,7 @@ import pytest
 from cases import (
     CASES,
     CUSTOM_VJP,
+    SCALAR,
     assert_close,
     both_ways,
     log_huber,
@@ -25,7 +26,6 @@ import jpyfunc
 from jpyfunc import GradientCutWarning, numpy_func, profile, py_func
 from jpyfunc._traces.operations import Operation
 
-SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 wrapped = py_func(log_huber, Tout=SCALAR)
 
 
@@ -59,9 +59,8 @@ DERIVATIVES = {
 
 def one_by_one(case, derivative):
     take = jax.jit(DERIVATIVES[derivative](case.plain, len(case.args)))
-    columns = columns_of(case)
-    rows = [jax.tree.map(lambda x, i=i: x[i], columns) for i in range(3)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(take(*row) for row in rows))
+    columns, structure = jax.tree.flatten(columns_of(case))
+    return loop(lambda *row: take(*structure.unflatten(row)), *columns)
 
 
 EVERY = [(case, derivative) for case in CASES for derivative in DERIVATIVES]

@@ -220,9 +220,13 @@ def test_bodies_that_close_over_global_arrays(transform, commit):
 
     x = jnp.ones(3)
     f = py_func(body, Tout=Struct((3,), jnp.float32))
-    for take in (lambda f: f, jax.jacrev, jax.jacfwd):
+    for take, rtol, atol in (
+        (lambda f: f, 1e-6, 0),
+        (jax.jacrev, 1e-5, 1e-6),
+        (jax.jacfwd, 1e-5, 0),
+    ):
         want = jax.jit(take(lambda x: body(x, jnp.where)))(x)
-        np.testing.assert_allclose(transform(take(f))(x), want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(transform(take(f))(x), want, rtol, atol)
     np.testing.assert_array_equal(weights + 0, np.arange(9.0).reshape(3, 3))
 
 
