@@ -31,6 +31,7 @@ from jax._src import util as _util
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import mlir as _mlir
 from jax._src.interpreters import partial_eval as _partial_eval
+from jax._src.lax.control_flow import loops as _loops
 from jax._src.lib import xla_client as _xla_client
 from jax._src.pjit import jit_p as _jit_p
 from jax.core import ShapedArray
@@ -353,6 +354,30 @@ def wrap_batching_rules(of_cond: Any, of_while: Any) -> None:
     rules = _batching.fancy_primitive_batchers
     rules[jax.lax.cond_p] = of_cond(rules[jax.lax.cond_p])
     rules[jax.lax.while_p] = of_while(rules[jax.lax.while_p])
+
+
+def keep_in_loops(effect_type: type[Effect]) -> None:
+    """Leave what has this effect in the loop that reverse mode makes of a `scan`.
+
+    `scan` moves residuals that depend on constants alone out of its loop, and with them
+    the calls that compute them, effects or not (jax-ml/jax#16637): a call whose operands
+    do not change from one iteration to the next would run once. There is no hook, so its
+    function is replaced; where the effect is absent it does what it did.
+    """
+    hoist = _loops._scan_known_hoisting
+
+    def hoist_unless_effectful(jaxpr: Any, consts: Any, size: int, *rest: Any) -> Any:
+        if any(isinstance(effect, effect_type) for effect in jaxpr.effects):
+            return jaxpr, consts, [False] * size, []
+        return hoist(jaxpr, consts, size, *rest)
+
+    _loops._scan_known_hoisting = hoist_unless_effectful
+
+
+def wrap_partial_eval_of_while(wrap: Any) -> None:
+    """Put what `wrap` makes of it in the place of `while_loop`'s partial evaluation."""
+    rules = _partial_eval.custom_partial_eval_rules
+    rules[jax.lax.while_p] = wrap(rules[jax.lax.while_p])
 
 
 def hold_weakly(parameter: type) -> None:

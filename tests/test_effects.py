@@ -212,6 +212,61 @@ def test_a_loop_under_a_derivative_makes_calls_that_no_derivative_needs(
         np.testing.assert_allclose(recorder.values(), calls, atol=1e-4)
 
 
+LOOPS = {
+    "fori_loop": lambda f, w: jax.lax.fori_loop(0, 4, lambda i, y: y + f(w), 0.0),
+    "map": lambda f, w: jax.lax.map(lambda i: f(w), jnp.arange(4)).sum(),
+    "scan of nothing": lambda f, w: jax.lax.scan(lambda c, _: (c, f(w)), None, length=4)[
+        1
+    ].sum(),
+    "unrolled": lambda f, w: jax.lax.scan(
+        lambda y, _: (y + f(w), None), 0.0, length=4, unroll=2
+    )[0],
+    "jit inside": lambda f, w: jax.lax.fori_loop(0, 4, lambda i, y: y + jax.jit(f)(w), 0.0),
+    "nested": lambda f, w: jax.lax.fori_loop(
+        0, 2, lambda i, y: jax.lax.fori_loop(0, 2, lambda j, y: y + f(w), y), 0.0
+    ),
+    "cond inside": lambda f, w: jax.lax.fori_loop(
+        0, 4, lambda i, y: y + jax.lax.cond(w > 0, f, lambda w: w, w), 0.0
+    ),
+    "inside cond": lambda f, w: jax.lax.cond(
+        w > 0, lambda w: jax.lax.fori_loop(0, 4, lambda i, y: y + f(w), 0.0), lambda w: w, w
+    ),
+    "a constant": lambda f, w: w * jax.lax.fori_loop(0, 4, lambda i, y: y + f(1.0), 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["stateful", "ordered", "numpy_func", "no operand"])
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+def test_a_call_whose_operands_do_not_change_runs_in_each_iteration(loop, kind, transform):
+    draws = iter(range(1, 5))  # a fifth call would raise
+    if kind == "numpy_func":
+        f = jpyfunc.numpy_func(lambda w: w * next(draws), Tout=f32, stateful=True)
+        f.defvjp(lambda w: (w * (n := np.float32(next(draws))), n), lambda n, g: (g * n,))
+    elif kind == "no operand":
+        draw = py_func(lambda: jnp.float32(next(draws)), Tout=f32, stateful=True)
+        f = lambda w: w * draw()  # noqa: E731
+    else:
+        f = py_func(lambda w: w * next(draws), Tout=f32, **{kind: True})
+    value, slope = transform(jax.value_and_grad(lambda w: loop(f, w)))(2.0)
+    assert (value, slope) == (2 * (1 + 2 + 3 + 4), 1 + 2 + 3 + 4)
+
+
+def test_a_while_loop_with_a_stateful_call_is_not_linearized(recorder, transform):
+    f = recorder.body(stateful=True)
+    g = recorder.body(stateful=True, function=lambda x: x)
+    loops = [
+        lambda x: jax.lax.while_loop(lambda y: y < 3.0, lambda y: y + f(x) + 1, x),
+        lambda x: jax.lax.while_loop(lambda y: g(y) < 3.0, lambda y: y + 2 * x, x),
+    ]
+    for loop in loops:
+        with pytest.raises(UnsupportedError, match="'body' is stateful"):
+            transform(lambda x, loop=loop: jax.linearize(loop, x)[0])(1.0)
+    assert recorder.values() == []
+    _, slope = transform(lambda x: jax.jvp(loops[1], (x,), (1.0,)))(1.0)
+    assert slope == 3.0
+    assert recorder.values() == [1.0, 3.0]
+
+
 def test_scan_over_a_batch_of_gradients(transform):
     """vmap of grad of scan, the training loop of a batch of models."""
     f = py_func(log_huber, Tout=jnp.float32)
