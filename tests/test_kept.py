@@ -1,6 +1,8 @@
 """Runs that are kept for their derivatives: how often bodies run, tickets, the bound."""
 
 import functools
+import gc
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +129,16 @@ def test_checkpoint_runs_it_twice_and_keeps_one_run(counted, runs, transform):
     assert len(runs) == 2
     if transform is jax.jit:
         assert prof.as_dict()["body"]["vjp"]["from_tape"] == 1
+        with profile() as alone:
+            jax.block_until_ready(transform(jax.grad(counted))(1.5))
+        assert kept_bytes(prof, "body") == kept_bytes(alone, "body") > 0
+
+
+def test_a_run_that_no_derivative_asks_for_is_not_kept(counted):
+    with profile() as prof:
+        program = jax.jit(lambda x: jax.value_and_grad(counted)(x)[0])
+        np.testing.assert_allclose(program(1.5), plain(1.5), rtol=1e-6)
+    assert kept_bytes(prof, "body") == 0
 
 
 def test_sharded_jit_and_shard_map(counted, runs):
@@ -163,6 +175,23 @@ def test_one_linearization_is_used_many_times(counted, runs, transform):
     for _ in range(3):
         np.testing.assert_allclose(pullback(1.0)[0], jax.grad(plain)(1.5), rtol=1e-6)
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_mixed_partial_derivatives_run_it_once(stateful, runs, transform):
+    """A run is kept for all operands that any of the derivatives is by."""
+
+    @py_func(Tout=f32, stateful=stateful)
+    def f(x, y):
+        runs.append(1)
+        return jnp.sin(x) * y**3
+
+    for by_x in (jax.grad, jax.jacfwd):
+        for by_y in (jax.grad, jax.jacfwd):
+            runs.clear()
+            got = jax.block_until_ready(transform(by_y(by_x(f, 0), 1))(0.7, 1.3))
+            np.testing.assert_allclose(got, np.cos(0.7) * 3 * 1.3**2, rtol=1e-5)
+            assert len(runs) == 1
 
 
 # Stateful bodies
@@ -242,6 +271,9 @@ def test_tickets_are_of_elements_in_their_order(transform):
     np.testing.assert_allclose(pull(pullbacks, ones), want, rtol=1e-5)
     flipped = jax.tree.map(lambda r: r[::-1], pullbacks)
     np.testing.assert_allclose(pull(flipped, ones), want[::-1], rtol=1e-5)
+    order = np.array([0, 2, 1, 2])  # the first one stays
+    swapped = jax.tree.map(lambda r: r[order], pullbacks)
+    np.testing.assert_allclose(pull(swapped, ones), want[order], rtol=1e-5)
     half = jax.tree.map(lambda r: r[1:3], pullbacks)
     np.testing.assert_allclose(pull(half, ones[:2]), want[1:3], rtol=1e-5)
     one = jax.tree.map(lambda r: r[2], pullbacks)
@@ -432,6 +464,27 @@ def test_memory_stays_under_the_bound():
         limit=240,
     )
     assert int(out) < 5000 * 2**10
+
+
+def test_of_a_run_that_was_dropped_nothing_stays():
+    """Not even its name: the function lives, and so may be run for days."""
+    f = py_func(lambda x: jnp.sin(x), Tout=f32)
+    forward = jax.jit(lambda x: jax.vjp(f, x)[1])
+
+    def allocated(n):
+        for _ in range(n):
+            forward(1.0)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    before = set_tape_limit(2**16)
+    tracemalloc.start()
+    try:
+        start = allocated(400)
+        assert allocated(1000) - start < 1000 * 30
+    finally:
+        tracemalloc.stop()
+        set_tape_limit(before)
 
 
 def test_a_small_run_is_counted_at_least_at_what_it_takes():
