@@ -344,6 +344,13 @@ def stateful(x):
     return x * 2 if x > 2 else x
 
 
+def stateful_scan(x):
+    """Of operands that all elements share."""
+    shown = py_func(lambda y: print("effect", y), Tout=[])
+    jax.lax.scan(lambda c, _: (c + 1, shown(c)), 0.0, length=1)
+    return x * 2 if x > 2 else x
+
+
 def host(x):
     return jax.pure_callback(lambda x: np.float32(2 * x), SCALAR, x) if x > 2 else x
 
@@ -357,14 +364,16 @@ def settings_inside(x):
         return x * 2 if x > 2 else x
 
 
-@pytest.mark.parametrize("body", [effect, stateful, host, numpy_inside, settings_inside])
+@pytest.mark.parametrize(
+    "body", [effect, stateful, stateful_scan, host, numpy_inside, settings_inside]
+)
 def test_what_cannot_be_batched_runs_one_by_one(body, capfd, transform):
     program = transform(jax.vmap(by_branch(body)))
     for _ in range(2):
         assert_close(program(xs), jnp.where(xs > 2, xs * 2, xs))
         jax.effects_barrier()
         lines = capfd.readouterr().out.splitlines()
-        assert len(lines) == (7 if body in (effect, stateful) else 0)
+        assert len(lines) == (7 if body in (effect, stateful, stateful_scan) else 0)
 
 
 def test_an_operation_without_a_batching_rule(transform):

@@ -1,5 +1,7 @@
 """Dead calls, stateful and ordered ones, and control flow around calls."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,13 +83,24 @@ def test_ordered_calls_run_in_program_order(recorder, transform):
     assert recorder.values() == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_an_eager_ordered_call_waits_for_those_before_it(recorder):
-    f = recorder.body(ordered=True)
-    big = jnp.ones((500, 500))
-    jax.jit(lambda x: f(jnp.dot(x, x).max() / 500))(big + 0)
-    f(2.0)
-    jax.grad(f)(3.0)
-    assert recorder.values()[:2] == [1.0, 2.0]
+def test_an_eager_ordered_call_waits_for_those_before_it():
+    """Though its body reads nothing of them."""
+    order = []
+
+    def slow(x):
+        time.sleep(0.1)
+        order.append("dispatched")
+        return x
+
+    dispatched = jax.jit(py_func(slow, Tout=f32, ordered=True))
+    f = py_func(lambda x: order.append("eager") or jnp.sin(x), Tout=f32, ordered=True)
+    big = jnp.ones((1500, 1500))
+    big @ big  # is compiled
+    for take in (lambda f: f, jax.grad):
+        order.clear()
+        dispatched((big @ big)[0, 0])  # its operand is not ready yet
+        take(f)(2.0)
+        assert order == ["dispatched", "eager"]
 
 
 @pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
@@ -178,6 +191,15 @@ class TestControlFlow:
         forward = jax.custom_jvp(lambda x: f(x))
         forward.defjvp(lambda p, t: (f(*p), 7 * t[0]))
         np.testing.assert_allclose(transform(jax.grad(forward))(0.7), 7, rtol=1e-6)
+        by_remat = jax.custom_vjp(lambda x: f(x))
+        rules = lambda x: (f(x), x), lambda x, g: (g * 3 * jnp.cos(x),)
+        by_remat.defvjp(*rules, optimize_remat=True)
+        np.testing.assert_allclose(
+            transform(jax.grad(by_remat))(0.7), 3 * np.cos(0.7), rtol=1e-6
+        )
+        with jax.enable_checks(True):  # JAX checks the effects of what it calls
+            for function in (reverse, forward, by_remat):
+                np.testing.assert_allclose(transform(function)(0.7), np.sin(0.7), rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
@@ -318,11 +340,21 @@ def test_a_batch_of_branches_or_turns_with_a_stateful_call_is_refused(recorder, 
         lambda x: jax.lax.cond(x > 0, f, lambda x: x, x),
         lambda x: jax.lax.switch((x > 0).astype(int), [f, lambda x: x], x),
         lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: f(x) * 0 + x + 1, x),
+        lambda x: jax.lax.while_loop(
+            lambda c: c[3] < 3,
+            lambda c: (c[0] + 1, c[0], c[1], c[2] + 0 * f(c[3])),
+            (x, 0.0, 0.0, 0.0),
+        ),
     ):
         with pytest.raises(UnsupportedError, match=words):
             transform(jax.vmap(program))(xs)
         assert recorder.values() == []
     # What is the same for all elements may stand there.
+    step = jax.jit(lambda i, x: (i + 1, x * 2))
+    both = lambda x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: step(c[0], c[1] + 0 * f(c[1])), (0, x))[1]  # noqa: E501, E731  # fmt: skip
+    assert transform(jax.vmap(both))(xs).tolist() == [4.0, -4.0]
+    assert recorder.values() == [1.0, -1.0, 2.0, -2.0]
+    recorder.clear()
     turns = jax.vmap(lambda x: jax.lax.fori_loop(0, 2, lambda i, x: f(x) * 0 + x + 1, x))
     assert transform(turns)(xs).tolist() == [3.0, 1.0]
     assert recorder.values() == [1.0, -1.0, 2.0, 0.0]
