@@ -7,6 +7,7 @@ import pytest
 from cases import (
     CASES,
     CUSTOM_VJP,
+    SCALAR,
     Case,
     assert_close,
     both_ways,
@@ -135,6 +136,25 @@ def test_custom_vjp_in_the_body_gives_its_own_gradient(transform):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_custom_vjp_in_the_body_differentiated_twice():
+    """In reverse: the derivative of the backward rule, not of the function."""
+    plain = jax.jit(jax.grad(jax.grad(CUSTOM_VJP.plain)))(0.7)
+    for got in both_ways(jax.grad(jax.grad(CUSTOM_VJP.wrapped)), 0.7):
+        assert_close(got, plain)
+
+
+def test_one_value_as_several_results(transform):
+    def body(x):
+        y = jnp.sin(x)
+        return y, x, y, y
+
+    f = py_func(body, Tout=(SCALAR,) * 4)
+    weighted = lambda x: sum(w * y for w, y in zip((1, 2, 4, 8), f(x), strict=True))  # noqa: E731
+    np.testing.assert_allclose(
+        transform(jax.grad(weighted))(0.7), 13 * np.cos(0.7) + 2, rtol=1e-6
+    )
+
+
 def test_integer_and_bool_operands_and_results_beside_float_ones(transform):
     def body(x, n, flag):
         return (x**n if flag else x), n + 1, x > 0
@@ -216,6 +236,35 @@ def test_linear_transpose_of_a_linear_body(size, transform):
     x = jax.ShapeDtypeStruct((3, size), jnp.float32)
     (got,) = transform(lambda ct: jax.linear_transpose(wrapped, x)(ct))(cotangent)
     np.testing.assert_allclose(got, a.T @ cotangent)
+
+
+def test_transposes_by_some_operands_and_of_some_results():
+    """The transpose of a derivative is the other one, of the operands that it is by."""
+    args, tangents = (0.7, 1.3, -0.4), (2.0, 3.0, 5.0)
+
+    def body(x, y, z):
+        return jnp.sin(x * y) + z, x * z * z
+
+    def of_pullbacks(f):
+        pull = jax.vjp(f, *args)[1]
+        only = lambda ct: pull((0.0, ct))[2]  # noqa: E731
+        return (
+            jax.linear_transpose(only, 1.0)(tangents[2]),
+            jax.linear_transpose(pull, (1.0, 1.0))(tangents),
+        )
+
+    def of_push(f):
+        push = jax.linearize(f, *args)[1]
+        only = lambda t: push(0.0, t, 0.0)[0]  # noqa: E731
+        return jax.linear_transpose(only, 1.0)(2.0), jax.linear_transpose(push, *args)(
+            (2.0, 3.0)
+        )
+
+    f = py_func(body, Tout=(SCALAR, SCALAR))
+    for take in (of_pullbacks, of_push):
+        want = jax.jit(lambda take=take: take(body))()
+        for got in both_ways(lambda take=take: take(f)):
+            assert_close(got, want)
 
 
 def test_linear_transpose_of_a_body_that_is_not_linear():

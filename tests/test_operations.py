@@ -56,6 +56,26 @@ def test_a_structure_that_is_met_again_and_again(case):
         assert_close(grad(*args), want(*args))
 
 
+def test_one_structure_pulled_by_other_operands_and_of_other_results():
+    """The same operations again and again, each time for another entry of the matrix."""
+    f = py_func(lambda x, y: (jnp.sin(x) * y, x * y**2), Tout=(f32, f32))
+
+    def entry(push, i, k):
+        """Of the matrix of derivatives, as a pullback of result k by operand i alone."""
+        zero = np.float32(0)
+        row = lambda t: push(*[t if i == j else zero for j in (0, 1)])[k]  # noqa: E731
+        return jax.linear_transpose(row, 1.0)(1.0)[0]
+
+    @jax.jit
+    def matrix(x, y):
+        push = jax.linearize(f, x, y)[1]
+        return [entry(push, i, k) for k in (0, 1) for i in (0, 1)]
+
+    for x, y in ((0.7, 1.3), (0.2, -0.4), (1.1, 2.0), (0.5, 0.6)):
+        want = [np.cos(x) * y, np.sin(x), y**2, 2 * x * y]
+        np.testing.assert_allclose(matrix(x, y), want, rtol=1e-5)
+
+
 def test_more_structures_than_are_compiled():
     """A body that branches on each of four elements has sixteen, each met six times."""
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import both_ways
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from jax.sharding import AxisType, PartitionSpec
@@ -263,6 +264,17 @@ def with_aux(x, y):
 with_aux.defjvp(lambda p, t: (with_aux(*p), (3 * jnp.cos(p[0]) * t[0] * p[1] + t[1], t[0])))
 
 
+@jax.custom_jvp
+def of_its_own(x):
+    return jnp.sin(x)
+
+
+# The value is not that of the function, so that the derivative of the value has no 3.
+of_its_own.defjvp(lambda p, t: (jnp.sin(p[0]), 3 * jnp.cos(p[0]) * t[0]))
+straight_through = jax.custom_jvp(lambda x: jnp.round(x))
+straight_through.defjvp(lambda p, t: (jnp.round(p[0]), t[0]))
+
+
 @jax.jit
 def jitted_with_callback(x):
     y = jax.pure_callback(
@@ -282,6 +294,8 @@ BODIES = {
     "gelu": lambda x: jax.nn.gelu(x) * jax.nn.silu(x),
     "custom_jvp": lambda x: with_aux(x, x * 2)[0] * with_aux(x, 1.0)[1],
     "custom_vjp": lambda x: custom(x) * x,
+    "rule_of_its_own": lambda x: of_its_own(x) ** 2 * x,
+    "rule_without_residuals": lambda x: jax.jit(straight_through)(x) ** 2 * x,
     "grad": lambda x: jax.grad(lambda y: jnp.sin(y) * y * x)(x),
     "jvp": lambda x: jax.jvp(lambda y: jnp.sin(y) * x, (x,), (x,))[1],
     "vmap": lambda x: jax.vmap(lambda y: y * jnp.sin(x * y))(jnp.arange(3.0)).sum(),
@@ -348,6 +362,24 @@ def test_gradients_of_what_jax_offers_a_body(body):
         for order, a, b in zip(orders, got(x), want(x), strict=True):
             rtol = 1e-2 if body == "half" else 5e-4
             np.testing.assert_allclose(a, b, rtol, err_msg=order)
+
+
+@pytest.mark.parametrize("rule", [of_its_own, straight_through])
+def test_the_derivative_of_a_value_that_a_rule_computed(rule):
+    """Where a derivative is taken already, it is that of what the rule does."""
+    bodies = [lambda x: rule(x) * x, lambda x: jax.jit(rule)(x) * x]
+    orders = [ORDERS["rev_rev"], lambda f: jax.jacfwd(jax.jacfwd(f))]
+
+    def all_of(fs):
+        return lambda x: [
+            take(lambda x, f=f: jnp.sin(f(x)))(x) for f in fs for take in orders
+        ]
+
+    want = jax.jit(all_of(bodies))(0.7)
+    for got in both_ways(
+        all_of([py_func(body, Tout=f32) for body in bodies]), 0.7, eager=False
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_an_empty_batch_of_a_py_func_in_a_body(transform):
