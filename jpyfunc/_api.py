@@ -31,7 +31,16 @@ from jpyfunc._body.primal import (
     physical_aval,
     read_only,
 )
-from jpyfunc._body.tout import Template, check_x64, is_dtype, is_key_dtype, is_weak, parse
+from jpyfunc._body.tout import (
+    Template,
+    check_x64,
+    is_dtype,
+    is_function,
+    is_key_dtype,
+    is_weak,
+    key_path,
+    parse,
+)
 from jpyfunc._errors import (
     InferenceError,
     ResultError,
@@ -274,6 +283,24 @@ class _KeepsFirst:
         return self._kept[0]
 
 
+def _check_name(kind: str, name: Any) -> None:
+    """Refuse a `name` that errors and programs cannot show."""
+    if name is None:
+        return
+    if not isinstance(name, str) or not name:
+        raise TypeError(
+            f"{kind}: expected name to be a string that is not empty, got {name!r}; write "
+            "name='solver', for example, or leave it out."
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{kind}: expected name to be text, got {name!r}, which UTF-8 cannot encode "
+            f"({error.reason}); write another."
+        ) from None
+
+
 def _rewrapped(options: Any, rules: Rules | None) -> PyFunc:
     wrapped = PyFunc(*options)
     wrapped._rules = rules
@@ -303,7 +330,11 @@ class PyFunc:
         functools.update_wrapper(self, func)
         # The documentation of a partial is that of `functools.partial`.
         inner: Any = func.func if isinstance(func, functools.partial) else func
-        self.__name__ = name or getattr(inner, "__name__", None) or type(inner).__name__
+        _check_name(kind, name)
+        own = getattr(inner, "__name__", None)
+        self.__name__ = name or (
+            own if own and isinstance(own, str) else type(inner).__name__
+        )
         self.node_name = name
         self._where = f"{kind} {self.__name__!r}"
         if vmap_method is not None and vmap_method not in BATCHERS:
@@ -313,9 +344,7 @@ class PyFunc:
             )
         self._numpy = kind == "numpy_func"
         self._func = func
-        # A class is no such callable: it is a dtype, or a mistake.
-        is_function = callable(tout) and not is_dtype(tout) and not isinstance(tout, type)
-        self._callable_tout = tout if is_function else None
+        self._callable_tout = tout if is_function(tout) else None
         self._template = (
             parse(tout, self._where)
             if tout is not INFERRED and self._callable_tout is None
@@ -644,18 +673,13 @@ class PyFunc:
         return jax.tree.unflatten(template.tree, results)
 
     def _check_signature(self, args: Any, kwargs: Any) -> None:
-        """Raise Python's own error here where the function does not take the arguments."""
-        try:
-            # What a decorator wraps may take other arguments than what it makes.
-            signature = inspect.signature(self._func, follow_wrapped=False)
-        except ValueError:  # some that are written in C have none
-            return
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
+        """Raise here, not on the host, where the function does not take the arguments."""
+        misfit = _misfit(self._func, args, kwargs)
+        if misfit:
             raise TypeError(
-                f"{self._where}: {error}; call it with the arguments of {signature}."
-            ) from None
+                f"{self._where}: {misfit}; call it with the arguments of "
+                f"{_signature(self._func)}."
+            )
 
     def foresee(self, leaves: list[Any], tree: Any) -> Tree:
         """What can be compiled of a call with these arguments, which are traced."""
@@ -731,10 +755,7 @@ class PyFunc:
         """An array leaf as a JAX array, or a clear refusal."""
 
         def where() -> str:
-            numbered = jax.tree.unflatten(tree, range(tree.num_leaves))
-            path, _ = jax.tree_util.tree_flatten_with_path(numbered)[0][index]
-            kind = "argument " if path[0].idx == 0 else "keyword argument "
-            return f"{self._where}: {kind}{jax.tree_util.keystr(path[1:])}"
+            return f"{self._where}: {_argument_name(tree, index)}"
 
         if isinstance(leaf, jax.Array):
             return leaf
@@ -765,11 +786,33 @@ class PyFunc:
         template = self._template
         if self._callable_tout is not None:
             structs = [_struct(x) if is_array(x) else x for x in leaves]
-            args, kwargs = jax.tree.unflatten(tree, structs)
-            template = parse(self._callable_tout(*args, **kwargs), self._where)
+            template = parse(
+                self._call_tout(*jax.tree.unflatten(tree, structs)), self._where
+            )
         if template is not None:
             check_x64(template, self._where)
         return template
+
+    def _call_tout(self, args: Any, kwargs: Any) -> Any:
+        tout: Any = self._callable_tout
+        misfit = _misfit(tout, args, kwargs)
+        if misfit:
+            self._check_signature(args, kwargs)
+            own = _signature(self._func)
+            expected = own or f"of {len(args) + len(kwargs)} arguments"
+            raise TypeError(
+                f"{self._where}: Tout is called with the arguments of the function, and "
+                f"{misfit}: expected the parameters {expected}, got {_signature(tout)}. "
+                "Write a Tout that takes them, such as Tout=lambda *args: args[0]."
+            )
+        try:
+            return tout(*args, **kwargs)
+        except Exception as error:
+            error.add_note(
+                f"{self._where}: this was raised by Tout, which is called with a "
+                "jax.ShapeDtypeStruct for each array, not with data."
+            )
+            raise
 
     def _on_abstract_values(
         self, leaves: list[Any], tree: Any
@@ -794,6 +837,33 @@ class PyFunc:
             return self._func(*args, **kwargs)
 
         return call
+
+
+def _signature(func: Any) -> inspect.Signature | None:
+    """The signature of a function, if it has one; some that are written in C have none."""
+    try:
+        # What a decorator wraps may take other arguments than what it makes.
+        return inspect.signature(func, follow_wrapped=False)
+    except ValueError:
+        return None
+
+
+def _misfit(func: Any, args: Any, kwargs: Any) -> str:
+    """Why a function does not take the arguments, or ""."""
+    signature = _signature(func)
+    try:
+        if signature:
+            signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _argument_name(tree: Any, index: int) -> str:
+    """What errors call a leaf of the arguments."""
+    first, *rest = key_path(tree, index)
+    kind = "keyword argument" if getattr(first, "idx", 0) else "argument"
+    return f"{kind} {jax.tree_util.keystr(rest or (first,))}"
 
 
 def _static(leaf: Any) -> Static | Float0:

@@ -723,3 +723,13 @@ def test_flax_modules_and_their_parameters_pass(transform):
         assert_close(value, jax.jit(jax.value_and_grad(loss))(params, x), rtol=1e-4)
         stepped = transform(py_func(smaller, Tout=lambda params, x: params))(params, x)
         assert_close(stepped, jax.jit(smaller)(params, x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [py_func, numpy_func])
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("", TypeError), (3, TypeError), (b"f", TypeError), ("a\ud800", ValueError)],
+)
+def test_refused_names(wrap, name, error):
+    with pytest.raises(error, match=f"{wrap.__name__}: expected name to be"):
+        wrap(lambda x: x, Tout=jnp.float32, name=name)

@@ -2,13 +2,18 @@
 
 import array
 import collections
+import dataclasses
+import functools
 import re
+from typing import Any
 
+import equinox
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental import sparse
 
 from jpyfunc import ResultError, numpy_func, py_func, raise_original
 
@@ -167,9 +172,10 @@ def refused(value, tout, text):
 
 
 REFUSED = [
-    refused(1.5, Struct((), jnp.int32), "result: expected int32, got float"),
-    refused(1j, F32, "result: expected float32, got complex"),
-    refused(1, Struct((), jnp.bool_), "result: expected bool, got int"),
+    refused(1.5, Struct((), jnp.int32), "result: expected int32, got a Python float. "),
+    refused(1j, F32, "result: expected float32, got a Python complex. Convert it"),
+    refused(1, Struct((), jnp.bool_), "result: expected bool, got a Python int. "),
+    refused(np.float64(1.5), Struct((), jnp.int32), "expected int32, got float64, which"),
     refused([0.5], Struct((1,), jnp.int32), "result: expected int32, got float64"),
     refused(np.int32(1), Struct((), jnp.uint32), "result: expected uint32, got int32"),
     refused([F32, 1.5], [F32, jnp.int32], "result[0]: expected an array"),
@@ -214,6 +220,62 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Scaled:
+    """A callable pytree with a static field."""
+
+    w: Any
+    unit: str = dataclasses.field(default="m", metadata={"static": True})
+
+    def __call__(self, x):
+        return self.w * x
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Unit:
+    """A pytree without leaves."""
+
+    unit: str = dataclasses.field(default="m", metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class FlaxLike:
+    """A pytree that JAX knows by its methods alone, as those of flax."""
+
+    w: Any
+    unit: str = "m"
+
+
+jax.tree_util.register_pytree_node(
+    FlaxLike, lambda x: ((x.w,), (x.unit,)), lambda aux, leaves: FlaxLike(*leaves, *aux)
+)
+SECOND = {"Pair": collections.namedtuple("Pair", "low high")}["Pair"]  # run once more
+SPARSE = sparse.BCOO.fromdense(jnp.ones(2))
+UNSORTED = sparse.BCOO((SPARSE.data, SPARSE.indices), shape=(2,))
+REFUSED += [
+    refused(
+        Scaled(1.0, "s"), Scaled(F32), "Scaled with unit='m', got Scaled with unit='s'"
+    ),
+    refused(FlaxLike(1.0, "s"), FlaxLike(F32), "with unit='m', got FlaxLike with unit='s'"),
+    refused((1.0, Unit("s")), (F32, Unit()), "result[1]: expected Unit with unit='m', got"),
+    refused((1.0, None), (F32, Unit()), "result[1]: expected Unit, got None"),
+    refused((1.0, Unit()), (F32, None), "result[1]: expected nothing, got Unit"),
+    refused(
+        SECOND(1.0, 2.0), Pair(F32, F32), "expected Pair, got one of another class Pair"
+    ),
+    refused(
+        UNSORTED,
+        SPARSE,
+        "expected BCOO with indices_sorted=True, unique_indices=True, got BCOO with "
+        "indices_sorted=False, unique_indices=False. Return the one, or declare the other",
+    ),
+    refused(SPARSE, Struct((2,), jnp.float32), "numbers or booleans, got BCOO. Return"),
+    refused(equinox.nn.Identity(), equinox.nn.Lambda(F32), "expected Lambda, got Identity"),
+]
+
+
 @pytest.mark.parametrize(("value", "tout", "text"), REFUSED)
 def test_refused_results(transform, value, tout, text):
     def body(x):
@@ -247,6 +309,112 @@ def test_refused_dtype_says_what_to_write():
 def test_refused_tout(tout):
     with pytest.raises(TypeError, match=r"py_func 'f': Tout.*: expected a dtype"):
         py_func(lambda x: x, Tout=tout, name="f")
+
+
+class Chosen(equinox.Module):
+    """A function with a number that JAX takes for a leaf."""
+
+    index: int
+
+    def __call__(self, *args):
+        return args[self.index]
+
+
+class Shapely(equinox.Module):
+    """A callable pytree whose methods and wrapped functions JAX takes for pytrees, too."""
+
+    w: Any
+
+    def __call__(self, x):
+        return self.w * x
+
+    def like(self, x):
+        return x
+
+
+def test_a_callable_pytree_declares_what_is_like_it(transform):
+    def scale(m, x):
+        return type(m)(m.w * x)
+
+    for module in (Scaled(X), Shapely(X)):
+        for tout in (module, jax.eval_shape(scale, module, 2.0), type(module)(jnp.float32)):
+            got = transform(lambda m, x, tout=tout: py_func(scale, [m, x], tout))(
+                module, 2.0
+            )
+            assert jax.tree.structure(got) == jax.tree.structure(module)
+            np.testing.assert_array_equal(got.w, 2 * np.arange(3))
+
+
+@pytest.mark.parametrize(
+    "tout",
+    [
+        Shapely(X).like,
+        equinox.filter_jit(Shapely(X).like),
+        functools.partial(lambda array, x: x, X),
+        jax.tree_util.Partial(lambda array, x: x, X),
+        jax.tree_util.Partial(lambda dtype, x: Struct(x.shape, dtype), jnp.float32),
+        Chosen(0),
+    ],
+)
+def test_functions_that_are_pytrees_are_called(tout, transform):
+    y = transform(py_func(lambda x: 2 * x, Tout=tout))(jnp.float32(1.5))
+    assert (y, y.dtype) == (3, jnp.float32)
+
+
+class Fussy(equinox.Module):
+    """Its text and its checks read what nothing but an array has."""
+
+    w: Any
+
+    def __call__(self, x):
+        return x
+
+    def __repr__(self):
+        return f"Fussy({self.w.mean()})"
+
+
+def test_a_pytree_as_tout_need_not_take_what_is_no_array(transform):
+    f = py_func(lambda x: Fussy(x), Tout=Fussy(F32))
+    assert transform(f)(2.0).w == 2
+    assert "Fussy" in f.__doc__
+
+
+@pytest.mark.parametrize("shape", [(-1,), (2, None), (2.0,), ("n",)])
+def test_refused_shapes(shape):
+    class Declared:
+        dtype = np.dtype("float32")
+
+        def __init__(self):
+            self.shape = shape
+
+    text = r"py_func 'f': Tout\['y'\]: expected a shape of integers that are 0 or more, got"
+    with pytest.raises(TypeError, match=text):
+        py_func(lambda x: x, Tout={"y": Declared()}, name="f")
+
+
+def test_a_tout_of_other_parameters_is_told_so(transform):
+    def body(x, *, scale):
+        return x * scale
+
+    f = py_func(body, Tout=lambda x: x)
+    text = (
+        "py_func 'body': Tout is called with the arguments of the function, and got an "
+        "unexpected keyword argument 'scale': expected the parameters (x, *, scale), got "
+        "(x). Write"
+    )
+    with pytest.raises(TypeError, match=re.escape(text)):
+        transform(lambda x: f(x, scale=2.0))(1.0)
+    # Here it is the call that is wrong.
+    text = "'body': too many positional arguments; call it with the arguments of (x, *, sca"
+    with pytest.raises(TypeError, match=re.escape(text)):
+        transform(f)(1.0, 2.0)
+
+
+def test_what_tout_raises_is_said_to_be_of_tout(transform):
+    f = py_func(lambda x: x, Tout=lambda x: x.sum(), name="f")
+    with pytest.raises(AttributeError, match="sum") as caught:
+        transform(f)(X)
+    assert "py_func 'f': this was raised by Tout" in caught.value.__notes__[0]
 
 
 def test_refused_result_of_callable_tout(transform):

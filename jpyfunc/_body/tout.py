@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,7 +52,10 @@ class Template:
         return cls(tree, (Leaf(None, None),) * tree.num_leaves)
 
     def __str__(self) -> str:
-        return repr(jax.tree.unflatten(self.tree, self.leaves))
+        try:
+            return repr(jax.tree.unflatten(self.tree, self.leaves))
+        except Exception:  # noqa: BLE001 - a user's class may read what no leaf has here
+            return str(self.tree)
 
     @property
     def complete(self) -> bool:
@@ -62,9 +66,7 @@ class Template:
 
     def path(self, index: int) -> str:
         """How to reach result `index` in what the body returns, as `result[0]['a']`."""
-        numbered = jax.tree.unflatten(self.tree, range(len(self.leaves)))
-        path, _ = jax.tree_util.tree_flatten_with_path(numbered)[0][index]
-        return f"result{jax.tree_util.keystr(path)}"
+        return f"result{jax.tree_util.keystr(key_path(self.tree, index))}"
 
     def match(self, result: Any, name: str) -> list[Any]:
         """The leaves of `result`, which must have this structure.
@@ -136,6 +138,38 @@ def parse(tout: Any, name: str) -> Template:
     )
 
 
+def key_path(tree: Any, index: int) -> tuple[Any, ...]:
+    """The keys that lead to leaf `index` of a tree."""
+    try:
+        numbered = jax.tree.unflatten(tree, range(tree.num_leaves))
+        return jax.tree_util.tree_flatten_with_path(numbered)[0][index][0]
+    except Exception:  # noqa: BLE001 - a user's class may refuse what is no array
+        return (jax.tree_util.FlattenedIndexKey(index),)
+
+
+def is_function(tout: Any) -> bool:
+    """Whether a `Tout` is a function of the arguments, which is to be called.
+
+    A callable pytree, such as an equinox module, declares results like itself if it has a
+    leaf that declares one. JAX takes some functions for pytrees, too: partials, methods and
+    wrapped functions of equinox. Their arrays are bound arguments.
+    """
+    # A class is no such function: it is a dtype, or a mistake.
+    if not callable(tout) or isinstance(tout, type) or is_dtype(tout):
+        return False
+    if isinstance(tout, functools.partial) or jax.tree_util.all_leaves([tout]):
+        return True
+    if hasattr(tout, "__func__") or hasattr(tout, "__wrapped__"):
+        return True
+    return not any(is_dtype(x) or _is_like_array(x) for x in jax.tree.leaves(tout))
+
+
+def _is_like_array(leaf: Any) -> bool:
+    """Whether a leaf declares a shape and a dtype."""
+    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    return not isinstance(leaf, type) and shape is not None and dtype is not None
+
+
 def is_dtype(value: Any) -> bool:
     """Whether `value` names a dtype."""
     if isinstance(value, np.dtype) or is_key_dtype(value):
@@ -151,13 +185,31 @@ def is_dtype(value: Any) -> bool:
 def _parse_leaf(leaf: Any, where: str) -> Leaf:
     if is_dtype(leaf):
         return Leaf(None, _parse_dtype(leaf, where))
-    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-    if isinstance(leaf, type) or shape is None or dtype is None:
+    if not _is_like_array(leaf):
         raise TypeError(
             f"{where}: expected a dtype such as jnp.float32, or something with .shape "
             f"and .dtype such as jax.ShapeDtypeStruct((3,), jnp.float32), got {leaf!r}."
         )
-    return Leaf(tuple(shape), _parse_dtype(dtype, where), is_weak(leaf))
+    return Leaf(
+        _parse_shape(leaf.shape, where), _parse_dtype(leaf.dtype, where), is_weak(leaf)
+    )
+
+
+_NO_SIZES = (type(None), str, float, np.inexact, np.ndarray, jax.Array)
+
+
+def _parse_shape(shape: Any, where: str) -> Shape:
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else (shape,)
+    for size in sizes:
+        is_negative = isinstance(size, int | np.integer) and size < 0
+        # Not all but integers, because `jax.export` has symbolic sizes.
+        if is_negative or isinstance(size, _NO_SIZES):
+            raise TypeError(
+                f"{where}: expected a shape of integers that are 0 or more, got {shape!r}; "
+                "write jax.ShapeDtypeStruct((3,), jnp.float32), for example, or a dtype, "
+                "if the shape is to be inferred."
+            )
+    return sizes
 
 
 def _parse_dtype(dtype: Any, where: str) -> Any:
@@ -252,21 +304,26 @@ def _is_leaf(tree: Any) -> bool:
     return tree.num_nodes == 1 and tree.num_leaves == 1
 
 
-def _is_empty(tree: Any) -> bool:
-    return tree.num_nodes == 1 and tree.num_leaves == 0
+def _is_nothing(tree: Any) -> bool:
+    """Whether a tree is None or an empty container; an object may have static fields."""
+    if tree.num_nodes != 1 or tree.num_leaves:
+        return False
+    kind, _ = tree.node_data()
+    return issubclass(kind, type(None) | list | tuple | dict)
 
 
 def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
     if _is_leaf(tree):
         return [result]
-    kind, children = tree.node_data(), tree.children()
-    if not children:
-        if _is_empty(jax.tree.structure(result)):
+    if _is_nothing(tree):
+        if _is_nothing(jax.tree.structure(result)):
             return []
-        raise _structure_error(name, path, "nothing", result)
+        raise _structure_error(name, path, "nothing", _describe(result))
+    kind, children = tree.node_data(), tree.children()
     parts, top = jax.tree_util.tree_flatten_with_path(
         result, is_leaf=lambda x: x is not result
     )
+    got = _describe(result)
     if kind[0] in (list, tuple):
         if len(children) == 1 and _is_one(result):
             return _match(children[0], result, path, name)  # as TensorFlow takes it
@@ -277,16 +334,52 @@ def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
         parts = [((jax.tree_util.DictKey(k),), result.get(k)) for k in _keys(kind)]
         expected = f"{kind[0].__name__} with keys {_keys(kind)}"
     else:
-        same = top.node_data() == kind
+        same = top.node_data() == kind and len(parts) == len(children)
         keys = f" with keys {_keys(kind)}" if issubclass(kind[0], dict) else ""
         expected = f"{kind[0].__name__}{keys}"
+        if not same and top.node_data() and top.node_data()[0] is kind[0]:
+            # The program rebuilds results with the static fields that are declared, so a
+            # result with others would become another object without a word.
+            expected, got = _static_differences(tree, result, top)
+        elif not same and type(result).__name__ == kind[0].__name__:
+            got = f"one of another class {kind[0].__name__}, such as one defined again"
     if not same:
-        raise _structure_error(name, path, expected, result)
+        raise _structure_error(name, path, expected, got)
     return [
         leaf
         for (key, part), child in zip(parts, children, strict=True)
         for leaf in _match(child, part, path + jax.tree_util.keystr(key), name)
     ]
+
+
+def _static_differences(tree: Any, result: Any, top: Any) -> tuple[str, str]:
+    """What the static fields are in which the declared object and a result differ."""
+    name = type(result).__name__
+    dynamic = object()
+    try:
+        declared = jax.tree.unflatten(tree, [dynamic] * tree.num_leaves)
+        fields = {}
+        for key in _field_names(result):
+            pair = getattr(declared, key), getattr(result, key)
+            if dynamic not in jax.tree.leaves(pair[0]) and bool(pair[0] != pair[1]):
+                fields[key] = pair
+    except Exception:  # noqa: BLE001 - a user's class may refuse what is no array
+        fields = {}
+    if not fields:
+        fields = {"static data": (tree.node_data()[1], top.node_data()[1])}
+    expected, got = (
+        ", ".join(f"{key}={pair[i]!r}" for key, pair in fields.items()) for i in (0, 1)
+    )
+    return f"{name} with {expected}", f"{name} with {got}"
+
+
+def _field_names(value: Any) -> list[str]:
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value)]
+    slots = [
+        name for base in type(value).__mro__ for name in vars(base).get("__slots__", ())
+    ]
+    return [*slots, *getattr(value, "__dict__", {})]
 
 
 def _is_one(result: Any) -> bool:
@@ -301,10 +394,10 @@ def _keys(kind: Any) -> list[Any]:
     return list(kind[1])
 
 
-def _structure_error(name: str, path: str, expected: str, got: Any) -> ResultError:
+def _structure_error(name: str, path: str, expected: str, got: str) -> ResultError:
     inferred = ", or leave Tout out, to infer it" if expected == "nothing" else ""
     return ResultError(
-        f"{name}: result{path}: expected {expected}, got {_describe(got)}. Return the "
+        f"{name}: result{path}: expected {expected}, got {got}. Return the "
         f"one, or declare the other in Tout{inferred}."
     )
 
@@ -318,7 +411,8 @@ def _describe(value: Any) -> str:
         return f"{text} with keys {list(value)}"
     if isinstance(value, list | tuple):
         return f"{text} of {len(value)}"
-    return f"array of dtype {value.dtype}" if hasattr(value, "dtype") else text
+    is_leaf = jax.tree_util.all_leaves([value])  # and no sparse array
+    return f"array of dtype {value.dtype}" if is_leaf and hasattr(value, "dtype") else text
 
 
 def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
@@ -337,10 +431,12 @@ def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
         return array
     if not castable(array, weak, leaf.dtype):
         remedy = "" if leaf.is_key else f" with .astype({dtype_source(leaf.dtype)})"
+        got = f"{array.dtype}, which casting of the same kind does not convert"
+        if type(value) in (int, float, complex, bool):
+            remedy, got = "", f"a Python {type(value).__name__}"
         raise ResultError(
-            f"{where()}: expected {leaf.dtype}, got {array.dtype}, which casting of the "
-            f"same kind does not convert. Convert it in the body{remedy}, or declare "
-            f"{_available_source(array.dtype)} in Tout."
+            f"{where()}: expected {leaf.dtype}, got {got}. Convert it in the body{remedy}, "
+            f"or declare {_available_source(array.dtype)} in Tout."
         )
     if isinstance(array, np.ndarray):
         _check_range(array, leaf.dtype, where)
@@ -431,6 +527,7 @@ def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
             )
         raise ResultError(
             f"{where()}: expected an array of numbers or booleans, got {_describe(value)}. "
-            "Return arrays, Python scalars or lists of them."
+            "Return arrays, Python scalars or lists of them, or declare the structure that "
+            "is returned in Tout."
         )
     return array, weak
