@@ -540,10 +540,11 @@ def test_objects_of_unknown_size_are_bounded_in_number(transform):
             jpf.set_tape_limit(before)
 
 
-def test_a_buffer_that_a_rule_reuses_does_not_change_earlier_results(transform):
-    raw = np.zeros(4096 + 64, np.uint8)
+@pytest.mark.parametrize("size", [1024, 2**16])
+def test_a_buffer_that_a_rule_reuses_does_not_change_earlier_results(size, transform):
+    raw = np.zeros(4 * size + 64, np.uint8)
     start = -raw.ctypes.data % 64  # as aligned as XLA asks to share memory
-    buffer = raw[start : start + 4096].view(np.float32)
+    buffer = raw[start : start + 4 * size].view(np.float32)
 
     def own(x):
         buffer[:] = x * 2
@@ -552,11 +553,11 @@ def test_a_buffer_that_a_rule_reuses_does_not_change_earlier_results(transform):
     f = numpy_func(own, Tout=lambda x: x)
     f.defvjp(lambda x: (own(x), None), lambda r, bar: (own(bar),))
     f.defjvp(lambda primals, tangents: (own(primals[0]), own(tangents[0])))
-    x = jnp.ones(1024)
+    x = jnp.ones(size)
     value = transform(lambda x: jax.vjp(f, x)[0])
     bar = transform(lambda bar: jax.vjp(f, x)[1](bar)[0])
     dot = transform(lambda dot: jax.jvp(f, (x,), (dot,))[1])
     for function in (value, bar, dot):
         first, second = function(x), function(5 * x)
-        np.testing.assert_array_equal(first, np.full(1024, 2))
-        np.testing.assert_array_equal(second, np.full(1024, 10))
+        np.testing.assert_array_equal(first, np.full(size, 2))
+        np.testing.assert_array_equal(second, np.full(size, 10))

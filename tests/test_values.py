@@ -1,5 +1,6 @@
 """Dtypes, layouts, sizes, settings and lifetimes of what crosses to the host and back."""
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -187,12 +188,18 @@ def test_arrays_that_a_numpy_body_keeps_stay_valid(transform):
         np.testing.assert_array_equal(x, np.full(1000, i))
 
 
-def test_results_survive_what_the_body_does_to_them_later(transform):
-    kept = np.ones(1000, np.float32)
-    y = transform(py_func(lambda x: kept, Tout=Struct((1000,), jnp.float32)))(0.0)
+@pytest.mark.parametrize("size", [1000, 2**16])
+@pytest.mark.parametrize("wrap", [py_func, numpy_func])
+def test_results_survive_what_the_body_does_to_them_later(wrap, size, transform):
+    """Small ones, which XLA copies, and large ones that it could share as they are."""
+    raw = np.empty(4 * size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    kept = raw[start : start + 4 * size].view(np.float32)
+    kept[:] = 1
+    y = transform(wrap(lambda x: kept, Tout=Struct((size,), jnp.float32)))(0.0)
     y.block_until_ready()
     kept[:] = 5
-    np.testing.assert_array_equal(y, np.ones(1000))
+    np.testing.assert_array_equal(y, np.ones(size))
 
 
 def test_the_callers_numpy_operand_may_change_later(transform):
@@ -245,6 +252,13 @@ SETTINGS = [
     ("jax_numpy_dtype_promotion", jax.numpy_dtype_promotion, "strict"),
     ("jax_numpy_rank_promotion", jax.numpy_rank_promotion, "raise"),
     ("jax_debug_nans", jax.debug_nans, True),
+    ("jax_debug_infs", jax.debug_infs, True),
+    ("jax_debug_key_reuse", jax.debug_key_reuse, True),
+    ("jax_default_prng_impl", jax.default_prng_impl, "rbg"),
+    ("jax_threefry_partitionable", jax.threefry_partitionable, False),
+    ("jax_softmax_custom_jvp", jax.softmax_custom_jvp, True),
+    ("jax_disable_jit", jax.disable_jit, True),
+    ("jax_log_compiles", jax.log_compiles, True),
 ]
 
 
@@ -273,27 +287,52 @@ def test_settings_of_the_caller_are_in_force_in_the_body(transform, name, settin
     assert [s for s, _ in seen] == [value, default]
 
 
-@pytest.mark.parametrize(("name", "setting", "value"), SETTINGS)
-def test_settings_are_in_force_on_the_thread_of_the_runtime(name, setting, value):
+def test_settings_are_in_force_on_the_thread_of_the_runtime():
+    """All at once; a program is compiled under them, and runs where they are not in force."""
     seen = []
 
+    def in_force():
+        return [getattr(jax.config, name) for name, *_ in SETTINGS]
+
     def body(x):
-        seen.append((getattr(jax.config, name), threading.get_ident()))
+        seen.append((in_force(), threading.get_ident()))
         return x
 
-    f = jax.jit(py_func(body, Tout=F32))
+    default, f = in_force(), jax.jit(py_func(body, Tout=F32))
+    with contextlib.ExitStack() as stack:
+        for _, setting, value in SETTINGS:
+            stack.enter_context(setting(value))
+        program = f.lower(F32).compile()
+    program(jnp.float32(1)).block_until_ready()  # mostly on this one
     # A call whose operand is not ready runs on a thread of the runtime, mostly.
     for _ in range(20):
-        with setting(value):
-            traced = f.lower(F32).compile()
-        x = unready()
-        traced(x).block_until_ready()
+        program(unready()).block_until_ready()
         if seen[-1][1] != threading.get_ident():
             break
     else:
         pytest.skip("the runtime never ran the body on a thread of its own")
-    assert {s for s, _ in seen} == {value}
-    assert getattr(jax.config, name) != value
+    assert all(settings == [value for *_, value in SETTINGS] for settings, _ in seen)
+    assert in_force() == default
+
+
+def test_settings_are_the_callers_again_after_a_body_raised():
+    threads = []
+
+    def body(x):
+        threads.append(threading.get_ident())
+        raise ValueError("on purpose")
+
+    with jax.enable_x64(True):
+        program = jax.jit(py_func(body, Tout=F32)).lower(F32).compile()
+    for _ in range(20):
+        with pytest.raises(ValueError, match="on purpose"), raise_original():
+            program(jnp.float32(1)).block_until_ready()
+        assert jax.config.jax_enable_x64 is False
+        assert jnp.zeros(()).devices() == {jax.devices()[0]}
+        if threads[-1] == threading.get_ident():
+            break
+    else:
+        pytest.skip("the runtime never ran the body on this thread")
 
 
 def test_settings_matter_in_the_body():
@@ -417,3 +456,41 @@ def test_weak_operands_stay_weak_in_the_body(transform):
         plain = []
         transform(lambda x, y, plain=plain: (plain.append((x * y).dtype), x)[1])(x, y)
         assert seen[-1] == plain[-1]
+
+
+def test_weak_types_in_a_body_are_those_of_plain_jax(transform):
+    """A weak array takes the dtype of what it meets; each result here tells which it is."""
+    half, number = jnp.bfloat16(1.5), jnp.asarray(2.0)
+    dtypes = []
+
+    def body(x, n):
+        y = jnp.where(x > 0, 1.0, 2.0)
+        z = 2 * y if x > 1 else 3 * y
+        parts = {
+            "global": number,
+            "global of a jit": jax.jit(lambda: number)(),
+            "operand": n,
+            "operand made strong": n.astype(jnp.float32),
+            "made before a branch": y,
+            "made in it": z,
+            "made strong after it": y.astype(jnp.float32),
+        }
+        dtypes.append({name: str((half * part).dtype) for name, part in parts.items()})
+        return x
+
+    body(jnp.float32(2), number)
+    (want,) = dtypes
+    assert set(want.values()) == {"bfloat16", "float32"}
+    f = py_func(body, Tout=F32)
+    one, many = jnp.float32(2), jnp.array([-1.0, 2.0, 3.0])
+    for program, x in (
+        (f, one),
+        (jax.grad(f), one),
+        (jax.hessian(f), one),
+        (jax.vmap(f, (0, None)), many),
+        (jax.vmap(jax.grad(f), (0, None)), many),
+    ):
+        dtypes.clear()
+        jax.block_until_ready(transform(program)(x, number))
+        assert dtypes
+        assert all(seen == want for seen in dtypes)
