@@ -1,5 +1,6 @@
 """Shapes and dtypes inferred on abstract values, against what eager JAX returns."""
 
+import io
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +192,20 @@ def test_weak_types_are_those_of_plain_jax(transform):
         for x in (1.0, 2, jnp.float32(1)):
             y, plain = transform(py_func(body))(x), jax.jit(body)(x)
             assert (y.dtype, y.weak_type) == (plain.dtype, plain.weak_type)
+
+
+def test_streams_that_a_body_or_another_thread_put_there_stay(monkeypatch):
+    """What was put there while shapes are inferred is not ours to take away."""
+    streams = io.StringIO(), io.StringIO(), lambda: None
+
+    def body(x):
+        sys.stdout, sys.stderr, sys.breakpointhook = streams
+        return x
+
+    for name in ("stdout", "stderr", "breakpointhook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # restored at the end
+    jax.jit(py_func(body)).lower(2.0)
+    assert (sys.stdout, sys.stderr, sys.breakpointhook) == streams
 
 
 def sides(true, false):

@@ -161,19 +161,57 @@ def test_a_leaf_in_a_batch_runs_for_the_elements_that_need_it(transform):
 
 
 def test_leaves_in_both_sides_and_in_scans(transform):
-    def body(x):
-        if x > 2:
-            return x * float(x)
-        if x > 1:
-            return x + 1
-        return x * len(f"{x}" * 2) * 0 + 3 * x
+    """They run for the elements that come through all of the branches before them."""
+    ran = []
 
-    f = staged(body, Tout=SCALAR)
-    want = jnp.where(xs > 2, xs * xs, jnp.where(xs > 1, xs + 1, 3 * xs))
-    assert_close(transform(jax.vmap(f))(xs), want)
-    scanned = lambda xs: jax.lax.scan(lambda c, x: (c + 1, f(x)), 0, xs)[1]  # noqa: E731
-    assert_close(transform(scanned)(xs), want)
-    assert_close(transform(lambda xs: jax.lax.map(f, xs, batch_size=2))(xs), want)
+    def body(x, y):
+        if not isinstance(x, jax.core.Tracer):
+            ran.append((float(x), float(y)))
+        if x > 2:
+            if y > 0:
+                return x * float(y)
+            return x
+        if y > 0:
+            return x + y
+        return x - float(y)
+
+    f = staged(body, Tout=SCALAR, vmap_method="sequential")
+    x, y = jnp.array([3.0, 3.0, 1.0, 1.0]), jnp.array([1.5, -1.0, 1.0, -1.0])
+    want = jnp.array([4.5, 3.0, 2.0, 2.0])
+    scanned = lambda x, y: jax.lax.scan(lambda c, at: (c + 1, f(*at)), 0, (x, y))[1]  # noqa: E731
+    in_parts = lambda x, y: jax.lax.map(lambda at: f(*at), (x, y), batch_size=2)  # noqa: E731
+    for program in (jax.vmap(f), scanned, in_parts):
+        ran.clear()
+        assert_close(transform(program)(x, y), want)
+        assert sorted(ran) == [(1.0, -1.0), (3.0, 1.5)]
+
+
+def test_a_body_that_does_something_else_when_it_is_run_again_is_called(transform):
+    """What runs on abstract values told of it would be of several bodies."""
+    runs = []
+
+    def added(x):
+        for _ in runs:
+            x = x + 1
+        return x
+
+    def before_a_branch(x):
+        runs.append(1)
+        x = added(x)
+        return x * 2 if x > 0 else x - 1
+
+    def after_a_branch(x):
+        runs.append(1)
+        x = added(x * 2 if x > 0 else x - 1)
+        return x if x > 1 else -x
+
+    for body, want in ((before_a_branch, 4.0), (after_a_branch, 3.0)):
+        f = staged(body, Tout=SCALAR)
+        runs.clear()
+        assert calls_of(f, 1.0) >= 1
+        program = jax.jit(f).lower(1.0).compile() if transform is jax.jit else f
+        runs.clear()
+        assert_close(program(1.0), jnp.float32(want))  # that of a first run
 
 
 TESTS_OF_TRUTH = {
@@ -311,11 +349,21 @@ def test_every_form_of_call(transform):
 def test_results_are_cast_as_those_of_a_call(transform):
     for body in (lambda x: 1 if x > 0 else x, lambda x: jnp.arange(2) if x > 0 else [x, x]):
         for x in (1.0, -1.0):
-            wide = jax.ShapeDtypeStruct(np.shape(body(x)), jnp.float32)
-            got = transform(staged(body, Tout=wide))(x)
-            assert_close(got, transform(py_func(body, Tout=wide))(x))
-    weak = lambda x: x * 2 if x > 0 else 1.0  # noqa: E731
-    assert transform(staged(weak))(1.0).weak_type == transform(py_func(weak))(1.0).weak_type
+            want = np.asarray(body(x), np.float32)
+            wide = jax.ShapeDtypeStruct(want.shape, jnp.float32)
+            for f in (staged(body, Tout=wide), py_func(body, Tout=wide)):
+                got = transform(f)(x)
+                assert_close(got, want)
+                assert not got.weak_type
+    for x in (1.0, jnp.float32(1), jnp.bfloat16(1)):
+        for true, false in ((lambda x: x * 2, lambda x: 1.0), (lambda x: 1.0, lambda x: x)):
+            plain = jax.jit(lambda x, t=true, f=false: jnp.where(x > 0, t(x), f(x)))
+            body = lambda x, t=true, f=false: t(x) if x > 0 else f(x)  # noqa: E731
+            for f in (staged(body), py_func(body)):
+                for at in (x, -x):
+                    got, want = jax.jit(f)(at), plain(at)
+                    assert_close(got, want)
+                    assert got.weak_type == want.weak_type
 
 
 def test_a_branch_that_returns_something_else_calls_where_it_is_declared(transform):
