@@ -61,6 +61,21 @@ class TestFetches:
         np.testing.assert_array_equal(result["y"].second, [2, 3])
         assert result["z"] == []
 
+    def test_the_same_fetches_in_another_structure(self, sess):
+        a, b = jpf.constant(1.0), jpf.constant(2.0)
+        for fetches, want in (
+            ([a, b], [1.0, 2.0]),
+            ((a, b), (1.0, 2.0)),
+            ([a, [b]], [1.0, [2.0]]),
+            ({"x": a, "y": b}, {"x": 1.0, "y": 2.0}),
+            ({"x": a, "z": b}, {"x": 1.0, "z": 2.0}),
+            (Pair(a, b), Pair(1.0, 2.0)),
+        ):
+            for _ in range(2):
+                result = sess.run(fetches)
+                assert result == want
+                assert type(result) is type(want)
+
     def test_results_are_numpy_and_may_be_written_to(self, sess):
         scalar, array, half = sess.run(
             [jpf.constant(1.0), jpf.constant([1, 2]), jpf.constant([1], jnp.bfloat16)]
@@ -299,6 +314,32 @@ class TestFailure:
             assert sess.run([y, dy_dx], {x: 2.0}) == [2.0, [1.0]]
         assert sess.run(x * 2, {x: -1.0}) == -2.0
 
+    @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax-ml/jax#37587")
+    @pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
+    def test_of_a_program_with_effects_is_raised_once(self, sess, options):
+        """By the run, and not by what waits for effects afterwards."""
+        threads = []
+
+        def check(x):
+            threads.append(threading.get_ident())
+            if x < 0:
+                raise ValueError("negative")
+            return x
+
+        x = jpf.placeholder(jnp.float32)
+        y = jpf.py_func(check, [x], SCALAR, **options)
+        sess.run(y, {x: 1.0})
+        large = jnp.ones((1500, 1500))
+        for _ in range(20):
+            unready = -(large @ large)[0, 0]  # so that it runs on another thread, mostly
+            with pytest.raises(ValueError, match="negative"):
+                sess.run(y, {x: unready})
+            jax.effects_barrier()
+            if threads[-1] != threading.get_ident():
+                break
+        else:
+            pytest.skip("the runtime never ran the body on a thread of its own")
+
     def test_one_that_any_value_meets_with_tout_incomplete(self, sess):
         def fail(x):
             raise KeyError("lost")
@@ -374,7 +415,8 @@ class TestThreads:
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(work, range(8)))
 
-    def test_the_first_runs_at_once_share_one_program(self, sess):
+    def test_the_first_runs_at_once_share_one_program(self, graph):
+        """Which is traced once."""
         traces = []
 
         def traced(x):
@@ -382,10 +424,24 @@ class TestThreads:
             return x + 1
 
         y = jpf.lift(traced)(jpf.constant(1.0))
-        traces.clear()
-        with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(lambda _: sess.run(y), range(8))) == [2.0] * 8
-        assert len(sess._programs) == 1
+        for _ in range(50):  # so that it takes a while to make a program
+            y = y + 1
+        start = threading.Barrier(8)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+
+        def first_run(session):
+            start.wait()
+            return session.run(y)
+
+        try:
+            for _ in range(3):
+                traces.clear()
+                with jpf.Session(graph) as session, ThreadPoolExecutor(8) as pool:
+                    assert list(pool.map(first_run, [session] * 8)) == [52.0] * 8
+                assert len(traces) == 1
+        finally:
+            sys.setswitchinterval(interval)
 
     def test_defaults_are_the_threads_own(self, sess, graph):
         with ThreadPoolExecutor(1) as pool:

@@ -128,6 +128,18 @@ def test_y_among_xs(sess):
     close(sess.run(jpf.gradients([y, y * y], [y, x, y]), {x: 2.0}), [13, 39, 13])
 
 
+def test_xs_in_any_order(sess):
+    """The way to an earlier one may lie before a later one."""
+    x = jpf.placeholder(jnp.float32)
+    sine = jpf.numpy.sin(x)
+    h = jpf.placeholder(jnp.float32)
+    y = sine * h + h**2
+    feed, by_x, by_h = {x: 0.7, h: 2.0}, 2 * np.cos(0.7), np.sin(0.7) + 4
+    close(sess.run(jpf.gradients(y, [h, x]), feed), [by_h, by_x], rtol=1e-6)
+    close(sess.run(jpf.gradients(y, [x, h]), feed), [by_x, by_h], rtol=1e-6)
+    close(sess.run(jpf.gradients(y, [h, sine, x]), feed), [by_h, 2, by_x], rtol=1e-6)
+
+
 def test_stop_gradients(sess):
     # The example in TensorFlow's documentation: partial instead of total derivatives.
     a = jpf.constant(0.0)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close
+from cases import SCALAR, assert_close
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jpyfunc import UnsupportedError, py_func
+from jpyfunc import UnsupportedError, py_func, raise_original
 
 P = PartitionSpec
 X = jnp.arange(8.0) + 1
@@ -186,8 +186,28 @@ def test_partly_automatic_shard_map_is_refused():
         jax.jit(sharded)(X)
 
 
-def test_a_mesh_that_the_caller_set_is_not_in_force_in_the_body():
-    with jax.set_mesh(mesh_of(AxisType.Explicit)):
-        f = py_func(lambda x: jnp.sin(x) @ jax.jit(jnp.cos)(x), Tout=jnp.float32)
-        got = jax.jit(f)(X)
-        assert_close(got + 1, jnp.sin(X) @ jnp.cos(X) + 1)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_mesh_that_the_caller_set_is_not_in_force_in_the_body(count):
+    """And is again afterwards; on one device, the body runs on the caller's thread."""
+    mesh = jax.make_mesh((count,), ("d",), axis_types=(AxisType.Explicit,))
+
+    def body(x):
+        if x[0] < 0:
+            raise ValueError("negative")
+        return jnp.sin(x) @ jax.jit(jnp.cos)(x)
+
+    def in_force():
+        return jax.sharding.get_mesh(), jax.sharding.get_abstract_mesh()
+
+    with jax.set_mesh(mesh):
+        before = in_force()
+        f = jax.jit(py_func(body, Tout=SCALAR))
+        assert_close(f(X) + 1, jnp.sin(X) @ jnp.cos(X) + 1)
+        assert in_force() == before
+        if count == 1:
+            with pytest.raises(ValueError, match="negative"), raise_original():
+                jax.block_until_ready(f(-X))
+            assert in_force() == before
+        split = jax.device_put(X, P("d"))
+        assert jax.typeof(split).sharding.spec == P("d")
+        assert jnp.sin(split).sharding.mesh.axis_names == ("d",)

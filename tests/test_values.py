@@ -288,7 +288,7 @@ def test_settings_of_the_caller_are_in_force_in_the_body(transform, name, settin
 
 
 def test_settings_are_in_force_on_the_thread_of_the_runtime():
-    """All at once; a program is compiled under them, and runs where they are not in force."""
+    """All at once: of a program that is compiled under them, and runs without."""
     seen = []
 
     def in_force():
