@@ -606,14 +606,15 @@ class PyFunc:
                 template = self._inferred_now(arrays, tree, template, result)
         if not template.leaves and batch:
             batch.cannot()
-        outputs = [
-            # A declared dtype is a strong one, and what the body returned on the host
-            # becomes an array of the caller's device.
-            jnp.asarray(x, leaf.dtype if is_weak(x) and not leaf.weak_type else None)
-            for x, leaf in zip(
-                template.check(result, self._where), template.leaves, strict=True
-            )
-        ]
+        with _compat.allowed_transfers():
+            outputs = [
+                # A declared dtype is a strong one, and what the body returned on the host
+                # becomes an array of the caller's device.
+                jnp.asarray(x, leaf.dtype if is_weak(x) and not leaf.weak_type else None)
+                for x, leaf in zip(
+                    template.check(result, self._where), template.leaves, strict=True
+                )
+            ]
         return jax.tree.unflatten(template.tree, outputs)
 
     def _inferred_now(

@@ -8,6 +8,7 @@ that these names were checked on is stated in `pyproject.toml`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
@@ -52,22 +53,77 @@ weakref_lru_cache = _util.weakref_lru_cache
 
 Device = Any  # `jax.Device` is a variable to a type checker
 
-# The settings that change what a body computes. JAX keeps them per thread, so the
-# thread that a callback runs on has none of those that the caller set with a
-# context manager. `jax.config` reads them too, but not at the cost of 60 ns each.
-SETTINGS = (
-    _config.enable_x64,
-    _config.default_matmul_precision,
-    _config.numpy_dtype_promotion,
-    _config.numpy_rank_promotion,
-    _config.debug_nans,
-    _config.debug_infs,
-    _config.debug_key_reuse,
-    _config.default_prng_impl,
-    _config.threefry_partitionable,
-    _config.softmax_custom_jvp,
-    _config.disable_jit,
-    _config.log_compiles,
+# The JAX configuration that changes what a body computes, or whether it raises. JAX keeps
+# it per thread, so the thread that a callback runs on has nothing of what the caller set
+# with a context manager. Some of it is not in every version.
+CAPTURED = (
+    "jax_accurate_erf_inv",
+    "jax_allow_f16_reductions",
+    "jax_check_static_indices",
+    "jax_debug_infs",
+    "jax_debug_key_reuse",
+    "jax_debug_nans",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_disable_jit",
+    "jax_enable_custom_prng",
+    "jax_enable_x64",
+    "jax_error_checking_behavior_divide",
+    "jax_error_checking_behavior_nan",
+    "jax_error_checking_behavior_oob",
+    "jax_explicit_x64_dtypes",
+    "jax_high_dynamic_range_gumbel",
+    "jax_legacy_prng_key",
+    "jax_log_compiles",
+    "jax_mutable_array_checks",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_random_seed_offset",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_partitionable",
+    "jax_use_hlo_logistic_lowering",
+)
+
+# The rest of what JAX's traces depend on, with the reason that no body needs the caller's.
+NOT_CAPTURED = {
+    "a body is in no mesh and under no axis of its caller": (
+        "abstract_mesh_context_manager", "axis_env_state", "check_vma", "jax_auto_pcast",
+        "jax_no_collectives", "jax_raise_on_ppermute_sort_diff",
+        "jax_remove_size_one_mesh_axis_from_type", "jax_use_shardy_partitioner",
+        "mesh_context_manager",
+    ),
+    "a body has a device of its own, of the CPU": (
+        "compute_on_context_manager", "jax_default_device", "jax_enable_pgle",
+        "jax_pallas_enable_debug_checks", "jax_pallas_use_mosaic_gpu",
+        "jax_pgle_profiling_runs", "jax_ragged_dot_use_gpu_pallas_triton_lowering",
+        "jax_threefry_gpu_kernel_lowering", "jax_use_emit_pipeline_primitive",
+        "layout_tracing_mode", "pallas_dynamic_shapes_export",
+        "pallas_fuser_disable_nested_fuse", "pallas_grid_context",
+        "pallas_tpu_interpret_mode_context_manager",
+    ),
+    "it is for the compiler, or says which implementation JAX takes of the same function": (
+        "eager_constant_folding", "jax_custom_jvp3", "jax_custom_vjp3",
+        "jax_embedded_constants_max_bytes", "jax_hlo_source_file_canonicalization_regex",
+        "jax_remat3", "jax_remat_barrier_no_cotangents", "jax_scan3",
+        "jax_use_direct_linearize", "jax_use_simplified_jaxpr_constants",
+        "jax_xla_profile_version", "xla_metadata_context_manager",
+    ),
+    "where it is set, no program runs, so no body": ("jax_no_execution",),
+    "only who made one with `jax.make_user_context` has it": ("user_context",),
+}  # fmt: skip
+
+
+# `jax.config` reads them too, but not at the cost of 40 ns each.
+SETTINGS = tuple(
+    _config.config_states[name] for name in CAPTURED if name in _config.config_states
+)
+
+# A body runs on the host, and what it takes and gives is there: none of that is a transfer
+# which `jax.transfer_guard` is to find, though JAX would count a NumPy array as one.
+_GUARDS = (
+    _config.transfer_guard_host_to_device,
+    _config.transfer_guard_device_to_device,
+    _config.transfer_guard_device_to_host,
 )
 
 
@@ -95,6 +151,8 @@ def enter_settings(values: Sequence[Any], device: Device) -> list[Any]:
     for state, value in zip(SETTINGS, values, strict=True):
         if state.value != value:
             entered.append(state(value))
+    if (transfers := allowed_transfers()) is not _UNGUARDED:
+        entered.append(transfers)
     # A callback may run on the thread that dispatched the program, and a mesh that
     # is set there does not hold the private device.
     if not _mesh.get_abstract_mesh().empty or not _mesh.get_concrete_mesh().empty:
@@ -102,6 +160,16 @@ def enter_settings(values: Sequence[Any], device: Device) -> list[Any]:
     for manager in entered:
         manager.__enter__()
     return entered
+
+
+def allowed_transfers() -> contextlib.AbstractContextManager[Any]:
+    """Exempt what this library itself puts or reads from `jax.transfer_guard`."""
+    if any(guard.value not in (None, "allow") for guard in _GUARDS):
+        return jax.transfer_guard("allow")
+    return _UNGUARDED
+
+
+_UNGUARDED = contextlib.nullcontext()
 
 
 def leave_settings(entered: list[Any]) -> None:
@@ -176,9 +244,11 @@ def put(
     `jnp.asarray` under `jax.default_device` takes ten times as long.
     """
     value = value.copy() if copy and value.nbytes < LARGE else _aligned(value, copy)
-    return _xla_client.batched_device_put(
-        aval, _sharding_of(device), [value], [device], False
-    )
+    arguments = (aval, _sharding_of(device), [value], [device], False)
+    if _config.transfer_guard_host_to_device.value in (None, "allow"):
+        return _xla_client.batched_device_put(*arguments)
+    with jax.transfer_guard_host_to_device("allow"):
+        return _xla_client.batched_device_put(*arguments)
 
 
 def _aligned(value: np.ndarray, copy: bool) -> np.ndarray:

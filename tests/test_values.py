@@ -1,4 +1,4 @@
-"""Dtypes, layouts, sizes, settings and lifetimes of what crosses to the host and back."""
+"""Dtypes, layouts, sizes, configuration and lifetimes of what crosses to the host."""
 
 import contextlib
 import functools
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpyfunc import numpy_func, py_func, raise_original
+import jpyfunc
+from jpyfunc import _compat, numpy_func, py_func, raise_original
 
 Struct = jax.ShapeDtypeStruct
 F32 = Struct((), jnp.float32)
@@ -245,27 +246,49 @@ def test_committed_operands_and_results(transform):
     np.testing.assert_array_equal(y + x, np.full(3, 3))
 
 
-# Settings. Each body tells what is in force where it runs.
-SETTINGS = [
-    ("jax_enable_x64", jax.enable_x64, True),
-    ("jax_default_matmul_precision", jax.default_matmul_precision, "highest"),
-    ("jax_numpy_dtype_promotion", jax.numpy_dtype_promotion, "strict"),
-    ("jax_numpy_rank_promotion", jax.numpy_rank_promotion, "raise"),
-    ("jax_debug_nans", jax.debug_nans, True),
-    ("jax_debug_infs", jax.debug_infs, True),
-    ("jax_debug_key_reuse", jax.debug_key_reuse, True),
-    ("jax_default_prng_impl", jax.default_prng_impl, "rbg"),
-    ("jax_threefry_partitionable", jax.threefry_partitionable, False),
-    ("jax_softmax_custom_jvp", jax.softmax_custom_jvp, True),
-    ("jax_disable_jit", jax.disable_jit, True),
-    ("jax_log_compiles", jax.log_compiles, True),
-]
+# JAX configuration. Each body tells what is in force where it runs.
+VALUES = {
+    "jax_accurate_erf_inv": True,
+    "jax_allow_f16_reductions": False,
+    "jax_check_static_indices": True,
+    "jax_debug_infs": True,
+    "jax_debug_key_reuse": True,
+    "jax_debug_nans": True,
+    "jax_default_matmul_precision": "highest",
+    "jax_default_prng_impl": "rbg",
+    "jax_disable_jit": True,
+    "jax_enable_custom_prng": True,
+    "jax_enable_x64": True,
+    "jax_error_checking_behavior_divide": "raise",
+    "jax_error_checking_behavior_nan": "raise",
+    "jax_error_checking_behavior_oob": "raise",
+    "jax_explicit_x64_dtypes": "error",
+    "jax_high_dynamic_range_gumbel": True,
+    "jax_legacy_prng_key": "error",
+    "jax_log_compiles": True,
+    "jax_mutable_array_checks": False,
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+    "jax_random_seed_offset": 7,
+    "jax_softmax_custom_jvp": True,
+    "jax_threefry_partitionable": False,
+    "jax_use_hlo_logistic_lowering": True,
+}
+SETTINGS = [(s.name, s, s(VALUES[s.name]).new_val) for s in _compat.SETTINGS]
+
+
+def test_what_jax_traces_depend_on_is_captured_or_has_a_reason_not_to_be():
+    reasons = [name for names in _compat.NOT_CAPTURED.values() for name in names]
+    known = {*_compat.CAPTURED, *reasons}
+    assert len(known) == len(_compat.CAPTURED) + len(reasons)
+    assert set(_compat._config.trace_context_names()) <= known
+    assert set(VALUES) == set(_compat.CAPTURED)
 
 
 def unready():
     """A result of the shared client that is not ready yet: 1.0, after a while."""
-    x = jnp.full((1500, 1500), 1.0)
-    return (x @ x)[0, 0] / 1500
+    x = jnp.full((800, 800), 1.0)
+    return (x @ x)[0, 0] / 800
 
 
 @pytest.mark.parametrize(("name", "setting", "value"), SETTINGS)
@@ -280,10 +303,10 @@ def test_settings_of_the_caller_are_in_force_in_the_body(transform, name, settin
         return transform(py_func(body, Tout=F32))(x).block_until_ready()
 
     default = getattr(jax.config, name)
-    assert default != value
     with setting(value):
         call(jnp.float32(1))
     call(jnp.float32(1))
+    assert default != value
     assert [s for s, _ in seen] == [value, default]
 
 
@@ -333,6 +356,30 @@ def test_settings_are_the_callers_again_after_a_body_raised():
             break
     else:
         pytest.skip("the runtime never ran the body on this thread")
+
+
+def test_randomness_of_the_caller(transform):
+    """What JAX's random numbers depend on, against JAX alone."""
+
+    def body(x):
+        return jax.random.gumbel(jax.random.key(3), (4,)) + x
+
+    for setting in (
+        jax.threefry_partitionable(False),
+        _setting("jax_random_seed_offset")(7),
+        _setting("jax_high_dynamic_range_gumbel")(True),
+        _setting("jax_default_prng_impl")("rbg"),
+    ):
+        default = body(1.0)
+        with setting:
+            want = body(1.0)
+            np.testing.assert_array_equal(transform(py_func(body))(1.0), want)
+        assert not np.array_equal(want, default)
+
+
+def _setting(name):
+    (state,) = (each for each in _compat.SETTINGS if each.name == name)
+    return state
 
 
 def test_settings_matter_in_the_body():
@@ -494,3 +541,66 @@ def test_weak_types_in_a_body_are_those_of_plain_jax(transform):
         jax.block_until_ready(transform(program)(x, number))
         assert dtypes
         assert all(seen == want for seen in dtypes)
+
+
+class TestTransferGuard:
+    """`jax.transfer_guard` finds what the user transfers, and nothing of ours."""
+
+    threshold, two = jnp.float32(1.5), jnp.float32(2)
+
+    def body(self, x):
+        return jnp.sin(x) * x if x > self.threshold else x * self.two
+
+    def test_compiled_calls(self):
+        f = py_func(lambda x: self.body(x) * np.float32(3), Tout=F32)
+        host = numpy_func(np.sin, Tout=lambda x: x)
+        host.defvjp(lambda x: (np.sin(x), np.cos(x)), lambda r, g: (r * g,))
+        programs = [
+            f,
+            jax.grad(f),
+            jax.hessian(f),
+            jax.vmap(f),
+            jax.vmap(jax.hessian(f)),
+            jax.vmap(py_func(self.body, Tout=F32, vmap_method="sequential")),
+            lambda x: (py_func(lambda x: None, [x], []), x)[1],
+            py_func(lambda x: f(x) + jax.jit(f)(x), Tout=F32, ordered=True),
+            py_func(lambda x: 3.0, Tout=F32),
+            jax.grad(lambda x: host(x).sum()),
+        ]
+        for i, program in enumerate(programs):
+            compiled = jax.jit(program)
+            x = self.two * jnp.ones(3 if i in (3, 4, 5, 9) else ())
+            want = compiled(x)
+            with jax.transfer_guard("disallow"):
+                np.testing.assert_array_equal(compiled(x), want)
+
+    def test_eager_calls_are_guarded_as_the_body_is(self):
+        x = self.two * jnp.ones(3)
+        host = numpy_func(np.sin, Tout=lambda x: x)
+        for call, argument in (
+            (py_func(self.body, Tout=F32), self.two),
+            (jax.vmap(py_func(self.body, Tout=F32)), x),
+            (jax.vmap(py_func(self.body, Tout=F32, vmap_method="sequential")), x),
+            (py_func(lambda x: 3.0, Tout=F32), self.two),
+            (py_func(lambda x: np.ones(3, np.float32), Tout=lambda x: x), x),
+            (host, x),
+        ):
+            want = call(argument)
+            with jax.transfer_guard("disallow"):
+                got = call(argument)
+            np.testing.assert_array_equal(got, want)
+        transfers = py_func(lambda x: jnp.sin(np.ones(3, np.float32)) + x, Tout=lambda x: x)
+        transfers(x)
+        with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed"):
+            transfers(x)
+
+    def test_sessions(self):
+        with jpyfunc.Graph().as_default():
+            t = jpyfunc.placeholder(jnp.float32, ())
+            y = jpyfunc.py_func(self.body, [t], jnp.float32)
+            fetches = [y, jpyfunc.gradients(y, t)[0]]
+            with jpyfunc.Session() as session, jax.transfer_guard("disallow"):
+                for feed in (2.0, np.float32(2), self.two):
+                    got = session.run(fetches, {t: feed})
+                    want = [2 * np.sin(2), np.sin(2) + 2 * np.cos(2)]
+                    np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jpyfunc import _compat
 from jpyfunc._errors import _originals as originals
 from jpyfunc._session.nodes import Tensor
 from jpyfunc._session.values import convert, fits
@@ -39,8 +40,10 @@ def execute(plan: Plan, values: Iterable[Any]) -> Any:
     arguments = [_fed(t, value) for t, value in zip(plan.feeds, values, strict=True)]
     originals.enter()
     try:
-        arrays = plan.program(*[arguments[i] for i in plan.order])
-        return plan.tree.unflatten([read(arrays[i]) for i, read in plan.reads])
+        # Feeds and fetches are NumPy's: a transfer that the user has asked for.
+        with _compat.allowed_transfers():
+            arrays = plan.program(*[arguments[i] for i in plan.order])
+            return plan.tree.unflatten([read(arrays[i]) for i, read in plan.reads])
     except jax.errors.TracerArrayConversionError:
         raise TypeError(
             "Session.run: expected feeds that are values, got one that JAX traces: a "
