@@ -13,6 +13,7 @@ from jpyfunc._errors import UnsupportedError as UnsupportedError
 from jpyfunc._errors import raise_original as raise_original
 from jpyfunc._explain import explain as explain
 from jpyfunc._host.kept import set_tape_limit as set_tape_limit
+from jpyfunc._host.kept import tape_bytes as tape_bytes
 from jpyfunc._host.profile import profile as profile
 from jpyfunc._session.gradients import gradients as gradients
 from jpyfunc._session.graph import Graph as Graph

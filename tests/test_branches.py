@@ -1,6 +1,5 @@
 """`vmap` by branch: the answers of one element at a time, in as few runs as can be."""
 
-import gc
 import math
 import threading
 import warnings
@@ -23,7 +22,7 @@ from cases import (
 from jax.extend.core import Primitive
 
 import jpyfunc
-from jpyfunc import GradientCutWarning, numpy_func, profile, py_func
+from jpyfunc import GradientCutWarning, numpy_func, profile, py_func, tape_bytes
 from jpyfunc._traces.operations import Operation
 
 wrapped = py_func(log_huber, Tout=SCALAR)
@@ -531,22 +530,23 @@ def test_the_exception_is_that_of_the_first_element(transform):
         assert caught.value.__context__ is None
 
 
-def test_what_is_kept_is_of_the_elements_that_stayed():
-    """Before the split, arrays are of all elements; a run keeps rows of its own."""
+def test_a_tape_holds_rows_of_the_elements_that_stayed():
+    """Before the split, arrays are of all elements, which those that leave do not hold."""
 
     def body(x):
         y = jnp.exp(jnp.sin(x)) * x
         return y.sum() if x[0] > 0 else (y * y).sum()
 
-    f = jax.jit(jax.vmap(jax.grad(by_branch(body))))
-    x = jnp.concatenate([jnp.ones((8, 1000)), -jnp.ones((8, 1000))])
-    gc.collect()
-    before = sum(a.nbytes for a in jax.live_arrays("cpu"))
-    with profile() as prof:
-        jax.block_until_ready(f(x))
-    gc.collect()
-    added = sum(a.nbytes for a in jax.live_arrays("cpu")) - before
-    assert added <= prof.as_dict()["body"]["forward"]["bytes_kept"]
+    wrapped = by_branch(body)
+    x = jnp.concatenate([jnp.ones((62, 1000)), -jnp.ones((2, 1000))])
+    before = tape_bytes()
+    pulls = jax.jit(jax.vmap(lambda x: jax.vjp(wrapped, x)[1]))(x)
+    pull = jax.jit(jax.vmap(lambda pull, ct: pull(ct)[0]))
+    large = jax.tree.map(lambda residual: residual[:62], pulls)
+    three = 3 * 62 * 1000 * 4  # bytes of an operand and the results of two operations
+    assert tape_bytes() > before + three
+    pull(large, jnp.ones(62)).block_until_ready()  # whose tape is spent, and goes
+    assert before < tape_bytes() < before + three / 2
 
 
 def test_what_runs_by_branch_by_default():

@@ -13,7 +13,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from programs import run_program
 
 import jpyfunc
-from jpyfunc import TapeLostError, profile, py_func, raise_original, set_tape_limit
+from jpyfunc import (
+    TapeLostError,
+    profile,
+    py_func,
+    raise_original,
+    set_tape_limit,
+    tape_bytes,
+)
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -336,10 +343,10 @@ def test_a_forked_child_does_not_take_its_parents_tickets():
         import os
         import numpy as np
         from jpyfunc._host import kept
-        first = kept.keep(RECORDING, None)[0]
+        first = kept.keep(RECORDING, None)
         pid = os.fork()
         if not pid:
-            again = kept.keep(RECORDING, None)[0]
+            again = kept.keep(RECORDING, None)
             print((first[:2] != again[:2]).any(), flush=True)
             os._exit(0)
         os.waitpid(pid, 0)
@@ -352,53 +359,120 @@ def test_a_forked_child_does_not_take_its_parents_tickets():
 # The bound
 
 
-def kept_bytes(prof, name):
-    return prof.as_dict()[name]["forward"]["bytes_kept"]
+@pytest.fixture
+def limit():
+    """Sets the limit for one test."""
+    before = set_tape_limit(0)
+    set_tape_limit(before)
+    yield set_tape_limit
+    set_tape_limit(before)
 
 
-def test_what_lives_is_counted_by_bytes_and_shared_arrays_once():
+def test_what_waits_is_counted_by_bytes_and_shared_arrays_once():
     weight = jnp.ones((256, 256))  # 256 KiB
     f = py_func(lambda x: (weight @ x).sum(), Tout=f32, name="shares")
     x = jnp.ones(256)
-    with profile() as first:
-        _, pull = jax.vjp(f, x)
-    with profile() as second:
-        jax.vjp(f, x)
-    assert kept_bytes(first, "shares") > 2**18
-    assert 0 < kept_bytes(second, "shares") < 2**16
-    np.testing.assert_allclose(pull(1.0)[0], 256.0)
+    at_first = tape_bytes()
+    with profile() as prof:
+        pulls = [jax.vjp(f, x)[1]]
+        one = tape_bytes() - at_first
+        counts = prof.as_dict()["shares"]
+        assert counts["forward"]["tape_bytes"] == one
+        pulls.append(jax.vjp(f, x)[1])
+    two = prof.as_dict()["shares"]["forward"]["tape_bytes"]
+    assert one > 2**18
+    assert one < two < one + 2**16
+    assert tape_bytes() == at_first + two
+    for pull in pulls:
+        np.testing.assert_allclose(pull(1.0)[0], 256.0)
+    del f, pulls, pull
+    assert tape_bytes() <= at_first
 
 
-def test_the_least_recently_used_run_goes_first(runs):
+def test_what_waits_longest_goes_first(runs, limit):
     def body(x):
         runs.append(1)
         return (jnp.sin(x) * x).sum()
 
     f, x = py_func(body, Tout=f32), jnp.ones(2**14)  # 64 KiB an array
-    before = set_tape_limit(2**19)
-    try:
-        a, b = (jax.vjp(f, x * i)[1] for i in (1, 2))
-        assert len(runs) == 2
-        a(1.0)  # is used
-        c = jax.vjp(f, x * 3)[1]
-        assert len(runs) == 3
-        a(1.0), c(1.0)
-        assert len(runs) == 3
-        b(1.0)
-        assert len(runs) == 4
-        np.testing.assert_allclose(b(1.0)[0], np.cos(2) * 2 + np.sin(2), rtol=1e-5)
-    finally:
-        set_tape_limit(before)
+    limit(2**19)
+    a, b, c = (jax.vjp(f, x * i)[1] for i in (1, 2, 3))
+    assert len(runs) == 3
+    b(1.0), c(1.0)
+    assert len(runs) == 3
+    np.testing.assert_allclose(a(1.0)[0], np.cos(1) + np.sin(1), rtol=1e-5)
+    assert len(runs) == 4
 
 
-def test_lowering_the_bound_frees_at_once():
+def test_a_tape_goes_when_its_derivative_has_been_taken(limit, transform):
+    limit(2**30)
+    at_first = tape_bytes()
+    f = py_func(lambda x: (jnp.sin(x) * x).sum(), Tout=f32)
+    large = jnp.arange(2.0**20)
+    slope = transform(jax.grad(f))(large)
+    np.testing.assert_allclose(slope[:9], (jnp.cos(large) * large + jnp.sin(large))[:9])
+    small = transform(jax.grad(f))
+    for i in range(1000):
+        small(jnp.full(100, i / 7))
+    assert tape_bytes() <= at_first + 2**22
+    _, _pull = jax.vjp(f, large)
+    assert tape_bytes() >= at_first + 2**22
+
+
+@pytest.mark.parametrize("size", [1, 2**20])  # elements: a small tape, and a large one
+def test_a_pullback_is_called_again_after_others(size, limit, transform):
+    """Where its tape is spent and has gone, a pure body runs again with the same result."""
+    limit(2**30)
+    rng = np.random.default_rng(0)
+    drawn = []
+
+    def draws(x):
+        drawn.append(np.float32(rng.normal()))
+        return (x**2 * drawn[-1]).sum()
+
+    pure = py_func(lambda x: (x**3).sum(), Tout=f32)
+    stateful = py_func(draws, Tout=f32, stateful=True)
+    x = jnp.full(size, 2.0)
+    pulls = {f: transform(lambda x, f=f: jax.vjp(f, x)[1])(x) for f in (pure, stateful)}
+    for _ in range(3):
+        np.testing.assert_allclose(pulls[pure](1.0)[0][0], 12.0, rtol=1e-6)
+        np.testing.assert_allclose(pulls[stateful](1.0)[0][0], 4 * drawn[0], rtol=1e-6)
+        for _ in range(20):
+            jax.block_until_ready(transform(jax.grad(pure))(x))
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda f, x: jax.jacrev(jax.grad(f))(x),
+        lambda f, x: jax.jvp(jax.grad(f), (x,), (jnp.ones_like(x),))[1],
+        lambda f, x: jax.grad(lambda x: jax.grad(f)(x).sum())(x),
+    ],
+    ids=["jacrev", "jvp_of_grad", "grad_of_grad"],
+)
+def test_a_second_derivative_finds_the_tape_that_the_first_has_used(take, limit, transform):
+    """Of stateful bodies, which cannot run again; in a scan, where several wait at once."""
+    f = py_func(lambda c: jnp.sin(c) * c, Tout=lambda c: c, stateful=True)
+    limit(2**16)  # of which spent tapes may hold nothing
+
+    def program(f, x):
+        return jax.lax.scan(lambda c, _: (f(c), None), x, None, length=3)[0].sum()
+
+    x = jnp.array([0.5, 0.7])
+    got = transform(lambda x: take(lambda x: program(f, x), x))(x)
+    want = take(lambda x: program(lambda c: jnp.sin(c) * c, x), x)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_lowering_the_limit_frees_at_once(limit):
     f = py_func(lambda x: jnp.sin(x).sum(), Tout=f32, name="freed")
     x = jnp.ones(2**20)
-    with profile() as prof:
-        pull = jax.vjp(f, x)[1]
-    assert kept_bytes(prof, "freed") > 2**22
-    before = set_tape_limit(0)
-    set_tape_limit(before)
+    before = tape_bytes()
+    pull = jax.vjp(f, x)[1]
+    assert tape_bytes() > before + 2**22
+    limit(0)
+    assert tape_bytes() == 0
     with profile() as prof:
         np.testing.assert_allclose(pull(1.0)[0][0], np.cos(1.0), rtol=1e-6)
     assert prof.as_dict()["freed"]["vjp"]["reran"] == 1
@@ -433,6 +507,44 @@ def test_an_exception_half_way_keeps_nothing_and_leaves_all_well(transform):
         with pytest.raises(ValueError, match="half-way"), raise_original():
             jax.block_until_ready(f(2.0))
         np.testing.assert_allclose(f(0.5), np.cos(0.5), rtol=1e-6)
+
+
+def test_a_training_loop_does_not_grow():
+    """Whatever is left for the derivative, in steps of scalars, arrays and objects."""
+    out = run_program(
+        """
+        from programs import resident
+        import jax, jax.numpy as jnp, numpy as np, jpyfunc
+
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+
+        class Factors:
+            def __init__(self):
+                self.data = np.ones(2**12)
+
+        def body(x):
+            return (jnp.sin(x) * x).sum() if x[0] > 0 else x.sum()
+
+        pure = jpyfunc.py_func(body, Tout=scalar)
+        stateful = jpyfunc.py_func(body, Tout=scalar, stateful=True)
+        rules = jpyfunc.numpy_func(lambda x: x.sum(), Tout=scalar)
+        rules.defvjp(lambda x: (x.sum(), Factors()), lambda r, g: (g * np.ones(999),))
+        x = jnp.ones(999)
+        for f in (pure, stateful, rules):
+            step = jax.jit(jax.value_and_grad(f))
+
+            def run(n):
+                for _ in range(n):
+                    jax.block_until_ready(step(x))
+
+            run(1500)  # to what spent tapes may hold
+            before = resident()
+            run(1500)
+            print(resident() - before)
+        """,
+        limit=240,
+    )
+    assert max(map(int, out.split())) < 3 * 2**20
 
 
 def test_memory_stays_under_the_bound():
@@ -498,15 +610,13 @@ def test_a_small_run_is_counted_at_least_at_what_it_takes():
         f = jpyfunc.py_func(lambda x: jnp.sin(x) * x if x > 0 else x, Tout=jnp.float32)
         forward = jax.jit(lambda x: jax.vjp(f, x)[1])
         def run(n):
-            with jpyfunc.profile() as prof:
-                for i in range(n):
-                    forward(float(i % 7 + 1))
-            return next(iter(prof.as_dict().values()))["forward"]["bytes_kept"]
+            for i in range(n):
+                jax.block_until_ready(forward(float(i % 7 + 1)))
 
         run(1000)
-        before = resident()
-        counted = run(3000)
-        print((resident() - before) / counted)
+        before, held = resident(), jpyfunc.tape_bytes()
+        run(3000)
+        print((resident() - before) / (jpyfunc.tape_bytes() - held))
         """,
         limit=120,
     )

@@ -363,7 +363,7 @@ def test_as_dict_is_a_copy():
         "exceptions",
         "from_tape",
         "reran",
-        "bytes_kept",
+        "tape_bytes",
     }
 
 
@@ -376,7 +376,7 @@ def test_prints_as_an_aligned_table():
     header, *rows = str(prof).splitlines()
     assert header.split() == [
         *("function", "kind", "calls", "elements", "runs", "body", "crossing"),
-        *("in", "out", "exceptions", "from", "tape", "reran", "kept"),
+        *("in", "out", "exceptions", "from", "tape", "reran", "tapes"),
     ]
     assert len({len(line) for line in (header, *rows)}) == 1
     assert [row[:8].strip() for row in rows] == ["<f>", "cube", ""]

@@ -62,12 +62,15 @@ class Recorded:
         under: operands that a derivative is taken by already. The derivative of a function
             with a custom rule is then that of what the rule computes.
         widths: as of `Recording`.
+        is_shared: whether other derivatives need the same tape, so that this one does not
+            spend it.
     """
 
     base: Primal
     repeatable: bool
     under: Indices = ()
     widths: tuple[int, ...] = ()
+    is_shared: bool = False
 
     @property
     def in_avals(self) -> Avals:
@@ -224,12 +227,27 @@ def linear_from(body: Body) -> int:
     return len(base.base.in_avals)
 
 
-def ticket_of(body: FlatBody) -> int | None:
-    """Which operand of `body` is a ticket, if one is."""
-    base: Any = body
+def recorded_of(body: Body) -> Recorded | None:
+    """The run that `body` is a derivative at, if it is at one."""
+    base: Any = flat(body)
     while isinstance(base, _Derived):
         base = base.base
-    return len(base.base.in_avals) if isinstance(base, Recorded) else None
+    return base if isinstance(base, Recorded) else None
+
+
+def ticket_of(body: FlatBody) -> int | None:
+    """Which operand of `body` is a ticket, if one is."""
+    recorded = recorded_of(body)
+    return len(recorded.base.in_avals) if recorded else None
+
+
+def sharing(body: Body) -> Body:
+    """`body`, where other derivatives need the same tape."""
+    if isinstance(body, Recorded):
+        return dataclasses.replace(body, is_shared=True)
+    if isinstance(body, Batch | _Derived):
+        return dataclasses.replace(body, base=sharing(body.base))
+    return body
 
 
 def without_recording(body: Body) -> Body:
@@ -263,8 +281,14 @@ def jvp_of(body: Body, wrt: Indices, of: Indices, repeatable: bool) -> Body:
     if isinstance(body, Primal):
         return Jvp(Recorded(body, repeatable), wrt, of)
     if isinstance(body, Recording):
-        return Jvp(Recorded(body.base, repeatable, body.wrt, body.widths), wrt, of)
-    return Jvp(body, wrt, of)
+        recorded = Recorded(body.base, repeatable, body.wrt, body.widths, is_shared=True)
+        return Jvp(recorded, wrt, of)
+    recorded = recorded_of(body)
+    # A second derivative is several calls of one tape, in whatever order they run. The
+    # derivative of the first one spends it, so that others may find it gone. A body that
+    # cannot run again keeps it for them.
+    may_spend = recorded is None or recorded.repeatable
+    return Jvp(body if may_spend else sharing(body), wrt, of)
 
 
 def transpose_of(body: Body, wrt: Indices, of: Indices) -> tuple[Body, Indices]:

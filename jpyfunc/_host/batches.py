@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import ShapedArray, Tracer
 
 from jpyfunc import _compat
-from jpyfunc._body.derived import Batch, Recorded, Recording, Transpose, ticket_of
+from jpyfunc._body.derived import Batch, Recording, Transpose, recorded_of, ticket_of
 from jpyfunc._body.primal import unwrapped
 from jpyfunc._host import kept
 from jpyfunc._host.derivatives import call
@@ -261,11 +261,11 @@ def _by_branch(elements: _Elements) -> None:
 def _roots(elements: _Elements) -> Iterator[Part]:
     """What can run at once: elements whose runs are kept as one, or not kept."""
     every = np.arange(elements.count)
-    ticket = ticket_of(elements.base)
-    if ticket is None:
+    recorded = recorded_of(elements.base)
+    if recorded is None:
         yield Part(every, None, every)
         return
-    tickets = elements.columns[ticket].rows(every)
+    tickets = elements.columns[len(recorded.base.in_avals)].rows(every)
     names = np.ascontiguousarray(tickets[:, :3]).view("V12").ravel()
     _, first, labels = np.unique(names, return_index=True, return_inverse=True)
     lost = []
@@ -273,7 +273,7 @@ def _roots(elements: _Elements) -> Iterator[Part]:
         rows = np.flatnonzero(labels == label)
         if kept.is_void(tickets[place]):  # and so is what is computed here
             continue
-        known, part = kept.part_of(_recorded(elements.base), tickets[place])
+        known, part = kept.part_of(recorded, tickets[place])
         if not known:
             lost.append(rows)
         else:
@@ -281,12 +281,6 @@ def _roots(elements: _Elements) -> Iterator[Part]:
     if lost:
         rows = np.concatenate(lost)
         yield Part(rows, None, rows)
-
-
-def _recorded(body: Any) -> Recorded:
-    while not isinstance(body, Recorded):
-        body = body.base
-    return body
 
 
 def _run_part(elements: _Elements, root: Part) -> int:

@@ -52,22 +52,18 @@ def _recording(
         return _recording_by_rule(body, operands)
     operands = _put(operands, body.in_avals, device)
     if not kept.keeps():
-        return [*_primal(body.base, operands, device), kept.keep(body, None)[0]]
+        return [*_primal(body.base, operands, device), kept.keep(body, None)]
     function = functools.partial(_primal, body.base, device=device)
     run = record(function, operands, body.wrt, body.primal.label)
-    ticket, nbytes = kept.keep(body, run)
-    note(bytes_kept=nbytes)
-    return [*run.values, ticket]
+    return [*run.values, kept.keep(body, run)]
 
 
 def _recording_by_rule(body: Recording, operands: Sequence[Any]) -> list[Any]:
     if not body.base.rules.fwd:
         note(runs=1)
-        return [*body.base(operands), kept.keep(body, None)[0]]
+        return [*body.base(operands), kept.keep(body, None)]
     results, residuals = rules.forward(body.base, operands)
-    ticket, nbytes = kept.keep(body, residuals if kept.keeps() else None)
-    note(bytes_kept=nbytes)
-    return [*results, ticket]
+    return [*results, kept.keep(body, residuals if kept.keeps() else None)]
 
 
 def _residuals(body: Any, operands: Sequence[Any]) -> rules.Residuals:
@@ -100,9 +96,9 @@ def _recorded(body: Recorded, operands: Sequence[Any], device: _compat.Device) -
 
 def _lost(body: Recorded) -> TapeLostError:
     return TapeLostError(
-        f"{body.primal.label} is stateful, and the run that its derivative is to be taken "
-        "of is not kept any more; running it again would give the derivative of another "
-        "run. Raise the bound on what is kept: jpyfunc.set_tape_limit(nbytes)."
+        f"{body.primal.label} is stateful, and its tape has been evicted; running it again "
+        "would differentiate a different execution. Raise the limit of what tapes hold: "
+        "jpyfunc.set_tape_limit(nbytes)."
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jpyfunc import _compat
-from jpyfunc._body.derived import Batch, Body
+from jpyfunc._body.derived import Batch, Body, recorded_of
+from jpyfunc._host import kept
 from jpyfunc._host.batches import evaluate_batch
 from jpyfunc._host.derivatives import call
 from jpyfunc._host.profile import Run, annotated, measure_body, open_profiles, title_of
@@ -35,5 +36,10 @@ def evaluate_with(
 ) -> list[Any]:
     """`evaluate` where `run` calls the body and may time it."""
     if isinstance(body, Batch):
-        return evaluate_batch(body, operands, device, run)
-    return run(title_of(body), call, body, operands, device)
+        results = evaluate_batch(body, operands, device, run)
+    else:
+        results = run(title_of(body), call, body, operands, device)
+    recorded = recorded_of(body)
+    if recorded and not recorded.is_shared:
+        kept.spend(recorded, operands[len(recorded.base.in_avals)])
+    return results

@@ -9,6 +9,7 @@ this one, never find anything.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import math
 import os
@@ -17,6 +18,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -40,21 +42,27 @@ _NOT_ITS_OWN = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctio
 
 
 def set_tape_limit(nbytes: int) -> int:
-    """Set how much memory the kept runs of differentiated bodies may take.
+    """Set how much memory the tapes of differentiated bodies may take.
 
-    A call that is differentiated keeps its run, so that the derivative need not run the
-    body again: the arrays of its operations, by a bound, 1 GiB unless set. Those that were
-    used least recently go first. A derivative whose run is gone runs the body again, with
-    the same result, unless the body is stateful or ordered: then it raises `TapeLostError`.
+    A call that is differentiated keeps its tape, the arrays of its operations, so that the
+    derivative need not run the body again. A tape whose derivative has been taken is
+    spent. Spent ones hold 1/256 of the limit at most (1/64 those of stateful bodies), for
+    a derivative that is taken at the same point again (a second call of what `jax.vjp` or
+    `jax.linearize` returned). Tapes that still wait for their derivative hold the rest, by
+    default 1 GiB in all. Where there is no room, spent tapes go first, and of each kind
+    the least recently used.
+
+    A derivative whose tape has gone runs the body again, with the same result, unless the
+    body is stateful or ordered: then it raises `TapeLostError`.
 
     Args:
-        nbytes: the bound in bytes, arrays that several runs share counted once, each with
-            4 KiB for the objects that hold it; 0 keeps nothing. Residuals of a rule count
+        nbytes: the limit in bytes, arrays that several tapes share counted once, each with
+            4 KiB for the objects that hold it; 0 keeps no tape. Residuals of a rule count
             by their `nbytes`, or else by what Python knows of their size, and as 1/256 of
-            the bound at least.
+            the limit at least.
 
     Returns:
-        The bound that was in force.
+        The limit that was in force.
 
     Raises:
         ValueError: `nbytes` is negative, or no integer.
@@ -73,17 +81,76 @@ def set_tape_limit(nbytes: int) -> int:
     return _kept.set_limit(int(nbytes))
 
 
+def tape_bytes() -> int:
+    """How many bytes the tapes of differentiated bodies hold now.
+
+    Returns:
+        Bytes, counted as `set_tape_limit` says. `profile` tells them apart by function.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jpyfunc
+        >>> f = jpyfunc.py_func(jnp.sin, Tout=jax.ShapeDtypeStruct((), jnp.float32))
+        >>> before = jpyfunc.tape_bytes()
+        >>> value, pullback = jax.vjp(f, 1.0)  # its tape waits for the pullback
+        >>> jpyfunc.tape_bytes() > before
+        True
+    """
+    return _kept.nbytes
+
+
+class _Queue:
+    """Tapes in the order in which they go.
+
+    Attributes:
+        names: of the tapes, the least recently used first.
+        nbytes: what they hold, arrays of several tapes counted for each.
+        share: of the limit that they may hold,
+        least: but for so many that stay whatever they hold, within the limit.
+    """
+
+    def __init__(self, share: float, least: int = 0) -> None:
+        self.names: OrderedDict[bytes, None] = OrderedDict()
+        self.nbytes = 0
+        self.share = share
+        self.least = least
+
+
+@dataclasses.dataclass(slots=True)
+class _Entry:
+    """A tape in the cache.
+
+    Attributes:
+        run: the tape.
+        in_avals: of the operands that it is of.
+        owner: the key of its function.
+        arrays: what it holds, by id.
+        nbytes: of these.
+        queue: where it stands.
+    """
+
+    run: Run
+    in_avals: Avals
+    owner: int
+    arrays: dict[int, Any]
+    nbytes: int
+    queue: _Queue
+
+
 class _Kept:
-    """Records by name, the least recently used of which goes."""
+    """Tapes by name, bounded in bytes."""
 
     def __init__(self, limit: int) -> None:
         # Reentrant, because freeing arrays may run finalizers that come here.
         self._lock = threading.RLock()
-        # By name: what it is, of which operands, the key of its function, its arrays by id.
-        self._records: OrderedDict[bytes, tuple[Run, Avals, int, Any]] = OrderedDict()
-        # By id of an array: how many records have it, and its size.
+        self._entries: dict[bytes, _Entry] = {}
+        # Spent tapes by whether their body can be run again. Where it cannot, a pullback
+        # that is called twice finds its tape or fails, so these hold more, and the last
+        # one stays whatever it holds.
+        self._spent = {True: _Queue(1 / 256), False: _Queue(1 / 64, least=1)}
+        self._waiting = _Queue(math.inf)
+        # By id of an array: how many tapes have it, and its size.
         self._shared: dict[int, tuple[int, int]] = {}
-        self._functions: dict[int, set[bytes]] = {}  # by id, the names of their runs
+        self._functions: dict[int, set[bytes]] = {}  # by id, the names of their tapes
         self._nonce = os.urandom(6)
         self._last = 0
         self.limit = limit
@@ -102,36 +169,68 @@ class _Kept:
             self._last += 1
             return self._nonce + self._last.to_bytes(6)
 
-    def add(self, name: bytes, record: Run, primal: Primal) -> int:
-        """Keep a record, if there is room; returns how many bytes that takes."""
+    def add(self, name: bytes, run: Run, primal: Primal) -> None:
+        """Keep a tape, if there is room."""
         # One that has none is not for nothing.
-        arrays = {id(x): x for x in record.arrays()} or {id(record): record}
+        arrays = {id(x): x for x in run.arrays()} or {id(run): run}
         shared = self._shared
         with self._lock:
-            sizes = {i: _size(x) for i, x in arrays.items() if i not in shared}
-            size = sum(sizes.values())
-            if size > self.limit:
-                return 0
-            for i in arrays:
-                count, each = shared.get(i) or (0, sizes[i])
-                shared[i] = (count + 1, each)
-            self.nbytes += size
+            sizes = {
+                i: shared[i][1] if i in shared else _size(x) for i, x in arrays.items()
+            }
+            added = sum(size for i, size in sizes.items() if i not in shared)
+            if added > self.limit:
+                return
+            for i, size in sizes.items():
+                shared[i] = (shared.get(i, (0,))[0] + 1, size)
+            self.nbytes += added
             owner = self._own(unwrapped(primal.func), name)
-            self._records[name] = (record, primal.in_avals, owner, arrays)
+            nbytes = sum(sizes.values())
+            entry = _Entry(run, primal.in_avals, owner, arrays, nbytes, self._waiting)
+            self._entries[name] = entry
+            self._enqueue(name, entry, self._waiting)
             dropped = self._shrink()
         del dropped
-        return size
 
     def find(self, name: bytes, primal: Primal) -> Run | None:
         with self._lock:
-            record, in_avals, *_ = self._records.get(name, (None, None))
-            if record is None or in_avals != primal.in_avals:
+            entry = self._entries.get(name)
+            if entry is None or entry.in_avals != primal.in_avals:
                 return None
-            self._records.move_to_end(name)
-            return record
+            entry.queue.names.move_to_end(name)
+            return entry.run
+
+    def spend(self, name: bytes, repeatable: bool) -> None:
+        """Say that the derivative of a tape has been taken."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                return
+            self._dequeue(name, entry)
+            self._enqueue(name, entry, self._spent[repeatable])
+            dropped = self._shrink()
+        del dropped
+
+    def bytes_of(self, functions: Iterable[int]) -> int:
+        """What the tapes of some functions hold, which are given by their ids."""
+        with self._lock:
+            names = [name for key in functions for name in self._functions.get(key, ())]
+            ids = {i for name in names for i in self._entries[name].arrays}
+            return sum(self._shared[i][1] for i in ids)
+
+    @staticmethod
+    def _enqueue(name: bytes, entry: _Entry, queue: _Queue) -> None:
+        entry.queue = queue
+        queue.names[name] = None
+        queue.nbytes += entry.nbytes
+
+    @staticmethod
+    def _dequeue(name: bytes, entry: _Entry) -> None:
+        del entry.queue.names[name]
+        entry.queue.nbytes -= entry.nbytes
 
     def _own(self, function: Any, name: bytes) -> int:
-        """See to it that a record goes when the function does whose run it is of.
+        """Evict a tape when its function is garbage-collected.
 
         Returns:
             The key of the function.
@@ -151,22 +250,30 @@ class _Kept:
         del dropped
 
     def _drop(self, name: bytes) -> Any:
-        """Drop a record; returns what is to be freed outside the lock."""
-        record, _, owner, arrays = self._records.pop(name, (None, None, 0, {}))
-        self._functions.get(owner, set()).discard(name)
-        shared = self._shared
-        for i in arrays:
-            count, size = shared.pop(i)
+        """Drop a tape; returns what is to be freed outside the lock."""
+        entry = self._entries.pop(name)
+        self._dequeue(name, entry)
+        self._functions.get(entry.owner, set()).discard(name)
+        for i in entry.arrays:
+            count, size = self._shared.pop(i)
             if count > 1:
-                shared[i] = (count - 1, size)
+                self._shared[i] = (count - 1, size)
             else:
                 self.nbytes -= size
-        return record, arrays
+        return entry
 
     def _shrink(self) -> list[Any]:
+        """Drop what there is no room for; returns what is to be freed outside the lock."""
         dropped = []
-        while self.nbytes > self.limit:
-            dropped.append(self._drop(next(iter(self._records))))
+        for queue in (*self._spent.values(), self._waiting):
+            while queue.names and (
+                self.nbytes > self.limit
+                or (
+                    len(queue.names) > queue.least
+                    and queue.nbytes > queue.share * self.limit
+                )
+            ):
+                dropped.append(self._drop(next(iter(queue.names))))
         return dropped
 
 
@@ -220,19 +327,20 @@ def keeps() -> bool:
     return _kept.limit > 0
 
 
-def keep(recording: Recording, record: Run | None) -> tuple[np.ndarray, int]:
+def keep(recording: Recording, record: Run | None) -> np.ndarray:
     """Keep the record of a run, if there is one and there is room.
 
     Returns:
-        The ticket, an array of shape `(*recording.widths, 4)`, and the bytes kept.
+        The ticket, an array of shape `(*recording.widths, 4)`.
     """
     name = _kept.new_name()
-    size = _kept.add(name, record, recording.base) if record else 0
+    if record:
+        _kept.add(name, record, recording.base)
     ticket = np.frombuffer(name + bytes(4), TICKET.dtype)
     if not recording.widths:
-        return ticket, size
+        return ticket
     tickets = of_rows(ticket, math.prod(recording.widths))
-    return tickets.reshape(*recording.widths, *TICKET.shape), size
+    return tickets.reshape(*recording.widths, *TICKET.shape)
 
 
 def of_rows(ticket: np.ndarray, count: int) -> np.ndarray:
@@ -263,6 +371,22 @@ def part_of(recorded: Recorded, ticket: np.ndarray) -> tuple[bool, Part | None]:
     """Whether the run is kept that a ticket is of, and the elements it was of by branch."""
     record = _kept.find(ticket[:3].tobytes(), recorded.base)
     return record is not None, record and record.part
+
+
+def spend(recorded: Recorded, tickets: Any) -> None:
+    """Say that a derivative has been taken of the runs of these tickets.
+
+    It is said at the end of a host call, not of each of its elements, which may all be of
+    one run (`jax.jacrev`).
+    """
+    names = np.asarray(tickets).reshape(-1, 4)[:, :3]
+    for name in {row.tobytes() for row in names}:
+        _kept.spend(name, recorded.repeatable)
+
+
+def bytes_of(functions: Iterable[int]) -> int:
+    """How many bytes the tapes of some functions hold, which are given by their ids."""
+    return _kept.bytes_of(functions)
 
 
 def is_void(ticket: Any) -> bool:

@@ -30,6 +30,7 @@ from jpyfunc._body.derived import (
 )
 from jpyfunc._body.primal import Primal, unwrapped
 from jpyfunc._flight import Flight
+from jpyfunc._host import kept
 
 # Profiles whose block is open. A list that changes in place, so that the modules that
 # run bodies import it once and pay one truth test per call where there is none.
@@ -132,7 +133,7 @@ def measure(
         running.pop()
         counts.crossing_seconds = time.perf_counter() - begin - counts.body_seconds
         for each in profiles:
-            each._add((name, _source(func)), kind, counts)
+            each._add((name, _source(func)), kind, counts, id(func))
 
 
 def _nbytes(values: Iterable[Any]) -> int:
@@ -162,7 +163,6 @@ class Counts:
     exceptions: int = 0
     from_tape: int = 0
     reran: int = 0
-    bytes_kept: int = 0
 
     def add(self, other: Counts) -> None:
         """Add the counts of `other` to these."""
@@ -200,8 +200,8 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     - `from_tape`: elements of derivatives that were taken of a run that was kept, so that
       the body was not run again.
     - `reran`: elements of derivatives for which the body was run again.
-    - `bytes_kept`: what runs that were to be differentiated added to what is kept, at the
-      time; see `set_tape_limit`.
+    - `tape_bytes`: what the tapes of the function hold now, those of calls outside of the
+      block included; in the row `forward` alone. See `set_tape_limit`.
 
     Eager calls count, though nothing crosses there: their crossing is the check and the
     conversion of the results, and JAX may still compute when their body has returned.
@@ -231,6 +231,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[Key, dict[str, Counts]] = {}
+        self._functions: dict[Key, set[int]] = {}  # by their ids
         self._before: list[Flight] = []
 
     def __enter__(self) -> profile:
@@ -251,8 +252,9 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
         finally:
             open_profiles.remove(self)
 
-    def _add(self, key: Key, kind: str, counts: Counts) -> None:
+    def _add(self, key: Key, kind: str, counts: Counts, function: int) -> None:
         with self._lock:
+            self._functions.setdefault(key, set()).add(function)
             self._counts.setdefault(key, {}).setdefault(kind, Counts()).add(counts)
 
     def as_dict(self) -> dict[str, dict[str, dict[str, int | float]]]:
@@ -269,11 +271,15 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
             return {
                 name if names.count(name) == 1 else f"{name} ({source})": {
                     kind: dataclasses.asdict(kinds[kind])
+                    | {"tape_bytes": self._tape_bytes(name, source, kind)}
                     for kind in dict.fromkeys(KINDS.values())
                     if kind in kinds
                 }
                 for (name, source), kinds in self._counts.items()
             }
+
+    def _tape_bytes(self, name: str, source: str, kind: str) -> int:
+        return kept.bytes_of(self._functions[name, source]) if kind == "forward" else 0
 
     def _rows(self) -> list[list[str]]:
         return [
@@ -290,7 +296,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
                 f"{counts['exceptions']:,}",
                 f"{counts['from_tape']:,}",
                 f"{counts['reran']:,}",
-                _bytes(counts["bytes_kept"]),
+                _bytes(counts["tape_bytes"]),
             ]
             for function, kinds in self.as_dict().items()
             for i, (kind, counts) in enumerate(kinds.items())
@@ -324,7 +330,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
 
 _HEADER = (
     "function", "kind", "calls", "elements", "runs", "body", "crossing", "in", "out",
-    "exceptions", "from tape", "reran", "kept"
+    "exceptions", "from tape", "reran", "tapes"
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from jpyfunc._body.derived import (
     jvp_of,
     linear_from,
     recording_of,
+    sharing,
     transpose_of,
     without_recording,
 )
@@ -67,7 +68,7 @@ def _py_func_jvp(
         raise not_differentiable(params.name)
     if primal.rules and not is_primal(params.body):
         return _linear_jvp(primals, tangents, params)
-    body = recording_of(params.body, wrt)
+    body = sharing(recording_of(params.body, wrt))
     results = bind(primals, dataclasses.replace(params, body=body))
     ticket = results[-1:] if is_recording(body) else []
     derived = params.derived(jvp_of(params.body, wrt, of, repeatable=not params.stateful))
@@ -88,7 +89,8 @@ def _linear_jvp(
     if any(map(_is_perturbed, tangents[:count])):
         raise no_second_order(params.name)
     linear = map(ad.instantiate_zeros, tangents[count:])
-    return bind(primals, params), bind([*primals[:count], *linear], params)
+    shared = dataclasses.replace(params, body=sharing(params.body))
+    return bind(primals, shared), bind([*primals[:count], *linear], params)
 
 
 def _is_perturbed(tangent: Any) -> bool:
