@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import dis
@@ -259,15 +260,19 @@ def _promotable(leaf: Leaf) -> Any:
     return python_types[kind_of(leaf.dtype) or ""] if leaf.weak_type else leaf.dtype
 
 
-_muted = threading.local()  # `.blocks`: how many `_quiet` blocks this thread is in
+# How many `_quiet` blocks each thread is in, of the threads that are in one. The streams
+# are the process's, so that what stands in their places is every thread's, too.
+_blocks: collections.Counter[int] = collections.Counter()
+_blocks_lock = threading.Lock()
+_STREAMS = ("stdout", "stderr", "breakpointhook")
 
 
 def _is_muted() -> bool:
-    return getattr(_muted, "blocks", 0) > 0
+    return threading.get_ident() in _blocks
 
 
 class _Muted:
-    """A stream without what threads in a `_quiet` block write to it.
+    """A stream, or `sys.breakpointhook`, silent for threads in a `_quiet` block.
 
     It may outlive the block, where the body or another thread keeps it (a logging
     handler, `contextlib.redirect_stdout`); it lets all through then.
@@ -283,29 +288,37 @@ class _Muted:
         for line in lines:
             self.write(line)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if _is_muted() else self._stream(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep this thread's `print` and `breakpoint` still: the body is not being run."""
-    stdout, stderr, hook = sys.stdout, sys.stderr, sys.breakpointhook
+    """Keep this thread's `print` and `breakpoint` still: the body is not being run.
 
-    def breakpointhook(*args: Any, **kwargs: Any) -> Any:
-        return None if _is_muted() else hook(*args, **kwargs)
-
-    muted: Any = (_Muted(stdout), _Muted(stderr), breakpointhook)
-    sys.stdout, sys.stderr, sys.breakpointhook = muted
-    _muted.blocks = getattr(_muted, "blocks", 0) + 1
+    Blocks of several threads overlap and end in any order, so that none can put back
+    what it found: it may be the wrapper of another, which has ended by then. One wrapper
+    serves all threads, and the block that ends last takes it away.
+    """
+    thread = threading.get_ident()
+    with _blocks_lock:
+        _blocks[thread] += 1
+        for name in _STREAMS:
+            stream = getattr(sys, name)
+            if not isinstance(stream, _Muted):
+                setattr(sys, name, _Muted(stream))
     try:
         yield
     finally:
-        _muted.blocks -= 1
-        # Only what is still in place: another thread may have replaced it meanwhile.
-        if sys.stdout is muted[0]:
-            sys.stdout = stdout
-        if sys.stderr is muted[1]:
-            sys.stderr = stderr
-        if sys.breakpointhook is breakpointhook:
-            sys.breakpointhook = hook
+        with _blocks_lock:
+            _blocks[thread] -= 1
+            if not _blocks[thread]:
+                del _blocks[thread]
+            for name in _STREAMS:
+                stream = getattr(sys, name)
+                # What others have put there meanwhile stays.
+                if not _blocks and isinstance(stream, _Muted):
+                    setattr(sys, name, stream._stream)

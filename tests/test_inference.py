@@ -1,8 +1,10 @@
 """Shapes and dtypes inferred on abstract values, against what eager JAX returns."""
 
+import contextlib
 import io
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -483,6 +485,52 @@ def test_streams_are_restored_when_inference_fails():
     with pytest.raises(InferenceError):
         jax.jit(py_func(lambda x: float(x)))(1.0)
     assert (sys.stdout, sys.stderr, sys.breakpointhook) == before
+
+
+STREAMS = ("stdout", "stderr", "breakpointhook")
+
+
+@pytest.mark.parametrize("leaves_first", ["a", "b"])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_streams_are_restored_whichever_thread_ends_first(leaves_first, replaces):
+    """Two threads infer at the same time; one may put a stream of its own in place."""
+    before = [getattr(sys, name) for name in STREAMS]
+    entered = {"a": threading.Event(), "b": threading.Event()}
+    first_is_out = threading.Event()
+    own = io.StringIO()
+
+    def run(name):
+        def body(x):
+            entered[name].set()
+            assert entered["b"].wait(30)
+            if replaces and name == "b":
+                with contextlib.redirect_stdout(own):
+                    print("to its own")
+            assert name == leaves_first or first_is_out.wait(30)
+            print("silent")
+            return x
+
+        assert name == "a" or entered["a"].wait(30)
+        jax.eval_shape(py_func(body), 1.0)
+        if name == leaves_first:
+            first_is_out.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, "ab"))
+    assert [getattr(sys, name) for name in STREAMS] == before
+    assert own.getvalue() == ("to its own\n" if replaces else "")
+
+
+def test_a_stream_that_was_put_in_place_while_tracing_stays(monkeypatch):
+    own = io.StringIO()
+
+    def body(x):
+        sys.stdout = own
+        return py_func(lambda y: y + 1)(x)  # a block in a block
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    jax.eval_shape(py_func(body), 1.0)
+    assert sys.stdout is own
 
 
 def test_tracing_works_after_inference_failed():
