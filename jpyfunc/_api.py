@@ -424,6 +424,12 @@ class PyFunc:
         derivatives only: for more, write `jax.custom_jvp` or `jax.custom_vjp` around calls
         of the function. Another wrap of the function is without rules.
 
+        By these rules a function that is linear in some of its arguments is transposed,
+        too, as solvers (`jax.scipy.sparse.linalg.gmres`) and `jax.linear_transpose` ask:
+        `bwd` then gets the residuals of `fwd` at arbitrary values of these arguments, for
+        the transpose of a linear function does not depend on them. That the function is
+        linear is checked, at the price of a call of it.
+
         Args:
             fwd: takes what the function takes, returns `(result, residuals)`.
             bwd: takes the residuals and the cotangent of the result, in its structure;
@@ -437,6 +443,7 @@ class PyFunc:
         Raises:
             TypeError: the function is wrapped by `py_func`, or a rule is no function.
             ResultError: where it is differentiated, a rule returns something else.
+            NotDifferentiableError: where it is transposed, the function is not linear.
 
         Example:
             >>> import jax, jax.numpy as jnp, numpy as np

@@ -60,6 +60,31 @@ def no_rule(label: str, rule: str) -> NotDifferentiableError:
     )
 
 
+_TRANSPOSED = (
+    "is transposed, for jax.linear_transpose, a linear solver such as gmres, or the "
+    "gradient of a jax.custom_jvp function that calls it"
+)
+
+
+def no_transpose(label: str) -> NotDifferentiableError:
+    """The error of a `numpy_func` that is transposed without a rule."""
+    return NotDifferentiableError(
+        f"{label} {_TRANSPOSED}, and has no rule for that. If it is linear, give it one "
+        "with defvjp, whose bwd is its transpose; else write jax.custom_vjp around its "
+        "call, in place of jax.custom_jvp."
+    )
+
+
+def not_linear(label: str, why: str, detail: str = "") -> NotDifferentiableError:
+    """The error of a function that is transposed and is not linear, or not visibly so."""
+    return NotDifferentiableError(
+        f"{label} {_TRANSPOSED}, so it has to be linear, and {why}"
+        f"{f' ({detail})' if detail else ''}. Write jax.custom_vjp around its call, in "
+        "place of jax.custom_jvp, or jax.custom_derivatives.linear_call with the function "
+        "and its transpose."
+    )
+
+
 class TapeLostError(PyFuncError, RuntimeError):
     """The run that a derivative is to be taken of is not kept, and must not be repeated."""
 

@@ -16,7 +16,7 @@ from cases import (
 )
 from jax.test_util import check_grads
 
-from jpyfunc import py_func
+from jpyfunc import NotDifferentiableError, py_func, raise_original
 
 
 def tangents_like(args):
@@ -267,10 +267,38 @@ def test_transposes_by_some_operands_and_of_some_results():
             assert_close(got, want)
 
 
-def test_linear_transpose_of_a_body_that_is_not_linear():
-    wrapped = py_func(jnp.sin, Tout=jax.ShapeDtypeStruct((), jnp.float32))
-    with pytest.raises(TypeError, match=r"py_func 'sin'.*linear"):
-        jax.linear_transpose(wrapped, 1.0)(1.0)
+def _branches(x):
+    return x if x > 0 else 2 * x
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (jnp.sin, "its body is not .*'sin'"),
+        (lambda x: x * x, "its body is not"),
+        (_branches, r"its body at .*test_autodiff.py:\d+ branches on what it has to be"),
+        (lambda x: x * float(x), r"its body at .*test_autodiff.py:\d+ reads the value of"),
+        (lambda x: x * np.asarray(x), "converts to NumPy what it has to be linear in"),
+    ],
+)
+def test_linear_transpose_of_a_body_that_is_not_linear(body, words, transform):
+    wrapped = py_func(body, Tout=SCALAR, name="f")
+    words = rf"'f' is transposed.*{words}((?!trace).)*jax.custom_vjp.*linear_call"
+    with pytest.raises(NotDifferentiableError, match=words), raise_original():
+        jax.block_until_ready(
+            transform(lambda c: jax.linear_transpose(wrapped, 1.0)(c))(1.0)
+        )
+
+
+def test_what_a_body_raises_while_it_is_transposed_is_its_own(transform):
+    def body(x):
+        raise AssertionError("own")
+
+    wrapped = py_func(body, Tout=SCALAR)
+    with pytest.raises(AssertionError, match=r"^own"), raise_original():
+        jax.block_until_ready(
+            transform(lambda c: jax.linear_transpose(wrapped, 1.0)(c))(1.0)
+        )
 
 
 def test_pure_derivatives_that_nothing_uses_do_not_run():

@@ -465,6 +465,144 @@ def test_any_order_by_a_rule_around_the_call(transform):
     close(transform(jax.grad(jax.grad(root)))(2.0), by_hand, rtol=1e-2)
 
 
+# Linear functions, which are transposed
+
+
+def host_product(**options):
+    """`a @ v` of one matrix and vector or of whole batches, with its rules."""
+
+    def product(a, v):
+        return np.einsum("...ij,...j->...i", a, v)
+
+    f = numpy_func(product, Tout=lambda a, v: v, **options)
+    f.defvjp(
+        lambda a, v: (product(a, v), (a, v)),
+        lambda r, c: (
+            np.einsum("...i,...j->...ij", c, r[1]),
+            np.einsum("...ij,...i->...j", r[0], c),
+        ),
+    )
+    return f
+
+
+def tangent_by_call(f):
+    """`f`, whose JVP calls it on the tangent of the vector."""
+    g = jax.custom_jvp(lambda a, v: f(a, v))
+    g.defjvp(lambda primals, tangents: (f(*primals), f(primals[0], tangents[1])))
+    return g
+
+
+def transposed(f, a, c):
+    return jax.linear_transpose(lambda v: f(a, v), c)(c)[0]
+
+
+def twice(f, a, c):
+    return jax.linear_transpose(lambda c: transposed(f, a, c), c)(c)[0]
+
+
+def by_hand(f, a, b):
+    return jax.lax.custom_linear_solve(
+        lambda v: f(a, v), b, lambda _, b: jnp.linalg.solve(jax.lax.stop_gradient(a), b),
+        lambda _, b: jnp.linalg.solve(a.T, b),
+    )  # fmt: skip
+
+
+def iterative(solve):
+    return lambda f, a, b: solve(lambda v: f(a, v), b, tol=1e-7)[0]
+
+
+def gradient_of_square(function, argnums=1):
+    return lambda f, a, b: jax.grad(lambda a, b: (function(f, a, b) ** 2).sum(), argnums)(
+        a, b
+    )
+
+
+gmres = iterative(jax.scipy.sparse.linalg.gmres)
+TRANSPOSED = {
+    "linear_transpose": transposed,
+    "of the transpose": twice,
+    "of that": lambda f, a, b: jax.linear_transpose(lambda v: twice(f, a, v), b)(b)[0],
+    "by the matrix": lambda f, a, b: jax.linear_transpose(lambda a: f(a, b), a)(b)[0],
+    "jvp of the transpose": lambda f, a, b: jax.jacfwd(lambda c: transposed(f, a, c))(b),
+    "custom_jvp": gradient_of_square(lambda f, a, b: tangent_by_call(f)(a, b)),
+    "custom_linear_solve": gradient_of_square(by_hand),
+    "gmres": gradient_of_square(gmres),
+    "gmres by the matrix": gradient_of_square(gmres, 0),
+    "bicgstab": gradient_of_square(iterative(jax.scipy.sparse.linalg.bicgstab)),
+    "gmres, twice": lambda f, a, b: jax.jacrev(
+        lambda b: gradient_of_square(gmres)(f, a, b)
+    )(b),
+    "scan": lambda f, a, b: jax.linear_transpose(
+        lambda b: jax.lax.scan(lambda x, _: (f(a, x), None), b, None, length=3)[0], b
+    )(b)[0],
+    "of vmap": lambda f, a, b: jax.linear_transpose(
+        jax.vmap(lambda v: f(a, v)), jnp.stack([b, b])
+    )(jnp.stack([b, 2 * b]))[0],
+    "vmap": lambda f, a, b: jax.vmap(lambda c: transposed(f, a, c))(jnp.stack([b, 2 * b])),
+    "vmap of both": lambda f, a, b: jax.vmap(lambda a, c: transposed(f, a, c))(
+        jnp.stack([a, 2 * a]), jnp.stack([b, -b])
+    ),
+}
+
+
+@pytest.mark.parametrize("program", TRANSPOSED)
+def test_a_linear_function_is_transposed_by_its_rule(program, transform):
+    take = TRANSPOSED[program]
+    want = jax.jit(lambda a, b: take(jnp.matmul, a, b))(A, B)
+    methods = (None, "expand_dims", "broadcast_all") if "vmap" in program else (None,)
+    for method in methods:
+        f = host_product(vmap_method=method)
+        close(transform(lambda a, b, f=f: take(f, a, b))(A, B), want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_linear_function_is_transposed_in_a_body(transform):
+    def body(a, b, f):
+        y = transposed(f, a, b) * b.sum() + gmres(f, a, b)
+        return y if b.sum() > 0 else -2 * y
+
+    batch = jnp.stack([B, -B, 2 * B])
+    f = host_product()
+    outer = py_func(lambda a, b: body(a, b, f), Tout=lambda a, b: b)
+    plain = lambda a, b: body(a, b, jnp.matmul)  # noqa: E731
+    close(transform(jax.vmap(outer, (None, 0)))(A, batch),
+          jnp.stack([plain(A, b) for b in batch]), rtol=1e-3)  # fmt: skip
+    for b in (B, -B):
+        got = transform(jax.grad(lambda a, b: outer(a, b).sum(), 1))(A, b)
+        close(got, jax.grad(lambda a, b: plain(a, b).sum(), 1)(A, b), rtol=1e-3, atol=1e-4)
+
+
+NOT_LINEAR = {
+    "sin": (np.sin, lambda v, c: c * np.cos(v)),
+    "square": (np.square, lambda v, c: 2 * v * c),
+    "affine": (lambda v: v + 1, lambda v, c: c),
+    "abs": (np.abs, lambda v, c: c * np.sign(v)),
+    "relu": (lambda v: np.maximum(v, 0), lambda v, c: c * (v > 0)),
+    "sort": (np.sort, lambda v, c: c[np.argsort(np.argsort(v))]),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_a_function_that_is_not_linear_is_not_transposed(name, transform):
+    """Its rule gives the derivative at a point, and a transpose is at none."""
+    function, pull = NOT_LINEAR[name]
+    f = numpy_func(function, Tout=lambda v: v, name=name)
+    f.defvjp(lambda v: (function(v), v), lambda v, c: (pull(v, c),))
+    words = f"'{name}' is transposed.*-2 \\* f.v.*jax.custom_vjp.*linear_call"
+    with pytest.raises(NotDifferentiableError, match=words), jpf.raise_original():
+        jax.block_until_ready(transform(lambda c: jax.linear_transpose(f, c)(c)[0])(B))
+
+
+@pytest.mark.parametrize("rules", [False, True])
+@pytest.mark.parametrize("program", ["linear_transpose", "custom_jvp", "gmres", "vmap"])
+def test_a_transpose_without_a_rule_is_refused_when_traced(rules, program):
+    f = numpy_func(lambda a, v: 1 / 0, Tout=lambda a, v: v, name="f")
+    if rules:
+        f.defjvp(lambda primals, tangents: 1 / 0)
+    words = "'f' is transposed.*defvjp.*jax.custom_vjp"
+    with pytest.raises(NotDifferentiableError, match=words):
+        jax.make_jaxpr(lambda a, b: TRANSPOSED[program](f, a, b))(A, B)
+
+
 # What residuals may be
 
 

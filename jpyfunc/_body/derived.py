@@ -222,9 +222,14 @@ def is_primal(body: Body) -> bool:
 
 
 def linear_from(body: Body) -> int:
-    """From which operand on `body`, a derivative, is linear."""
-    base: Any = flat(body)
-    return len(base.base.in_avals)
+    """The first of the operands in which `body` is linear, all being so from there on.
+
+    A primal says nothing of it, so it may be in any.
+    """
+    base = flat(body)
+    if not isinstance(base, _Derived):
+        return 0
+    return len(base.in_avals) - len(base.wrt if isinstance(base, Jvp) else base.of)
 
 
 def recorded_of(body: Body) -> Recorded | None:

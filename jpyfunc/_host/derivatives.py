@@ -13,7 +13,7 @@ from jax.core import ShapedArray
 from jpyfunc import _compat
 from jpyfunc._body.derived import FlatBody, Jvp, Recorded, Recording, Transpose, Vjp, others
 from jpyfunc._body.primal import Primal
-from jpyfunc._errors import NotDifferentiableError, TapeLostError
+from jpyfunc._errors import TapeLostError, not_linear, place_of
 from jpyfunc._host import kept, rules
 from jpyfunc._host.profile import note
 from jpyfunc._traces.batched import running_batch
@@ -144,6 +144,9 @@ def _note_source(is_kept: bool) -> None:
 def _transpose(
     body: Transpose, operands: Sequence[Any], device: _compat.Device
 ) -> list[Any]:
+    if body.primal.rules:
+        note(runs=1)
+        return rules.transpose(body, operands)
     rest = _put(operands, body.in_avals, device)
     primals: list[Any] = [None] * len(body.base.in_avals)
     for i in others(body.base, body.wrt):
@@ -162,11 +165,24 @@ def _transpose(
 
     try:
         return list(jax.linear_transpose(restricted, *linear)(rest))
-    except (AssertionError, NotImplementedError, jax.errors.JAXTypeError) as error:
-        raise NotDifferentiableError(
-            f"{body.primal.label}: jax.linear_transpose needs a body that is linear in "
-            f"its operands and branches on none, and this one is not ({error})."
-        ) from error
+    except (AssertionError, NotImplementedError) as error:
+        if place_of(error):  # it is the body's own
+            raise
+        raise not_linear(body.primal.label, "its body is not", str(error)) from error
+    except jax.errors.JAXTypeError as error:
+        why = (
+            f"its body{place_of(error)} {_use_of_value(error)} what it has to be linear in"
+        )
+        raise not_linear(body.primal.label, why) from error
+
+
+def _use_of_value(error: jax.errors.JAXTypeError) -> str:
+    """What a body does with an operand that has no value here."""
+    if isinstance(error, jax.errors.TracerBoolConversionError):
+        return "branches on"
+    if isinstance(error, jax.errors.TracerArrayConversionError):
+        return "converts to NumPy"
+    return "reads the value of"
 
 
 def _put(operands: Sequence[Any], avals: Any, device: _compat.Device) -> list[Any]:

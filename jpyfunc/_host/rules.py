@@ -9,9 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpyfunc._body.derived import Transpose, others
 from jpyfunc._body.primal import Primal, read_only, unwrapped
 from jpyfunc._body.tout import as_array, castable
-from jpyfunc._errors import ResultError
+from jpyfunc._errors import ResultError, not_linear
+
+# Of linearity, relative. Sums and products scale by -2 without any error, but an iterative
+# solver that stops at an absolute tolerance does not.
+TOLERANCE = 1e-2
 
 
 class Residuals:
@@ -106,6 +111,64 @@ def push(
         )
     leaves = primal.template.match(result[1], f"{where}: tangent")
     return [_checked(leaves[i], primal.out_avals[i], f"{where}: tangent {i}") for i in of]
+
+
+def transpose(body: Transpose, operands: Sequence[Any]) -> list[Any]:
+    """Cotangents of the operands `body.wrt` that a function is linear in, by its rules.
+
+    A linear function f(v) = A v is its own derivative at any v, so that `bwd` pulls c back
+    to A^T c, whatever v its residuals are of. Neither JAX nor the rules say that the
+    function is linear, and for one that is not, the result would depend on that v, which
+    nobody chose. So f(-2 v) = -2 f(v) is checked for one v, which rounds nothing where a
+    function adds and multiplies. It holds for no affine or bilinear function, and for no
+    `abs` or `sort`; what it cannot tell is a function such as the median.
+
+    Args:
+        body: the transpose, of the function or of its transpose.
+        operands: of `body`.
+
+    Raises:
+        NotDifferentiableError: the function is not linear.
+    """
+    base = body.base
+    if isinstance(base, Transpose):
+        return _transpose_of_transpose(body, base, operands)
+    primal, count = base.primal, len(operands) - len(body.of)
+    known = dict(zip(others(base, body.wrt), operands[:count], strict=True))
+    rng = np.random.default_rng(0)
+    points = {
+        i: rng.standard_normal(primal.in_avals[i].shape).astype(primal.in_avals[i].dtype)
+        for i in body.wrt
+    }
+    results, residuals = forward(primal, _values(primal, known | points))
+    twice = primal(_values(primal, known | {i: -2 * x for i, x in points.items()}))
+    for i in body.of:
+        once, other = (np.asarray(x[i], np.complex128) for x in (results, twice))
+        if not np.linalg.norm(other + 2 * once) <= TOLERANCE * np.linalg.norm(other):
+            raise not_linear(primal.label, "it is not: f(-2 * v) differs from -2 * f(v)")
+    return backward(primal, residuals, body.of, operands[count:], body.wrt)
+
+
+def _transpose_of_transpose(
+    body: Transpose, base: Transpose, operands: Sequence[Any]
+) -> list[Any]:
+    """The function itself, with zeros for the linear operands that are not given."""
+    inner: Any = base.base
+    fixed = others(inner, base.wrt)
+    given = operands[len(operands) - len(body.of) :]
+    known = dict(zip(fixed, operands[: len(fixed)], strict=True))
+    known |= dict(zip((base.wrt[i] for i in body.of), given, strict=True))
+    full = _values(inner, known)
+    results = transpose(inner, full) if isinstance(inner, Transpose) else inner.primal(full)
+    return [results[base.of[i - len(fixed)]] for i in body.wrt]
+
+
+def _values(body: Any, known: dict[int, Any]) -> list[Any]:
+    """The operands of `body`, with zeros for those that are not known."""
+    return [
+        known[i] if i in known else np.zeros(aval.shape, aval.dtype)
+        for i, aval in enumerate(body.in_avals)
+    ]
 
 
 def _arguments(primal: Primal, operands: Sequence[Any]) -> list[Any]:

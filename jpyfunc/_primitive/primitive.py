@@ -13,8 +13,17 @@ from jax.core import ShapedArray
 from jax.extend.core import Effect, Primitive
 
 from jpyfunc import _compat
-from jpyfunc._body.derived import Batch, Body, Jvp, Recorded, Vjp, flat
-from jpyfunc._errors import no_rule, refuse_partial
+from jpyfunc._body.derived import (
+    Batch,
+    Body,
+    Jvp,
+    Recorded,
+    Transpose,
+    Vjp,
+    flat,
+    linear_from,
+)
+from jpyfunc._errors import no_rule, no_second_order, no_transpose, refuse_partial
 from jpyfunc._host.evaluate import evaluate
 from jpyfunc._symbol import not_building
 
@@ -105,7 +114,7 @@ _compat.register_effect(OrderedEffect, ordered=True)
 
 
 def check_rules(body: Body) -> None:
-    """Refuse a derivative for which a function that has rules has none.
+    """Refuse a derivative for which a function that takes NumPy arrays has no rule.
 
     Raises:
         NotDifferentiableError: as it says.
@@ -115,6 +124,11 @@ def check_rules(body: Body) -> None:
         raise no_rule(body.primal.label, "defjvp")
     if rules and isinstance(base, Vjp) and not rules.fwd:
         raise no_rule(body.primal.label, "defvjp")
+    if body.primal.numpy and isinstance(base, Transpose):
+        if not rules or not rules.fwd:
+            raise no_transpose(body.primal.label)
+        if min(base.wrt) < linear_from(base.base):
+            raise no_second_order(body.primal.label)
 
 
 _living: weakref.WeakValueDictionary[Any, Params] = weakref.WeakValueDictionary()
