@@ -23,6 +23,7 @@ from programs import ROOT
 
 import jpyfunc
 from jpyfunc import ResultError, numpy_func, py_func, raise_original
+from jpyfunc._body.closure import refuse_traced_closure
 
 Struct = jax.ShapeDtypeStruct
 F32 = Struct((), jnp.float32)
@@ -458,7 +459,14 @@ def callable_instance(w):
     return Body()
 
 
+def among_data(w):
+    data = [[i, [float(i)], {"i": i}] for i in range(20_000)]
+    data[137][1].append(Model([w]))
+    return lambda x: data[137][1][1].w[0] * x
+
+
 HOLDERS = {
+    "the variable 'data'": [among_data],
     "the variable 'w'": [closure, nested, lambda w: jax.jit(closure(w)),
                          lambda w: py_func(closure(w), Tout=F32),
                          lambda w: functools.partial(closure(w)),
@@ -503,6 +511,18 @@ def test_a_traced_value_in_a_static_argument_is_refused():
         jax.jit(lambda w: body(2.0, closure(w)))(3.0)
     with pytest.raises(TypeError, match=r"'wrapped': .* as the attribute 'w'"):
         jax.jit(lambda w: Model(w).wrapped(2.0))(3.0)
+
+
+def test_a_body_with_much_data_is_searched_in_bulk():
+    """In C, and not by Python functions that are called for each of its lists."""
+    data = [[i, float(i), np.ones(1), Model([i])] for i in range(20_000)]
+    calls = []
+    sys.setprofile(lambda _, event, arg: calls.append(arg) if event == "call" else None)
+    try:
+        refuse_traced_closure(lambda x: x * len(data), "g")
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 1000
 
 
 def test_closures_over_concrete_values_are_not_refused(transform):

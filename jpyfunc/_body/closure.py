@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from jpyfunc._traces.abstract import is_abstract
 
 MAX_SEARCHED = 10_000  # objects; a body may hold all of a program's data
+MAX_OPENED = 100_000  # containers
+CONTAINERS = (dict, list, tuple, set, frozenset)  # themselves, and not what derives of them
+ATOMS = (str, bytes, int, float, complex, bool, type(None), np.ndarray, np.generic)
 ITERATING = ("builtins", "itertools")  # modules whose iterators hold what they give
 LIBRARIES = ("builtins", "jax", "jaxlib", "jpyfunc", "numpy")
 
@@ -43,10 +47,14 @@ def held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
     # Not by recursion: what a body holds may be a list of any length, linked by
     # attributes. `seen` keeps what was searched, so that no other takes its id.
     seen: dict[int, Any] = {}
+    opened: dict[int, Any] = {}
     stack: list[tuple[str, Any]] = [("itself", body)]
     while stack:
         path, value = stack.pop()
-        if id(value) in seen or isinstance(value, str | bytes | int | float | complex):
+        if type(value) in CONTAINERS:
+            stack.extend((path, item) for item in _contents(value, opened))
+            continue
+        if id(value) in seen or isinstance(value, ATOMS):
             continue
         if len(seen) == MAX_SEARCHED:
             return
@@ -58,6 +66,46 @@ def held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
                 stack.extend(_globals(value))
         except Exception:  # noqa: BLE001 - from attributes of a user's object
             continue
+
+
+def _contents(container: Any, opened: dict[int, Any]) -> list[Any]:
+    """What is in a container and in those in it, down to what is no container, or an atom.
+
+    A body may hold a data set of millions of numbers in lists, and this is on the way of
+    every call that is traced. So each level is opened by one call of the collector's own
+    traversal, and sorted by functions in C: 4 ms for 20,000 lists, not 30. Objects in
+    containers are opened as these are, because there may be as many.
+
+    Args:
+        container: one of `CONTAINERS`.
+        opened: those that were opened before, by id, which are not opened again.
+    """
+    contents: list[Any] = []
+    level = {id(container): container}
+    while len(opened) < MAX_OPENED:
+        if not level.keys().isdisjoint(opened.keys()):
+            level = {i: level[i] for i in level.keys() - opened.keys()}
+        if not level:
+            break
+        opened.update(level)
+        items = gc.get_referents(*level.values())
+        level = {}
+        kinds = set(map(type, items))
+        for kind in kinds.difference(ATOMS):
+            of_kind = [x for x in items if type(x) is kind] if len(kinds) > 1 else items
+            if kind in CONTAINERS or _is_users(kind):
+                level.update(zip(map(id, of_kind), of_kind, strict=True))
+            else:
+                contents += of_kind
+    return contents
+
+
+def _is_users(kind: type) -> bool:
+    """Whether a class is a user's, so that its objects hold their attributes alone."""
+    is_made_by_python = kind.__flags__ & 1 << 9  # Py_TPFLAGS_HEAPTYPE
+    return bool(is_made_by_python) and not (
+        issubclass(kind, type | jax.Array | Tracer) or _is_library(kind.__module__)
+    )
 
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -109,10 +157,13 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     else:
         owner = value if isinstance(value, type) else type(value)
         if not _is_library(owner.__module__):
-            for name, item in vars(owner).items():
-                yield f"the attribute {name!r}", item
-            for name in vars(owner).get("__slots__", ()):
-                yield f"the attribute {name!r}", getattr(value, name, None)
+            if owner is value:
+                for name, item in vars(owner).items():
+                    yield f"the attribute {name!r}", item
+            else:
+                yield path, owner
+                for name in vars(owner).get("__slots__", ()):
+                    yield f"the attribute {name!r}", getattr(value, name, None)
         if not isinstance(value, type):
             for name, item in getattr(value, "__dict__", {}).items():
                 yield f"the attribute {name!r}", item
