@@ -93,10 +93,11 @@ def _contents(container: Any, opened: dict[int, Any]) -> list[Any]:
         kinds = set(map(type, items))
         for kind in kinds.difference(ATOMS):
             of_kind = [x for x in items if type(x) is kind] if len(kinds) > 1 else items
+            distinct = dict(zip(map(id, of_kind), of_kind, strict=True))
             if kind in CONTAINERS or _is_users(kind):
-                level.update(zip(map(id, of_kind), of_kind, strict=True))
+                level |= distinct
             else:
-                contents += of_kind
+                contents += distinct.values()
     return contents
 
 
