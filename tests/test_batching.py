@@ -107,6 +107,20 @@ def test_methods_agree(derivative):
             assert_close(got, want)
 
 
+@pytest.mark.parametrize("vmap_method", ["sequential", "expand_dims", "broadcast_all"])
+def test_methods_agree_in_nested_batches(vmap_method):
+    x, w = jnp.arange(6.0).reshape(2, 3) / 5, jnp.array([1.0, 2.0])
+    f = py_func(lambda x, w: jnp.sin(x) * w, vmap_method=vmap_method)
+
+    def take(f):
+        table = jax.vmap(jax.vmap(jax.value_and_grad(f, (0, 1)), (0, None)))
+        return lambda x, w: (table(x, w), jax.grad(lambda w: table(x, w)[0].sum())(w))
+
+    want = (jnp.sin(x) * w[:, None], (jnp.cos(x) * w[:, None], jnp.sin(x)))
+    for got in both_ways(take(f), x, w):
+        assert_close(got, (want, jnp.sin(x).sum(1)))
+
+
 @pytest.mark.parametrize(
     ("vmap_method", "shapes"),
     [

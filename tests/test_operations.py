@@ -1,10 +1,14 @@
 """Compiled operations: how many are compiled, and what their caches keep alive."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, assert_close, scalar
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
 from programs import run_program
 
 from jpyfunc import py_func
@@ -74,6 +78,49 @@ def test_one_structure_pulled_by_other_operands_and_of_other_results():
     for x, y in ((0.7, 1.3), (0.2, -0.4), (1.1, 2.0), (0.5, 0.6)):
         want = [np.cos(x) * y, np.sin(x), y**2, 2 * x * y]
         np.testing.assert_allclose(matrix(x, y), want, rtol=1e-5)
+
+
+def scale_of(parameter):
+    """Of `scaled`, another for each of what Python says is equal."""
+    scale = {bool: 2.0, int: 3.0, float: 5.0}[type(parameter)]
+    scale *= math.copysign(1.0, parameter)
+    return scale if jax.config.jax_threefry_partitionable else 10 * scale
+
+
+scaled = Primitive("scaled")
+scaled.def_impl(lambda x, *, by: x * scale_of(by))
+scaled.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(
+    scaled, mlir.lower_fun(lambda x, *, by: x * scale_of(by), multiple_results=False)
+)
+ad.defjvp(scaled, lambda t, x, *, by: t * scale_of(by))
+
+
+def test_parameters_and_settings_that_differ_though_python_says_they_are_equal(transform):
+    """Each is another operation, in one body and from call to call."""
+    parameters = [True, 1, 1.0, 0.0, -0.0, 0, False]
+    f = py_func(
+        lambda x: sum(scaled.bind(x * (i + 1), by=by) for i, by in enumerate(parameters)),
+        Tout=f32,
+    )
+    for setting in (True, False, True):
+        with jax.threefry_partitionable(setting):
+            want = sum((i + 1) * scale_of(by) for i, by in enumerate(parameters))
+            assert transform(jax.grad(f))(jnp.float32(0.5)) == want
+
+
+def test_a_rule_of_jaxs_own_with_other_static_arguments():
+    """The axis is no parameter of a bind: JAX's function closes over it."""
+    x = jnp.arange(6.0).reshape(2, 3) / 5
+
+    def body(x):
+        rows, columns = jax.nn.softmax(x, axis=0), jax.nn.softmax(x, axis=1)
+        return (rows[0] * 2 + columns[0] ** 2).sum() + jnp.where(x > 1, x, 0).sum()
+
+    with jax.softmax_custom_jvp(True):
+        f = py_func(body, Tout=f32)
+        got, want = jax.jit(jax.grad(f))(x), jax.jit(jax.grad(body))(x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_more_structures_than_are_compiled():
