@@ -20,7 +20,7 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._body.closure import refuse_traced_closure
+from jpyfunc._body.closure import refuse_traced_closure, refuse_traced_leaf
 from jpyfunc._body.primal import (
     Float0,
     Key,
@@ -46,6 +46,7 @@ from jpyfunc._errors import (
     ResultError,
     is_called_from,
     not_differentiable,
+    note_without_values,
     refuse_partial,
 )
 from jpyfunc._host.profile import Run, annotated, measure, note, open_profiles
@@ -605,7 +606,11 @@ class PyFunc:
         if batch and template is not None and not template.leaves:
             batch.cannot()  # it is stateful
         note(runs=1, elements=len(batch.part.rows) - 1 if batch else 0)
-        result = run(self.__name__, self._func, *args, **kwargs)
+        try:
+            result = run(self.__name__, self._func, *args, **kwargs)
+        except jax.errors.JAXTypeError as error:
+            note_without_values(error, self._where)
+            raise
         if template is None:
             template = Template.undeclared(result)
             if any(type(x) in _NUMBERS for x in jax.tree.leaves(result)):
@@ -707,7 +712,7 @@ class PyFunc:
             if is_array(leaf):
                 arrays.append(self._operand(leaf, tree, i))
             elif not is_float0(leaf):
-                refuse_traced_closure(leaf, self._where)
+                refuse_traced_leaf(leaf, f"{self._where}: {_argument_name(tree, i)}")
         return arrays
 
     def _bind_call(

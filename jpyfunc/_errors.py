@@ -85,6 +85,29 @@ def not_linear(label: str, why: str, detail: str = "") -> NotDifferentiableError
     )
 
 
+# What JAX says of a value that is missing in a function which it traces.
+_TRACING_FOR_JIT = re.compile(r"while tracing the function (\S+)(?: at .*)? for jit")
+
+
+def without_values(error: BaseException) -> str:
+    """The remedy, if JAX misses a value in a function that `jax.jit` traces, or nothing."""
+    found = _TRACING_FOR_JIT.search(str(error))
+    if not found or not isinstance(error, jax.errors.JAXTypeError):
+        return ""
+    return (
+        f"This is inside {found[1]}, which jax.jit traces, so that it gets no values, "
+        "whatever calls it. Leave jax.jit off it, or compile what is outside: @jax.jit "
+        "goes above @py_func, not below."
+    )
+
+
+def note_without_values(error: BaseException, label: str) -> None:
+    """Add the remedy to what a body raised."""
+    remedy = without_values(error)
+    if remedy:
+        error.add_note(f"{label}: {remedy}")
+
+
 class TapeLostError(PyFuncError, RuntimeError):
     """The run that a derivative is to be taken of is not kept, and must not be repeated."""
 

@@ -20,7 +20,13 @@ from jax.core import ShapedArray
 from jax.extend.core import set_current_trace, take_current_trace
 
 from jpyfunc._body.tout import Leaf, Template, is_same_kind, is_weak, kind_of
-from jpyfunc._errors import InferenceError, ResultError, place_of, user_frame
+from jpyfunc._errors import (
+    InferenceError,
+    ResultError,
+    place_of,
+    user_frame,
+    without_values,
+)
 from jpyfunc._traces.abstract import (
     MAX_DECISIONS,
     AbstractTrace,
@@ -119,7 +125,8 @@ def no_result(
             f"{declare}"
         )
     if isinstance(error, _UNKNOWN):
-        return InferenceError(f"{start} needs a concrete value{place}: {what}. {declare}")
+        remedy = without_values(error) or declare
+        return InferenceError(f"{start} needs a concrete value{place}: {what}. {remedy}")
     return InferenceError(
         f"{name}: {type(error).__name__}{place}: {error}\nThe body raised this on values "
         "without data, from which the shapes of its results are inferred. If it does so "

@@ -10,6 +10,8 @@ import pydoc
 import re
 import subprocess
 import sys
+import traceback
+from typing import Any
 
 import equinox
 import jax
@@ -505,12 +507,50 @@ def test_traced_closures_are_refused(path, trace):
         assert not ran
 
 
-def test_a_traced_value_in_a_static_argument_is_refused():
-    body = py_func(lambda x, f: f(x), Tout=F32, name="g")
-    with pytest.raises(TypeError, match="'g': the body holds a traced value"):
-        jax.jit(lambda w: body(2.0, closure(w)))(3.0)
-    with pytest.raises(TypeError, match=r"'wrapped': .* as the attribute 'w'"):
-        jax.jit(lambda w: Model(w).wrapped(2.0))(3.0)
+@dataclasses.dataclass
+class Weights:
+    """A dataclass that JAX does not take apart."""
+
+    w: Any
+
+
+@pytest.mark.parametrize("trace", [jax.jit, jax.grad])
+@pytest.mark.parametrize(
+    ("hold", "words"),
+    [
+        (closure, r"argument \[0\]\['p'\]: a function holds .*tree_util.Partial\("),
+        (
+            Weights,
+            r"argument \[0\]\['p'\]: a Weights holds .*'w'.* Weights with .*register_dataclass,",
+        ),
+        (
+            Model,
+            r"argument \[0\]\['p'\]: a Model holds .* with .*register_pytree_node_class,",
+        ),
+    ],
+)
+def test_a_traced_value_in_a_leaf_that_is_no_array_is_refused(hold, words, trace):
+    body = py_func(lambda tree: 1.0, Tout=F32, name="g")
+    with pytest.raises(TypeError, match=f"'g': {words}"):
+        trace(lambda w: body({"p": hold(w)}))(3.0)
+    with pytest.raises(TypeError, match=r"'wrapped': argument \[0\]: a Model .*'w'"):
+        trace(lambda w: Model(w).wrapped(2.0))(3.0)
+
+
+@pytest.mark.parametrize("tout", [F32, jnp.float32])
+def test_a_branch_under_a_jit_that_py_func_wraps_says_the_order(tout, transform):
+    @jax.jit
+    def inner(x):
+        return x if x > 0 else -x
+
+    words = r"inside .*inner, which jax.jit traces.*@jax.jit goes above @py_func"
+    for body in (inner, lambda x: 2 * inner(x)):
+        with pytest.raises(TypeError) as caught, raise_original():
+            jax.block_until_ready(transform(py_func(body, Tout=tout))(1.0))
+        assert re.search(words, "".join(traceback.format_exception(caught.value)))
+        with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+            jax.block_until_ready(jax.jit(py_func(body, Tout=F32))(1.0))
+    assert transform(py_func(lambda x: x if x > 0 else -x, Tout=tout))(-1.0) == 1
 
 
 def test_a_body_with_much_data_is_searched_in_bulk():

@@ -11,7 +11,7 @@ from jax.experimental import serialize_executable
 from programs import run_program
 
 import jpyfunc
-from jpyfunc import UnsupportedError, py_func, raise_original
+from jpyfunc import UnsupportedError, numpy_func, py_func, raise_original
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -185,6 +185,10 @@ def test_export_and_serialization_say_why_not():
     for platforms in (["cpu"], ["cpu", "cuda"]):
         with pytest.raises(UnsupportedError, match=reason):
             jax.export.export(jax.jit(f), platforms=platforms)(1.0)
+    with pytest.raises(UnsupportedError, match=r"staged=True .*jpyfunc.explain"):
+        jax.export.export(jax.jit(f))(1.0)
+    with pytest.raises(UnsupportedError, match=r"that part with jax.numpy\.$"):
+        jax.export.export(jax.jit(numpy_func(lambda x: x, Tout=f32)))(1.0)
     for options in ({}, {"stateful": True}, {"ordered": True}):
         g = py_func(lambda x: x * 2, Tout=f32, name="double", **options)
         compiled = jax.jit(lambda x, g=g: g(x + 1)).lower(1.0).compile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import inspect
@@ -33,13 +34,41 @@ def refuse_traced_closure(body: Any, where: str) -> None:
     Raises:
         TypeError: it does; the text says where, and to pass it.
     """
-    for path, value in held(body, with_globals=False):
-        if isinstance(value, Tracer) and not is_abstract(value):
-            raise TypeError(
-                f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
-                f"{path}. It runs outside the transform that traces it, and would get "
-                "neither its value nor its gradient. Pass it as an argument."
-            )
+    for path, value in _traced(body):
+        raise TypeError(
+            f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
+            f"{path}. It runs outside the transform that traces it, and would get "
+            "neither its value nor its gradient. Pass it as an argument."
+        )
+
+
+def refuse_traced_leaf(leaf: Any, where: str) -> None:
+    """Raise if a leaf of the arguments that is no array holds a value that is traced.
+
+    Raises:
+        TypeError: it does; the text says how JAX takes such an object apart.
+    """
+    for path, value in _traced(leaf):
+        kind = type(leaf).__name__
+        remedy = (
+            "Pass jax.tree_util.Partial(function, value)"
+            if isinstance(leaf, types.FunctionType | types.MethodType | functools.partial)
+            else f"Register {kind} with jax.tree_util.register_dataclass"
+            if dataclasses.is_dataclass(leaf)
+            else f"Register {kind} with jax.tree_util.register_pytree_node_class"
+        )
+        raise TypeError(
+            f"{where}: a {kind} holds a traced value, {value.aval.str_short()}, as {path}, "
+            f"and JAX does not look into a {kind}, which is no pytree. {remedy}, or pass "
+            "the value as an argument of its own."
+        )
+
+
+def _traced(value: Any) -> Iterator[tuple[str, Any]]:
+    """What `value` holds that a transform traces."""
+    for path, item in held(value, with_globals=False):
+        if isinstance(item, Tracer) and not is_abstract(item):
+            yield path, item
 
 
 def held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import ShapedArray
 
 from jpyfunc._body.tout import Template, is_key_dtype
+from jpyfunc._errors import note_without_values
 
 Avals = tuple[ShapedArray, ...]
 
@@ -141,7 +142,12 @@ class Primal:
 
     def __call__(self, operands: Iterable[Any]) -> list[Any]:
         args, kwargs = self.arguments(operands)
-        results = self.template.check(unwrapped(self.func)(*args, **kwargs), self.label)
+        try:
+            result = unwrapped(self.func)(*args, **kwargs)
+        except jax.errors.JAXTypeError as error:
+            note_without_values(error, self.label)
+            raise
+        results = self.template.check(result, self.label)
         return [
             jax.random.key_data(result) if leaf.is_key else result
             for leaf, result in zip(self.template.leaves, results, strict=True)

@@ -57,9 +57,14 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
     platforms = ctx.module_context.platforms
     if _compat.is_export(ctx):
         raise UnsupportedError(
-            f"{params.name} cannot be exported: its body is a Python function "
-            "of this process and not part of the program. Export what surrounds it, or "
-            "write that part with jax.lax."
+            f"{params.name} cannot be exported: its body is a Python function of this "
+            "process and not part of the program. Export what surrounds it, or "
+            + (
+                "write that part with jax.numpy."
+                if params.body.primal.numpy or params.stateful
+                else "compile it: staged=True makes its branches part of the program, if "
+                "jpyfunc.explain(f, *args) shows that no call of it is left."
+            )
         )
     if len(platforms) > 1 or platforms[0] not in ("cpu", "cuda", "rocm", "tpu"):
         raise UnsupportedError(
