@@ -166,7 +166,17 @@ def halvings(x):
     return x
 
 
-def test_a_loop_costs_as_many_operations_as_its_longest_element(monkeypatch):
+def halvings_by_array(x):
+    """As `halvings`, with an array of NumPy's that each turn of each run makes anew."""
+    while x > 1:
+        x = (x / np.full(3, 2, np.float32))[0]
+    return x
+
+
+@pytest.mark.parametrize(("body", "operations"), [(halvings, 2), (halvings_by_array, 4)])
+def test_a_loop_costs_as_many_operations_as_its_longest_element(
+    body, operations, monkeypatch
+):
     sizes = []
     batched = Operation.batched
 
@@ -181,11 +191,96 @@ def test_a_loop_costs_as_many_operations_as_its_longest_element(monkeypatch):
 
     monkeypatch.setattr(Operation, "batched", counting)
     x = jnp.float32(2.0) ** jnp.repeat(jnp.arange(1, 33), 4)
-    got, runs = runs_of(jax.jit(jax.vmap(by_branch(halvings))), x)
+    got, runs = runs_of(jax.jit(jax.vmap(by_branch(body))), x)
     assert (got == 1).all()
     assert runs == 32  # 4 elements leave after each turn
-    assert len(sizes) <= 2 * 33 + 1  # a test and a division a turn
+    assert len(sizes) <= operations * 33 + 1  # a test and a division a turn
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_read_that_splits_into_many_groups():
+    """Each group goes on from the read by itself, whatever the others compute next."""
+
+    def body(x):
+        k = int(jax.lax.stop_gradient(jnp.floor(x)))
+        for _ in range(k):
+            x = x * 1.5
+        return jnp.sin(x)
+
+    x = jnp.array([0.1, 2.2, 0.2, 1.1, 0.3, 3.1, 1.2, 2.1, 3.2, 3.3])
+    want = jnp.sin(x * 1.5 ** jnp.floor(x)), jnp.cos(x * 1.5 ** jnp.floor(x))
+    f = by_branch(body)
+    for got in both_ways(jax.vmap(jax.value_and_grad(f)), x):
+        assert_close(got, (want[0], want[1] * 1.5 ** jnp.floor(x)))
+    assert runs_of(jax.jit(jax.vmap(f)), x)[1] == 4
+
+
+def counts_in_numpy():
+    scratch = np.zeros((), np.float32)
+
+    def body(x):
+        scratch[...] += 1
+        y = x * scratch
+        return y * 1 if x > 2 else y + 0
+
+    return body
+
+
+def counts_in_a_vector():
+    scratch = np.zeros(3, np.float32)
+
+    def body(x):
+        scratch[:] += 1
+        y = (x * scratch)[0]
+        return y * 1 if x > 2 else y + 0
+
+    return body
+
+
+def changes_a_sign():
+    zero = [-0.0]
+
+    def body(x):
+        zero[0] = -zero[0]
+        y = jax.lax.atan2(zero[0] * x, -jnp.ones_like(x)) / np.float32(np.pi)
+        return x * y * 1 if x > 2 else x * y + 0
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("make", "of_second"),
+    [(counts_in_numpy, 2), (counts_in_a_vector, 2), (changes_a_sign, -1)],
+)
+def test_a_run_computes_with_what_it_finds(make, of_second, transform):
+    """Not with the results of the run before, when what the body holds has changed."""
+    got = transform(jax.vmap(by_branch(make())))(xs)
+    assert_close(got, jnp.where(xs > 2, xs, of_second * xs))
+
+
+def test_references_are_written_by_each_element(transform):
+    count = jax.new_ref(jnp.float32(0))
+
+    def body(x):
+        count[...] += 1
+        return x * count[...] if x > 2 else x
+
+    got = transform(jax.vmap(by_branch(body)))(xs)
+    assert_close(got, jnp.where(xs > 2, xs * jnp.arange(1.0, 8.0), xs))
+    assert count[...] == 7
+
+
+def test_a_body_that_returns_what_it_kept_of_other_elements(transform):
+    kept = []
+
+    def body(x):
+        if x > 2:
+            kept.append(x * 2)
+            return x * 2
+        return kept.pop() if kept else x
+
+    got = transform(jax.vmap(by_branch(body)))(xs)
+    assert_close(got, jnp.where(xs > 2, xs * 2, xs))
 
 
 def test_what_is_compiled_is_bounded_however_sizes_change():

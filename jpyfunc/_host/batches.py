@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def evaluate_batch(
     if batch.by_branch and elements.count > 1 and not isinstance(elements.base, Transpose):
         _by_branch(elements)
     else:
-        elements.run_each(range(elements.count))
+        elements.run_each(np.arange(elements.count))
     return [
         result.array.reshape(aval.shape).astype(aval.dtype, copy=False)
         for result, aval in zip(elements.results, batch.out_avals, strict=True)
@@ -55,6 +55,7 @@ class _Elements:
         count: of the elements.
         columns: the operands.
         results: what the elements left so far.
+        is_done: of each element, whether it did; nothing is added to a sum twice.
     """
 
     def __init__(self, batch: Batch, device: _compat.Device, run: Run) -> None:
@@ -69,7 +70,7 @@ class _Elements:
         self._stacked_out = [*zip(*(level.stacked_out for level in levels), strict=True)]
 
     def take(self, operands: Sequence[Any]) -> None:
-        """Set `columns` and `results`."""
+        """Set `columns`, and `results` as `restart` does."""
         base = self.base
         device = None if base.primal.numpy else self._device
         self.columns = [
@@ -78,9 +79,14 @@ class _Elements:
                 operands, self._stacked_in, base.in_avals, strict=True
             )
         ]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what the elements left."""
+        self.is_done = np.zeros(self.count, bool)
         self.results = [
             _Result(aval, self._places(stacked), all(stacked))
-            for stacked, aval in zip(self._stacked_out, base.out_avals, strict=True)
+            for stacked, aval in zip(self._stacked_out, self.base.out_avals, strict=True)
         ]
 
     def _places(self, stacked: Sequence[bool]) -> np.ndarray:
@@ -116,9 +122,9 @@ class _Elements:
         """Run the base, on one element or on a part that runs by branch."""
         return self._run(title_of(self.base), call, self.base, operands, self._device)
 
-    def run_each(self, rows: Iterable[int]) -> None:
-        """Run elements one by one."""
-        for row in rows:
+    def run_each(self, rows: np.ndarray) -> None:
+        """Run elements one by one, those that are not done."""
+        for row in rows[~self.is_done[rows]].tolist():
             try:
                 values = self.run([column.element(row) for column in self.columns])
             except BaseException as error:
@@ -128,22 +134,33 @@ class _Elements:
                     f"{' by '.join(map(str, self.sizes))}."
                 )
                 raise
-            for result, value in zip(self.results, values, strict=True):
-                result.add(row, np.asarray(value))
+            arrays = [np.asarray(value) for value in values]
+            for result, array in zip(self.results, arrays, strict=True):
+                result.add(row, array)
+            self.is_done[row] = True
 
-    def put(self, batch: Branches, values: Sequence[Any]) -> None:
-        """Take the results of a run by branch."""
-        part = batch.part
+    def rows_of(self, part: Part, values: Sequence[Any]) -> list[np.ndarray]:
+        """The results of a run by branch, one row for each element of its part.
+
+        What a body kept of other elements raises here, before anything is put.
+        """
         count = len(part.rows)
-        for i, (result, value) in enumerate(zip(self.results, values, strict=True)):
+        results = []
+        for i, value in enumerate(values):
             if isinstance(self.base, Recording) and i == len(values) - 1:
-                rows = kept.of_rows(np.asarray(value), count)
+                results.append(kept.of_rows(np.asarray(value), count))
             elif isinstance(value, Batched):
-                rows = np.asarray(value.on(part))[:count]
+                results.append(np.asarray(value.on(part))[:count])
             else:
                 array = np.asarray(value)
-                rows = np.broadcast_to(array, (count, *array.shape))
+                results.append(np.broadcast_to(array, (count, *array.shape)))
+        return results
+
+    def put(self, part: Part, results: Sequence[np.ndarray]) -> None:
+        """Take the results of a run by branch, as `rows_of` gave them."""
+        for result, rows in zip(self.results, results, strict=True):
             result.add_rows(part.rows, rows)
+        self.is_done[part.rows] = True
 
     def traced(self, operands: Sequence[Any]) -> list[Any]:
         """The results in a body that is differentiated or runs by branch itself.
@@ -242,20 +259,32 @@ class _Result:
 
 
 def _by_branch(elements: _Elements) -> None:
+    every = np.arange(elements.count)
     is_large = ticket_of(elements.base) is None and elements.nbytes > MAX_ELEMENT
     if is_large or _compat.is_debugging() or _is_scattered(elements):
-        elements.run_each(range(elements.count))
+        elements.run_each(every)
         return
     most = max(1, MAX_BYTES // max(1, elements.nbytes))
     runs = 0
-    for root in _roots(elements):
-        for start in range(0, len(root.rows), most):
-            chunk = root
-            if len(root.rows) > most:
-                chunk = root.cut(np.arange(start, min(start + most, len(root.rows))))
-            runs += _run_part(elements, chunk)
+    parts = [part for root in _roots(elements) for part in _chunks(root, most)]
+    for part in parts:
+        ran = _run_part(elements, part)
+        if ran is None:
+            # As it would have been from the start, the first exception included.
+            elements.run_each(np.sort(np.concatenate([part.rows for part in parts])))
+            _remember(elements, None)
+            return
+        runs += ran
     if 2 * runs > elements.count and ticket_of(elements.base) is None:
         _remember(elements, _size(elements))
+
+
+def _chunks(root: Part, most: int) -> list[Part]:
+    """A part, cut so that each has at most so many elements."""
+    count = len(root.rows)
+    if count <= most:
+        return [root]
+    return [root.cut(np.arange(i, min(i + most, count))) for i in range(0, count, most)]
 
 
 def _roots(elements: _Elements) -> Iterator[Part]:
@@ -283,30 +312,26 @@ def _roots(elements: _Elements) -> Iterator[Part]:
         yield Part(rows, None, rows)
 
 
-def _run_part(elements: _Elements, root: Part) -> int:
-    """Run a part by branch; returns how many runs that took."""
+def _run_part(elements: _Elements, root: Part) -> int | None:
+    """Run a part by branch; returns how many runs that took, or None if it cannot be."""
     if len(root.rows) == 1 and root.parent is None:
-        elements.run_each(root.rows.tolist())
+        elements.run_each(root.rows)
         return 1
     batch = Branches(elements.sizes)
     operands = elements.part(batch, root)
-    waiting: list[Any] = [(root, [])]
+    waiting: list[Any] = [(root, ())]
     runs = 0
     while waiting:
         part, log = waiting.pop()
         runs += 1
         if len(part.rows) == 1 and part is not root:
-            elements.run_each(part.rows.tolist())
+            elements.run_each(part.rows)
             continue
-        values = _attempt(elements, batch, part, log, operands)
-        if values is None:
-            # As it would have been from the start, its exception included.
+        results = _attempt(elements, batch, part, log, operands)
+        if results is None:
             note(elements=-1)
-            rest = [batch.part, *(part for part, _ in waiting + batch.waiting)]
-            elements.run_each(sorted(row for part in rest for row in part.rows.tolist()))
-            _remember(elements, None)
-            return elements.count
-        elements.put(batch, values)
+            return None
+        elements.put(batch.part, results)
         note(elements=len(batch.part.rows) - 1)
         waiting += batch.waiting
         batch.waiting = []
@@ -315,12 +340,13 @@ def _run_part(elements: _Elements, root: Part) -> int:
 
 def _attempt(
     elements: _Elements, batch: Branches, part: Part, log: Any, operands: Sequence[Any]
-) -> list[Any] | None:
+) -> list[np.ndarray] | None:
     """The results of a run on a part, or None if they are not those of its elements."""
     batch.refused = False
     try:
         with batch.running(part, log):
             values = elements.run(operands)
+        results = elements.rows_of(batch.part, values)
     except (CannotBatch, Exception):  # noqa: BLE001 - raised again, if it is theirs
         return None
     except BaseException as error:
@@ -331,7 +357,7 @@ def _attempt(
             f"{', '.join(map(str, numbers))}{more} of a batch."
         )
         raise
-    return None if batch.refused else values
+    return None if batch.refused else results
 
 
 # The bodies that are not run by branch: for batches of up to a power of two, or any.

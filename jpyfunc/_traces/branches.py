@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._traces.batched import Batched, CannotBatch, Part, enter_batch
+from jpyfunc._traces.batched import Batched, CannotBatch, Part, data_of, enter_batch
 from jpyfunc._traces.operations import Loose, Operation
 from jpyfunc._traces.running import Running, ground, run
 
@@ -41,17 +41,18 @@ class Branches(Running):
         super().__init__(ground())
         self.sizes = sizes
         self.part: Part
-        self.waiting: list[tuple[Part, list[Entry]]] = []
+        self.waiting: list[tuple[Part, Sequence[Entry]]] = []
         self.refused = False
         self._log: list[Entry] = []
         self._done = 0  # how many operations of the log this run has come to
-        self._nbytes = 0  # of the results in the log
+        self._nbytes = 0  # of what the log holds
 
     @contextmanager
-    def running(self, part: Part, log: list[Entry]) -> Iterator[None]:
+    def running(self, part: Part, log: Sequence[Entry]) -> Iterator[None]:
         """Run what is called in the block on `part`, which did `log` already."""
-        self.part, self._log, self._done = part, log, 0
-        self._nbytes = 0
+        # A list of its own: one log belongs to all parts that were split off at one read.
+        self.part, self._log, self._done = part, [*log], 0
+        self._nbytes = sum(map(_nbytes, log))
         try:
             with enter_batch(self), set_current_trace(self):
                 yield
@@ -87,7 +88,7 @@ class Branches(Running):
         places = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
         groups = sorted(places, key=lambda group: group[0], reverse=True)
         largest = max(groups, key=lambda group: (len(group), -group[0]))
-        part, log = self.part, self._log[: self._done]
+        part, log = self.part, tuple(self._log[: self._done])
         self.waiting += [(part.cut(g), log) for g in groups if g is not largest]
         self.part = part.cut(largest)
         return int(largest[0])
@@ -111,7 +112,8 @@ class Branches(Running):
         part = self.part
         values = [x.on(part) if type(x) is Batched else x for x in operands]
         if 0 not in axes:
-            if operation.is_stateful:
+            # A reference is read and written once for each element.
+            if operation.is_stateful or any(isinstance(x, jax.Ref) for x in values):
                 self.cannot()
             with enter_batch(None):
                 results = run(self.parent, operation, values)
@@ -128,10 +130,10 @@ class Branches(Running):
 
     def _note(self, operation: Operation, operands: Any, results: list[Any]) -> None:
         if self._nbytes < MAX_LOG:
-            self._log.append((operation, operands, results))
+            entry = (operation, [*map(_unchanging, operands)], results)
+            self._log.append(entry)
             self._done += 1
-            for x in results:
-                self._nbytes += x.value.nbytes if type(x) is Batched else 0
+            self._nbytes += _nbytes(entry)
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive is _compat.stop_gradient_p:
@@ -168,16 +170,42 @@ def number_of(row: int, sizes: tuple[int, ...]) -> int | tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(row, sizes))
 
 
+def _nbytes(entry: Entry) -> int:
+    """What an entry of a log keeps alive: arrays of many elements, and copies."""
+    _, operands, results = entry
+    return sum(x.value.nbytes for x in results if type(x) is Batched) + sum(
+        x.nbytes for x in operands if isinstance(x, np.ndarray)
+    )
+
+
+def _unchanging(x: Any) -> Any:
+    """An operand as it is now: the body may write to an array of NumPy's later."""
+    return np.array(x) if isinstance(x, np.ndarray) else x
+
+
 def _is_same(x: Any, before: Any) -> bool:
-    """Whether an operand is what it was in the run before."""
+    """Whether an operand has the value that it had in the run before.
+
+    The same object will do for what cannot change, which an array of NumPy's can. What a
+    body makes anew in each run, as `np.arange(3)`, is the same by its content.
+    """
+    if type(x) is Batched or type(before) is Batched:
+        return x is before
+    if isinstance(x, np.ndarray):
+        return isinstance(before, np.ndarray) and _has_bits_of(x, before)
     if x is before:
         return True
-    if type(x) is Batched or type(before) is Batched or type(x) is not type(before):
+    if type(x) is not type(before):
         return False
-    if isinstance(x, jax.Array | np.ndarray | np.generic):
-        if x.size != 1 or x.shape != before.shape or x.dtype != before.dtype:
-            return False
-        if getattr(x, "weak_type", False) != getattr(before, "weak_type", False):
-            return False
-        return np.asarray(x).tobytes() == np.asarray(before).tobytes()
-    return isinstance(x, bool | int | float | complex) and x == before
+    if isinstance(x, jax.Array | np.generic):
+        is_weak = getattr(x, "weak_type", False)
+        return is_weak == getattr(before, "weak_type", False) and _has_bits_of(x, before)
+    # 0.0 equals -0.0, of which a body may take the sign.
+    return isinstance(x, bool | int | float | complex) and repr(x) == repr(before)
+
+
+def _has_bits_of(x: Any, before: Any) -> bool:
+    if x.shape != before.shape or x.dtype != before.dtype:
+        return False
+    bits, others = (np.ascontiguousarray(data_of(y)).view(np.uint8) for y in (x, before))
+    return np.array_equal(bits, others)
