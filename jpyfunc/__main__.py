@@ -64,7 +64,7 @@ class Check:
 
 def run_checks() -> list[Check]:
     """Run the example, JAX style and Session style."""
-    f = py_func(log_huber, Tout=jnp.float32)
+    f = py_func(log_huber, Tout=jax.ShapeDtypeStruct((), jnp.float32))
     xs = np.linspace(0.5, 4.0, 7, dtype=np.float32)
     near, far = closed_form(1.0, 2.0), closed_form(3.0, 2.0)
     batch = [closed_form(float(x), 2.0)[0] for x in xs]

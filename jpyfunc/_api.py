@@ -107,12 +107,16 @@ def py_func(
             One that `py_func` has wrapped already is taken as what it wraps, with its
             options where none is given here.
         inp: a list or tuple of arguments, or one array, to call with at once.
-        Tout: what it returns, a pytree. A leaf with `.shape` and `.dtype` is exact; a
-            dtype leaf fixes the dtype, and the shape is inferred; a callable receives
-            the arguments as `jax.ShapeDtypeStruct`s and returns such a pytree; `[]`
-            means nothing. Left out, all is inferred. To infer, the body is run on
-            abstract values while tracing, both ways at each Python branch; a `Tout`
-            with every shape and dtype never runs it.
+        Tout: what it returns, a pytree. A leaf with `.shape` and `.dtype` is exact, such
+            as `jax.ShapeDtypeStruct((3,), jnp.float32)`, or an array like the result. A
+            leaf that is a dtype, such as `jnp.float32`, fixes the dtype alone, and the
+            shape is inferred. A function, such as `lambda x: x`, receives the arguments as
+            `jax.ShapeDtypeStruct`s and returns such a pytree; a callable pytree with
+            arrays, such as an equinox module, is a pytree. `[]` means nothing. Left out,
+            all is inferred. To infer, the body is run on abstract values while tracing,
+            both ways at each Python branch, which one that reads a value (`float(x)`,
+            NumPy) does not allow; a `Tout` with every shape and dtype never runs it.
+            Static fields of results are those of `Tout`; a result with others is refused.
         name: its name in errors, profiles and graphs; by default its own.
         stateful: run exactly once per execution of the program, results used or not.
             So does a body that returns nothing. Otherwise calls are taken to be pure:
@@ -166,7 +170,7 @@ def py_func(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jpyfunc import py_func
-        >>> @py_func(Tout=jnp.float32)
+        >>> @py_func(Tout=jax.ShapeDtypeStruct((), jnp.float32))
         ... def log_huber(x, m):
         ...     if jnp.abs(x) <= m:
         ...         return x**2

@@ -138,8 +138,10 @@ def _declaration(template: Template | None, error: Exception | None = None) -> s
     """What to write as `Tout`."""
     if template is None and error is not None and _returns_nothing(error):
         return "Tout=[], which means nothing"
-    tout = template or "jax.ShapeDtypeStruct(SHAPE, jnp.float32)"
-    return f"Tout={tout}, with () as the shape of a scalar"
+    tout: Any = "jax.ShapeDtypeStruct((), jnp.float32)"
+    if template is not None:
+        tout = template.replace_shapes([leaf.shape or () for leaf in template.leaves])
+    return f"Tout={tout}, for a scalar; else its shape comes in place of ()"
 
 
 def _returns_nothing(error: Exception) -> bool:

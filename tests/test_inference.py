@@ -338,17 +338,31 @@ def test_a_body_that_needs_a_value_says_where(what):
     )
     assert what in text
     assert ("jnp.where(mask, x, 0)" in text) == of_shapes
-    assert "Tout=jax.ShapeDtypeStruct(SHAPE, jnp.float32), with () as the shape" in text
+    assert (
+        "to find out: Tout=jax.ShapeDtypeStruct((), jnp.float32), for a scalar; else"
+        in text
+    )
 
 
 def test_what_to_write_has_the_declared_structure_and_dtypes():
-    f = py_func(lambda x: (float(x), x), Tout={"a": jnp.int8, "b": [jnp.bool_]})
+    like = jax.ShapeDtypeStruct((2,), jnp.bool_)
+    f = py_func(lambda x: (float(x), x), Tout={"a": jnp.int8, "b": [like]})
     with pytest.raises(InferenceError) as caught:
         jax.jit(f)(1.0)
     assert (
-        "Tout={'a': jax.ShapeDtypeStruct(SHAPE, jnp.int8), "
-        "'b': [jax.ShapeDtypeStruct(SHAPE, jnp.bool)]}"
+        "Tout={'a': jax.ShapeDtypeStruct((), jnp.int8), "
+        "'b': [jax.ShapeDtypeStruct((2,), jnp.bool)]}, for a scalar; else its shape"
     ) in str(caught.value)
+
+
+def test_what_to_write_for_a_dtype_is_what_works(transform):
+    def body(x):
+        return x * float(x)
+
+    with pytest.raises(InferenceError) as caught:
+        jax.jit(py_func(body, Tout=jnp.float32))(3.0)
+    source = re.search(r"Tout=(.*), for a scalar", str(caught.value))[1]
+    assert transform(py_func(body, Tout=eval(source)))(3.0) == 9
 
 
 def test_a_loop_that_never_ends_on_abstract_values():

@@ -34,8 +34,10 @@ class Leaf:
         return name if self.shape is None else f"{name}{list(self.shape)}"
 
     def __repr__(self) -> str:
-        shape = "SHAPE" if self.shape is None else self.shape
-        return f"jax.ShapeDtypeStruct({shape}, {dtype_source(self.dtype)})"
+        dtype = dtype_source(self.dtype)
+        return (
+            dtype if self.shape is None else f"jax.ShapeDtypeStruct({self.shape}, {dtype})"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
