@@ -115,6 +115,33 @@ def test_residuals_that_are_gone_are_made_again(transform):
         jpf.set_tape_limit(before)
 
 
+@pytest.mark.parametrize("rules", ["defvjp", "defjvp"])
+def test_no_rule_runs_for_a_branch_that_is_not_taken(rules, transform):
+    """Under `vmap` of a `cond` its derivative is a select of both, one of them zeros."""
+    seen = []
+
+    def noting(kind, function):
+        def rule(*args):
+            seen.append((kind, float(jax.tree.leaves(args)[0])))
+            return function(*args)
+
+        return rule
+
+    f = numpy_func(lambda x: x**2, Tout=F32)
+    if rules == "defvjp":
+        take = jax.grad
+        f.defvjp(
+            noting("fwd", lambda x: (x**2, x)), noting("bwd", lambda x, bar: (2 * x * bar,))
+        )
+    else:
+        take = lambda f: lambda x: jax.linearize(f, x)[1](1.0)  # noqa: E731
+        f.defjvp(noting("jvp", lambda x, dot: (x[0] ** 2, 2 * x[0] * dot[0])))
+    program = jax.vmap(take(lambda x: jax.lax.cond(x > 0, f, jnp.sin, x)))
+    got = jax.block_until_ready(transform(program)(jnp.array([1.0, -2.0, 3.0])))
+    close(got, jnp.array([2.0, np.cos(-2.0), 6.0]))
+    assert {value for kind, value in seen if kind != "fwd"} == {1.0, 3.0}
+
+
 def test_profile_tells_where_residuals_came_from():
     counted = Counted()
     with profile() as prof:

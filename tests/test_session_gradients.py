@@ -151,6 +151,10 @@ def test_stop_gradients(sess):
     square = x**2
     (slope,) = jpf.gradients(square * x, x, stop_gradients=[square])
     close(sess.run(slope, {x: 3.0}), 9)
+    # Of what lies between a constant and y, no derivative is made.
+    (slope,) = jpf.gradients(jpf.numpy.cos(square) * x, x, stop_gradients=[square])
+    assert not any("cos_grad" in op.name for op in sess.graph.get_operations())
+    close(sess.run(slope, {x: 3.0}), np.cos(9.0), rtol=1e-6)
 
 
 def test_unconnected(sess):
