@@ -10,8 +10,8 @@ from jpyfunc._errors import PyFuncError as PyFuncError
 from jpyfunc._errors import ResultError as ResultError
 from jpyfunc._errors import TapeLostError as TapeLostError
 from jpyfunc._errors import UnsupportedError as UnsupportedError
-from jpyfunc._errors import raise_original as raise_original
 from jpyfunc._explain import explain as explain
+from jpyfunc._failures import raise_original as raise_original
 from jpyfunc._host.kept import set_tape_limit as set_tape_limit
 from jpyfunc._host.kept import tape_bytes as tape_bytes
 from jpyfunc._host.profile import profile as profile

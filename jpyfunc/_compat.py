@@ -13,7 +13,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -219,9 +219,14 @@ def body_device(ctx: mlir.LoweringRuleContext) -> Device:
         return _private_clients[level].local_devices()[0]
 
 
+def is_private(device: Device) -> bool:
+    """Whether a device is for bodies."""
+    return device.client in _private_clients
+
+
 def is_in_body() -> bool:
     """Whether a compiled program's body runs on this thread, where nothing may wait."""
-    return default_device().client in _private_clients
+    return is_private(default_device())
 
 
 def default_device() -> Device:
@@ -399,10 +404,97 @@ def like_operands(aval: ShapedArray, operand_avals: Sequence[Any]) -> ShapedArra
     )
 
 
-def tokens() -> list[Any]:
-    """What stands for the effects of the programs that were dispatched last."""
-    of = _dispatch.runtime_tokens
-    return [*of.current_tokens.values(), *of.output_runtime_tokens.values()]
+def read_runtime_errors(read: Callable[[BaseException, str], str]) -> None:
+    """Show each error of JAX's runtime to `read` when it is made, for its text.
+
+    XLA hands over a text, and the errors that JAX makes of it, wherever something waits
+    for a failed program, are the only sign that anybody has come to know of it.
+
+    Args:
+        read: given an error and its text, returns the text that it is to have; what it
+            raises is raised in the place of the error.
+    """
+    error_type: Any = jax.errors.JaxRuntimeError
+    init = error_type.__init__
+
+    def reading_init(self: Any, *args: Any) -> None:
+        if args and isinstance(args[0], str):
+            args = (read(self, args[0]), *args[1:])
+        init(self, *args)
+
+    error_type.__init__ = reading_init
+
+
+def forget_tokens_of(is_known: Callable[[BaseException], bool]) -> None:
+    """Let JAX forget a token once the error of the run that left it is known.
+
+    Args:
+        is_known: whether an error that waiting for a token raises has been raised before.
+    """
+
+    class Tokens(_dispatch.RuntimeTokenSet):
+        """JAX's tokens of a thread, without those of failures that have surfaced.
+
+        An ordered call waits for the token of the one before it. JAX 0.10 keeps a token
+        that fails, so that one failure would be raised by every ordered call that comes
+        after it, by `jax.effects_barrier` and when Python ends (jax-ml/jax#37587); later
+        versions raise it once more.
+        """
+
+        def get_token_input(self, eff: Any, devices: Any) -> Any:
+            token = self.current_tokens.get(eff)
+            try:
+                if isinstance(token, _core.Token):
+                    token.block_until_ready()
+            except jax.errors.JaxRuntimeError as error:
+                self.current_tokens = {
+                    e: t for e, t in self.current_tokens.items() if t is not token
+                }
+                if not is_known(error):
+                    raise
+            return super().get_token_input(eff, devices)
+
+        def block_until_ready(self) -> None:
+            waiting = [*self.current_tokens.values(), *self.output_runtime_tokens.values()]
+            self.clear()
+            first = None
+            for token in waiting:
+                try:
+                    token.block_until_ready()
+                except jax.errors.JaxRuntimeError as error:
+                    first = first or (None if is_known(error) else error)
+            if first is not None:
+                raise first
+
+    _dispatch.runtime_tokens.__class__ = Tokens
+
+
+def fence(devices: tuple[Device, ...]) -> jax.Array:
+    """An array that is ready when all that this thread has dispatched to `devices` is done.
+
+    Programs of one thread run in the order in which it dispatches them: those over one
+    device among each other, and those over several.
+
+    Args:
+        devices: of a program, those of this process.
+    """
+    program, operand = _fence_over(devices)
+    return program(operand)
+
+
+@functools.cache
+def _fence_over(devices: tuple[Device, ...]) -> tuple[Any, jax.Array]:
+    # Compiled ahead, for no trace and no setting of the caller's has a part in its call.
+    mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
+    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("devices"))
+    with _core.set_current_trace(eval_trace), _no_mesh(), _config.disable_jit(False):
+        operand = jax.device_put(np.zeros(len(devices), np.float32), sharding)
+        return jax.jit(lambda x: x + 1).lower(operand).compile(), operand
+
+
+def live_arrays(device: Device) -> list[jax.Array]:
+    """All arrays of the client that a device is of."""
+    return device.client.live_arrays()
 
 
 def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:
@@ -464,6 +556,16 @@ def register_dce(primitive: Any, rule: Any) -> None:
 def lower_with_devices(primitive: Any) -> None:
     """Ask JAX to tell the lowering rule of `primitive` which devices will run it."""
     _dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def devices_of(ctx: mlir.LoweringRuleContext) -> list[Device]:
+    """Those of this process that the program which is being lowered runs on."""
+    axes = ctx.module_context.axis_context
+    if isinstance(axes, mlir.SPMDAxisContext):
+        devices: Any = axes.mesh.devices.flat
+    else:
+        devices = getattr(axes, "device_assignment", None) or ()
+    return [d for d in devices if d in d.client.local_devices()]
 
 
 def is_export(ctx: mlir.LoweringRuleContext) -> bool:

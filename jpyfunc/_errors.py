@@ -1,27 +1,15 @@
-"""Exception classes, and the way back to the exception that a body raised."""
+"""Exception classes, and places in the user's code."""
 
 from __future__ import annotations
 
-import _thread
-import itertools
 import linecache
-import os
-import re
-import signal
-import sys
-import threading
 import traceback
 import warnings
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
 
 import jax
-import jaxlib
-
-from jpyfunc._flight import Flight
 
 
 class PyFuncError(Exception):
@@ -148,147 +136,6 @@ def refuse_partial(arrays: Iterable[Any], label: str) -> None:
             )
 
 
-MAX_ORIGINALS = 1024
-MAX_INTACT = 16  # with the variables of the frames that they went through, their arrays
-
-_MARKER = re.compile(r"<py_func exception (\w+)>")
-
-
-class _Originals:
-    """Exceptions of bodies, kept while some `raise_original` block may ask for them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process = os.urandom(4).hex()  # texts go from one process to others
-        self._numbers = itertools.count()
-        self._kept: OrderedDict[str, BaseException] = OrderedDict()
-        self._intact: deque[BaseException] = deque()
-        self.blocks = 0
-
-    def enter(self) -> None:
-        with self._lock:
-            self.blocks += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self.blocks -= 1
-            if not self.blocks:
-                self._kept.clear()
-                self._intact.clear()
-
-    def keep(self, error: BaseException) -> str:
-        with self._lock:
-            name = f"{self._process}_{next(self._numbers)}"
-            self._kept[name] = error
-            self._intact.append(error)
-            if len(self._kept) > MAX_ORIGINALS:  # those of programs that are long over
-                self._kept.popitem(last=False)
-            older = self._intact.popleft() if len(self._intact) > MAX_INTACT else None
-        while older is not None:
-            traceback.clear_frames(older.__traceback__)
-            older = older.__cause__ or older.__context__
-        return f"<py_func exception {name}>"
-
-    def find(self, error: BaseException) -> BaseException | None:
-        # JAX's fast path for a program that ran before raises ValueError of that text.
-        if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
-            return None
-        # The last one is its own; the text may quote those of errors before it.
-        markers = _MARKER.findall(str(error))
-        return self._kept.get(markers[-1]) if markers else None
-
-
-_originals = _Originals()
-
-
-def crossing_text(error: BaseException, label: str) -> str:
-    """What is known of an exception that leaves a host call.
-
-    XLA keeps nothing of it but a text: that of the body, its lines and its message, and
-    how to catch it. Where a `raise_original` block is open, that is a marker to find it by.
-
-    Args:
-        error: what was raised.
-        label: what errors call the user's function.
-    """
-    text = f"{label}:\n{_traceback(error)}"
-    if _originals.blocks:
-        text += _originals.keep(_originals.find(error) or error)
-    elif not isinstance(error, PyFuncError) and _HINT not in text:
-        text += _HINT
-    # XLA cuts a text at a zero byte, and crashes on a surrogate.
-    return (
-        text.rstrip("\n").replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
-    )
-
-
-_HINT = "To catch it as what it is, write `with jpyfunc.raise_original():` around the call."
-_INTERNAL = tuple(
-    str(Path(file).parent) + os.sep for file in (jax.__file__, jaxlib.__file__, __file__)
-)
-
-
-def _traceback(error: BaseException) -> str:
-    """The traceback of an exception and of what it came from, by the user's frames."""
-    shown = traceback.TracebackException.from_exception(error)
-    links = [shown]
-    for link in links:  # which grows
-        link.stack[:] = [f for f in link.stack if not f.filename.startswith(_INTERNAL)]
-        links.extend(each for each in (link.__cause__, link.__context__) if each)
-    if isinstance(error, PyFuncError):
-        del shown.stack[:-2]
-        shown.__cause__ = shown.__context__ = None
-    return "".join(shown.format())
-
-
-def _nowhere() -> Iterator[None]:
-    yield
-
-
-_suspended: Any = _nowhere()
-next(_suspended)
-
-
-def leave(text: str) -> NoReturn:
-    """Raise what XLA makes an error of.
-
-    XLA prints the stack that the innermost frame of an exception is on, JAX's calls and
-    all. That of a generator which is suspended is on none.
-    """
-    frame = _suspended.gi_frame
-    place = TracebackType(None, frame, frame.f_lasti, frame.f_lineno)
-    raise RuntimeError(text).with_traceback(place)
-
-
-def pass_on_interrupt(error: BaseException) -> None:
-    """See to it that an interrupt of a body interrupts the program that called it.
-
-    XLA makes an ordinary error of it. So where the body was interrupted, the main thread is
-    once more, after the call has come back: as it is by the user's Ctrl-C.
-    """
-    if not isinstance(error, KeyboardInterrupt) or _originals.blocks:
-        return
-    main = threading.main_thread()
-    frame = sys._getframe(1)
-
-    def interrupt() -> None:
-        running = sys._current_frames().get(main.ident or 0)
-        while running is not None:
-            if running is frame:
-                timer = threading.Timer(0.001, interrupt)
-                timer.daemon = True
-                timer.start()
-                return
-            running = running.f_back
-        if callable(signal.getsignal(signal.SIGINT)) and hasattr(signal, "pthread_kill"):
-            # Wakes it, too, should it sleep or wait for a line by now.
-            signal.pthread_kill(main.ident or 0, signal.SIGINT)
-        else:
-            _thread.interrupt_main()
-
-    threading.Thread(target=interrupt, daemon=True).start()
-
-
 _LIBRARIES = ("jax", "jaxlib", "jpyfunc", "matplotlib", "numpy", "scipy")
 
 
@@ -343,59 +190,3 @@ def warn_at(frame: FrameType | None, text: str, category: type[Warning]) -> None
         module=namespace.get("__name__"),
         registry=namespace.setdefault("__warningregistry__", {}),
     )
-
-
-class raise_original:  # noqa: N801 - a context manager, named like JAX's own
-    """Make an exception in a body surface as itself, not as JAX's error about it.
-
-    JAX reports an exception in a compiled program's body as a `JaxRuntimeError` whose
-    text has the body's traceback. Inside this context manager the body's own exception
-    object is raised instead, with its type, attributes and traceback. On leaving, it
-    waits for what was dispatched in it, so a failure cannot surface after the block; but
-    not for a body that itself waits for some seconds, as for a lock that is held here.
-
-    Raises:
-        BaseException: whatever the body raised, `KeyboardInterrupt` included.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jpyfunc
-        >>> @jpyfunc.py_func(Tout=jax.ShapeDtypeStruct((), jnp.float32))
-        ... def check(x):
-        ...     if x < 0:
-        ...         raise ValueError(f"negative: {x}")
-        ...     return x
-        >>> try:
-        ...     with jpyfunc.raise_original():
-        ...         jax.jit(check)(-1.0)
-        ... except ValueError as error:
-        ...     print(error)
-        negative: -1.0
-    """
-
-    def __enter__(self) -> None:
-        self._before = Flight()
-        _originals.enter()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            original = _originals.find(error) if error else _failure_since(self._before)
-        finally:
-            _originals.leave()
-        if original is not None:
-            # `from` what it came from already: else the text of JAX's error, which
-            # repeats this one, would be printed above it.
-            raise original from (original.__cause__ or original.__context__)
-
-
-def _failure_since(before: Flight) -> BaseException | None:
-    """The exception of a body whose program was dispatched but not waited for yet."""
-    # With blocks open on several threads there is no telling whose array it is; then
-    # the failure surfaces as JAX's error where the array is waited for.
-    if _originals.blocks > 1:
-        return None
-    return next(filter(None, map(_originals.find, before.wait())), None)

@@ -9,7 +9,7 @@ import pytest
 from programs import run_program
 
 from jpyfunc import py_func, raise_original
-from jpyfunc._errors import MAX_INTACT
+from jpyfunc._failures import MAX_INTACT
 
 
 def test_resident_memory_of_10000_calls():

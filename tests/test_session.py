@@ -314,7 +314,6 @@ class TestFailure:
             assert sess.run([y, dy_dx], {x: 2.0}) == [2.0, [1.0]]
         assert sess.run(x * 2, {x: -1.0}) == -2.0
 
-    @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax-ml/jax#37587")
     @pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
     def test_of_a_program_with_effects_is_raised_once(self, sess, options):
         """By the run, and not by what waits for effects afterwards."""

@@ -15,7 +15,8 @@ from jpyfunc import _compat
 from jpyfunc._body.closure import held
 from jpyfunc._body.derived import Body
 from jpyfunc._body.primal import Primal
-from jpyfunc._errors import UnsupportedError, crossing_text, leave, pass_on_interrupt
+from jpyfunc._errors import UnsupportedError
+from jpyfunc._failures import failing, leave
 from jpyfunc._flight import running_body
 from jpyfunc._host.evaluate import evaluate_with
 from jpyfunc._host.profile import Run, annotated, measure_body, open_profiles
@@ -70,8 +71,7 @@ class HostCall:
                 else:
                     results = self._cross(operands, annotated)
         except BaseException as error:  # noqa: BLE001 - it is raised, as XLA takes it
-            pass_on_interrupt(error)
-            text = crossing_text(error, self._body.primal.label)
+            text = failing(error, self._body.primal.label)
         else:
             return (*results, _report("")) if self._reports else results
         if not self._reports:

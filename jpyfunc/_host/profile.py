@@ -29,7 +29,7 @@ from jpyfunc._body.derived import (
     Vjp,
 )
 from jpyfunc._body.primal import Primal, unwrapped
-from jpyfunc._flight import Flight
+from jpyfunc._flight import Flight, taken
 from jpyfunc._host import kept
 
 # Profiles whose block is open. A list that changes in place, so that the modules that
@@ -245,7 +245,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        before = self._before.pop()
+        before = taken(self._before)
         try:
             if error is None:
                 before.wait()

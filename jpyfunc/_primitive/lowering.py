@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
+from jpyfunc._flight import note_devices
 from jpyfunc._host.call import REPORT, HostCall
 from jpyfunc._primitive.failure import checked
 from jpyfunc._primitive.primitive import ORDERED, Params, check_rules
@@ -29,6 +30,7 @@ def _py_func_lowering(
             in a `shard_map`.
     """
     _check_supported(ctx, params)
+    note_devices(_compat.devices_of(ctx))
     whole = _whole_on_all_devices(ctx)
     avals_out = list(ctx.avals_out)
     if whole is not None:

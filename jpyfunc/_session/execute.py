@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 
 from jpyfunc import _compat
-from jpyfunc._errors import _originals as originals
+from jpyfunc._failures import failures, original_of
 from jpyfunc._session.nodes import Tensor
 from jpyfunc._session.values import convert, fits
 
@@ -38,25 +37,22 @@ class Plan:
 def execute(plan: Plan, values: Iterable[Any]) -> Any:
     """Run a compiled program, and raise what a body raised as itself."""
     arguments = [_fed(t, value) for t, value in zip(plan.feeds, values, strict=True)]
-    originals.enter()
-    try:
-        # Feeds and fetches are NumPy's: a transfer that the user has asked for.
-        with _compat.allowed_transfers():
+    # Feeds and fetches are NumPy's: a transfer that the user has asked for.
+    with failures, _compat.allowed_transfers():
+        try:
             arrays = plan.program(*[arguments[i] for i in plan.order])
             return plan.tree.unflatten([read(arrays[i]) for i, read in plan.reads])
-    except jax.errors.TracerArrayConversionError:
-        raise TypeError(
-            "Session.run: expected feeds that are values, got one that JAX traces: a "
-            "session runs outside of jax.jit, jax.grad and jax.vmap. In these, call the "
-            "functions that the graph is made of; jpyfunc.gradients differentiates a graph."
-        ) from None
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        failure = originals.find(error)
-        if failure is None:
-            raise
-        _forget_failure()
-    finally:
-        originals.leave()
+        except jax.errors.TracerArrayConversionError:
+            raise TypeError(
+                "Session.run: expected feeds that are values, got one that JAX traces: a "
+                "session runs outside of jax.jit, jax.grad and jax.vmap. In these, call "
+                "the functions that the graph is made of; jpyfunc.gradients "
+                "differentiates a graph."
+            ) from None
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            failure = original_of(error)
+            if failure is None:
+                raise
     # `from` what it came from already: else the text of JAX's error, which repeats this
     # one, would be printed above it.
     raise failure from (failure.__cause__ or failure.__context__)
@@ -81,10 +77,3 @@ def _fed(tensor: Tensor, value: Any) -> Any:
 def wait(arrays: Any) -> None:
     """The value of an operation: None, when it has run."""
     jax.block_until_ready(arrays)
-
-
-def _forget_failure() -> None:
-    # The next program with effects on this thread would wait for the failed one's
-    # tokens, and raise its error once more.
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        jax.effects_barrier()
