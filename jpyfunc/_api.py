@@ -40,6 +40,7 @@ from jpyfunc._body.tout import (
     is_weak,
     key_path,
     parse,
+    why_no_pytree,
 )
 from jpyfunc._errors import (
     InferenceError,
@@ -245,11 +246,17 @@ def _dispatch(kind: str, func: Any, inp: Any, *options: Any) -> Any:
                 f"{kind}: inp is given without func; write {kind}(func, inp, Tout)."
             )
         return lambda func: _dispatch(kind, func, None, *options)
+    if isinstance(func, classmethod | property):
+        raise TypeError(
+            f"{kind}: expected func to be a function, got a {type(func).__name__}; write "
+            f"@{type(func).__name__} above @{kind}, not below."
+        )
     if not callable(func) or is_dtype(func):
         raise TypeError(
             f"{kind}: expected func to be a Python function, got {func!r}; write "
             f"{kind}(func, inp, Tout), or @{kind}(Tout=...) to decorate."
         )
+    _refuse_deferred(kind, func)
     if kind == "py_func" and isinstance(func, PyFunc):
         func, options = func.unwrapped(*options)
     wrapped = PyFunc(kind, func, *options)
@@ -286,6 +293,20 @@ class _KeepsFirst:
             with set_current_trace(_compat.eval_trace):
                 self._kept.append(self._func())
         return self._kept[0]
+
+
+def _refuse_deferred(kind: str, func: Any) -> None:
+    """Refuse a function whose call does not run it, but returns what would."""
+    if inspect.iscoroutinefunction(func):
+        what, remedy = "an async function", "lambda *args: asyncio.run(func(*args))"
+    elif inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+        what, remedy = "a generator", "return with a list, in place of yield"
+    else:
+        return
+    raise TypeError(
+        f"{kind}: expected func to be a function that returns arrays, got {what}, "
+        f"{func!r}; write {remedy}."
+    )
 
 
 def _check_name(kind: str, name: Any) -> None:
@@ -347,6 +368,12 @@ class PyFunc:
                 f"{self._where}: expected vmap_method to be one of "
                 f"{', '.join(map(repr, BATCHERS))}, got {vmap_method!r}."
             )
+        for option, value in (("stateful", stateful), ("ordered", ordered)):
+            if not isinstance(value, bool):
+                raise TypeError(
+                    f"{self._where}: expected {option} to be True or False, got {value!r}; "
+                    f"write {option}=True."
+                )
         self._numpy = kind == "numpy_func"
         self._func = func
         self._callable_tout = tout if is_function(tout) else None
@@ -567,8 +594,14 @@ class PyFunc:
         copied._func = func
         return copied
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            leaves, tree = jax.tree.flatten((args, kwargs))
+        except ValueError as error:
+            raise TypeError(
+                f"{self._where}: JAX does not take its arguments apart: "
+                f"{why_no_pytree(error)}."
+            ) from error
         for leaf in leaves:
             if isinstance(leaf, Symbol):
                 return leaf.call_py_func(self, args, kwargs)
@@ -616,7 +649,7 @@ class PyFunc:
             note_without_values(error, self._where)
             raise
         if template is None:
-            template = Template.undeclared(result)
+            template = Template.undeclared(result, self._where)
             if any(type(x) in _NUMBERS for x in jax.tree.leaves(result)):
                 # On another branch it may be an array, whose dtype it then takes.
                 template = self._inferred_now(arrays, tree, template, result)

@@ -212,7 +212,7 @@ def template_of(
     result: Any, declared: Template | None, name: str
 ) -> tuple[Template, list[Any]]:
     """The complete template of one run's result, and the arrays, as they are declared."""
-    template = declared or Template.undeclared(result)
+    template = declared or Template.undeclared(result, name)
     arrays = template.check(result, name)
     avals = map(jax.typeof, arrays)
     leaves = [

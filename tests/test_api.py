@@ -792,3 +792,55 @@ def test_flax_modules_and_their_parameters_pass(transform):
 def test_refused_names(wrap, name, error):
     with pytest.raises(error, match=f"{wrap.__name__}: expected name to be"):
         wrap(lambda x: x, Tout=jnp.float32, name=name)
+
+
+async def _async(x):
+    return x
+
+
+def _generator(x):
+    yield x
+
+
+async def _async_generator(x):
+    yield x
+
+
+@pytest.mark.parametrize("wrap", [py_func, numpy_func])
+@pytest.mark.parametrize(
+    ("func", "words"),
+    [
+        (_async, r"got an async function, .*asyncio\.run"),
+        (functools.partial(_async, x=1.0), r"got an async function, .*asyncio\.run"),
+        (_generator, "got a generator, .*in place of yield"),
+        (_async_generator, "got a generator, .*in place of yield"),
+        (classmethod(scale), "got a classmethod; write @classmethod above"),
+        (property(scale), "got a property; write @property above"),
+    ],
+)
+def test_refused_functions(wrap, func, words):
+    with pytest.raises(TypeError, match=f"{wrap.__name__}: expected func to be .*{words}"):
+        wrap(func, Tout=F32)
+
+
+@pytest.mark.parametrize("wrap", [py_func, numpy_func])
+@pytest.mark.parametrize("option", ["stateful", "ordered"])
+def test_refused_options(wrap, option):
+    with pytest.raises(TypeError, match=rf"'scale': expected {option} to be True or False"):
+        wrap(scale, Tout=F32, **{option: "no"})
+
+
+def test_arguments_that_jax_does_not_take_apart(transform):
+    f = py_func(lambda d: d["a"], Tout=F32, name="f")
+    with pytest.raises(
+        TypeError, match="'f': JAX does not take its arguments apart: the key"
+    ):
+        transform(lambda x: f({1: x, "a": x}))(1.0)
+    with pytest.raises(
+        ResultError, match="'g': JAX does not take its result apart: the key"
+    ):
+        transform(py_func(lambda x: {1: x, "a": x}, name="g"))(1.0)
+
+
+def test_a_parameter_may_be_called_self(transform):
+    assert transform(lambda x: py_func(lambda self: self, Tout=F32)(self=x))(2.0) == 2

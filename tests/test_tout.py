@@ -255,6 +255,9 @@ SECOND = {"Pair": collections.namedtuple("Pair", "low high")}["Pair"]  # run onc
 SPARSE = sparse.BCOO.fromdense(jnp.ones(2))
 UNSORTED = sparse.BCOO((SPARSE.data, SPARSE.indices), shape=(2,))
 REFUSED += [
+    refused((x for x in (1.0, 2.0)), F32, "got generator. Return list(...) of it."),
+    refused(map(abs, [1.0]), F32, "got map. Return list(...) of it."),
+    refused({1: 1.0, "a": 2.0}, {"a": F32}, "the keys of a dict are not of one kind, and"),
     refused(
         Scaled(1.0, "s"), Scaled(F32), "Scaled with unit='m', got Scaled with unit='s'"
     ),
@@ -285,6 +288,16 @@ def test_refused_results(transform, value, tout, text):
         transform(lambda x: py_func(body, [x], tout, name="worker"))(1.0)
     assert "py_func 'worker': " in str(caught.value)
     assert text in str(caught.value)
+
+
+def test_a_coroutine_is_refused(transform):
+    class Deferred:
+        async def __call__(self, x):
+            return x
+
+    f = transform(py_func(Deferred(), Tout=F32))
+    with pytest.raises(ResultError, match=r"got coroutine.*asyncio\.run"), raise_original():
+        jax.block_until_ready(f(1.0))
 
 
 def test_refused_dtype_says_what_to_write():

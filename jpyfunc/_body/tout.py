@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,9 +49,9 @@ class Template:
     leaves: tuple[Leaf, ...]
 
     @classmethod
-    def undeclared(cls, result: Any) -> Template:
+    def undeclared(cls, result: Any, name: str) -> Template:
         """The structure of `result`, with nothing declared of its leaves."""
-        tree = jax.tree.structure(result)
+        tree = _flatten(result, name)[1]
         return cls(tree, (Leaf(None, None),) * tree.num_leaves)
 
     def __str__(self) -> str:
@@ -80,7 +81,7 @@ class Template:
         """
         if _is_leaf(self.tree):
             return [result]
-        leaves, tree = jax.tree.flatten(result)
+        leaves, tree = _flatten(result, name)
         return leaves if tree == self.tree else list(_match(self.tree, result, "", name))
 
     def check(self, result: Any, name: str) -> list[Any]:
@@ -118,6 +119,25 @@ class Template:
                 for leaf, shape in zip(self.leaves, shapes, strict=True)
             ),
         )
+
+
+def _flatten(result: Any, name: str) -> tuple[list[Any], Any]:
+    try:
+        return jax.tree.flatten(result)
+    except ValueError as error:
+        raise ResultError(
+            f"{name}: JAX does not take its result apart: {why_no_pytree(error)}."
+        ) from error
+
+
+def why_no_pytree(error: ValueError) -> str:
+    """What is wrong with a pytree that JAX does not flatten, and what to write."""
+    if "dictionary keys" in str(error):
+        return (
+            "the keys of a dict are not of one kind, and have no order. Use strings, or "
+            "integers, alone"
+        )
+    return str(error).rstrip(".")
 
 
 def parse(tout: Any, name: str) -> Template:
@@ -481,6 +501,19 @@ def _is_buffer(value: Any) -> bool:
     return True
 
 
+def _instead_of(value: Any) -> str:
+    """What a body returns in place of what is no array."""
+    if inspect.iscoroutine(value):
+        value.close()  # or Python warns that nobody awaited it
+        return "Run it in the body with asyncio.run, and return what it gives"
+    if isinstance(value, Iterator):
+        return "Return list(...) of it"
+    return (
+        "Return arrays, Python scalars or lists of them, or declare the structure that is "
+        "returned in Tout"
+    )
+
+
 def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
     """`value` as a NumPy or JAX array, and whether its dtype is weak.
 
@@ -529,7 +562,6 @@ def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
             )
         raise ResultError(
             f"{where()}: expected an array of numbers or booleans, got {_describe(value)}. "
-            "Return arrays, Python scalars or lists of them, or declare the structure that "
-            "is returned in Tout."
+            f"{_instead_of(value)}."
         )
     return array, weak
