@@ -283,7 +283,16 @@ class TestWhatRuns:
         dy_dx = jpf.gradients(y, x)[0]
         sess.run([y, dy_dx], {x: 1.0, m: 2.0})
         traces.clear()
-        for value in (2.0, 3, np.float64(4), np.float32(5), jnp.float32(6), jnp.asarray(7)):
+        weak = jnp.asarray(8.0)
+        for value in (
+            2.0,
+            3,
+            np.float64(4),
+            np.float32(5),
+            jnp.float32(6),
+            jnp.asarray(7),
+            weak,
+        ):
             sess.run([y, dy_dx], {x: value, m: 2.0})
             sess.run({"slope": dy_dx, "values": (y, y)}, {m: 2.0, x: value})
             sess.make_callable([dy_dx, y], [m, x])(2.0, value)

@@ -230,6 +230,24 @@ def test_a_result_that_depends_on_nothing_without_a_read_has_a_zero_gradient(tra
     assert transform(jax.grad(f))(-1.5) == 0.0
 
 
+def test_what_depends_on_an_operand_without_a_gradient_may_be_read(transform):
+    """A whole number of it, alone or beside a result of the same operation that has one."""
+    halves = jax.jit(lambda x: (x / 2, jnp.floor(x / 2) + 1))
+
+    def body(x):
+        half, above = halves(x)
+        return x * float(jnp.round(x)) + half * np.asarray(above) * math.copysign(
+            1, jnp.sign(x)
+        )
+
+    for take, want in (
+        (jax.grad, 3.0 + 2 / 2),
+        (jax.jacfwd, 3.0 + 2 / 2),
+        (jax.hessian, 0.0),
+    ):
+        assert call(transform(take(py_func(body, Tout=f32))), jnp.float32(3.2)) == want
+
+
 def test_a_read_beside_a_result_that_is_not_differentiated(transform):
     f = py_func(lambda x: (x**2, float(x)), Tout=(f32, f32))
     with pytest.warns(GradientCutWarning):
