@@ -123,11 +123,15 @@ def py_func(
             So does a body that returns nothing. Otherwise calls are taken to be pure:
             unused ones are removed.
         ordered: run in program order with other ordered calls; implies `stateful`.
-        vmap_method: under `jax.vmap`, in one host call: `"by_branch"` runs the body once
-            for all elements that take the same branches, on values of which each stands
-            for many; `"sequential"` once per element; `"expand_dims"` once in all, with an
-            axis of length 1 on operands that the elements share; `"broadcast_all"` once
-            in all, with these repeated. The meanings of the last three are those of
+        vmap_method: under `jax.vmap`, in one host call. A body that draws random numbers
+            other than with `jax.random`, or calls `next`, needs `stateful=True` there: by
+            default one run of it serves many elements. (From `random` and `numpy.random`
+            it is noticed, and warned of; from a generator that the body holds it is not.)
+            `"by_branch"` runs the body once for all elements that take the same branches,
+            on values of which each stands for many; `"sequential"` once per element;
+            `"expand_dims"` once in all, with an axis of length 1 on operands that the
+            elements share; `"broadcast_all"` once in all, with these repeated. The
+            meanings of the last three are those of
             `jax.pure_callback`. By default, pure calls are batched `"by_branch"`, and
             those that are stateful or return nothing `"sequential"`.
         staged: compile what can be foreseen. The body is run on abstract values while
@@ -166,7 +170,8 @@ def py_func(
     Warns:
         GradientCutWarning: a body that is differentiated reads a number (`float(x)`,
             `x.item()`, `math.sin(x)`) that its gradient flows through.
-        UserWarning: a body is staged to more than 1,000 operations.
+        UserWarning: a body is staged to more than 1,000 operations; a run that was to serve
+            many elements of a batch drew from `random` or `numpy.random`.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import linecache
 import re
 import traceback
 import warnings
 from collections.abc import Iterable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import jax
@@ -191,3 +193,21 @@ def warn_at(frame: FrameType | None, text: str, category: type[Warning]) -> None
         module=namespace.get("__name__"),
         registry=namespace.setdefault("__warningregistry__", {}),
     )
+
+
+def code_of(func: Any) -> CodeType | None:
+    """The code of a function, or of the class of a callable object, if it is Python's."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    func = inspect.unwrap(func)
+    code = getattr(func, "__code__", None)
+    return code or getattr(type(func).__call__, "__code__", None)
+
+
+def warn_at_function(func: Any, text: str, category: type[Warning]) -> None:
+    """Warn at the line that defines a function, if it is Python's."""
+    code = code_of(func)
+    if code is None:
+        warnings.warn(text, category, stacklevel=1)
+    else:
+        warnings.warn_explicit(text, category, code.co_filename, code.co_firstlineno)

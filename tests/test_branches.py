@@ -1,8 +1,10 @@
 """`vmap` by branch: the answers of one element at a time, in as few runs as can be."""
 
 import math
+import random
 import threading
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -291,10 +293,10 @@ def test_what_is_compiled_is_bounded_however_sizes_change():
     program = jax.jit(
         jax.vmap(jax.value_and_grad(by_branch(lambda x: x * x if x > 0 else -x)))
     )
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def call():
-        x = jnp.asarray(random.normal(size=100) + random.normal(), jnp.float32)
+        x = jnp.asarray(rng.normal(size=100) + rng.normal(), jnp.float32)
         y, slope = program(x)
         assert_close(
             (y, slope), (jnp.where(x > 0, x * x, -x), jnp.where(x > 0, 2 * x, -1.0))
@@ -534,6 +536,112 @@ def test_an_array_that_a_body_keeps_for_its_next_run(transform):
 
     got = transform(jax.vmap(by_branch(body)))(xs)
     assert_close(got, jnp.where(xs > 2, xs * 2, xs))
+
+
+def second_of_a_pair():
+    """A normal number that NumPy has drawn already, with the one before."""
+    np.random.seed(0)
+    np.random.standard_normal()
+    return np.random.standard_normal
+
+
+DRAWS = {
+    "random": lambda: random.random,
+    "getrandbits": lambda: lambda: random.getrandbits(20),
+    "gauss": lambda: lambda: random.gauss(0, 1),
+    "np.random": lambda: np.random.random,
+    "second_of_a_pair": second_of_a_pair,
+}
+
+
+def warned_of_draws():
+    return pytest.warns(UserWarning, match="'draws' ran under vmap.*random.*stateful=True")
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_draws_are_made_for_each_element(draw, transform):
+    random.seed(0)
+    draw = DRAWS[draw]()
+
+    def draws(x):
+        return x * draw()
+
+    program = transform(jax.vmap(jax.vmap(by_branch(draws))))
+    x = jnp.ones((2, 3))
+    with warned_of_draws() as caught:
+        first = jax.block_until_ready(program(x))
+    assert (caught[0].filename, caught[0].lineno) == (
+        __file__,
+        draws.__code__.co_firstlineno,
+    )
+    again = program(2 * x)  # it is not tried again
+    assert len({*first.ravel().tolist(), *again.ravel().tolist()}) == 12
+
+
+def test_draws_of_a_generator_that_the_user_put_in_place():
+    def draws(x):
+        return x * np.random.random()
+
+    generators: Any = np.random  # these are unknown to type checkers
+    before = generators.get_bit_generator()
+    generators.set_bit_generator(np.random.PCG64(0))
+    try:
+        with warned_of_draws():
+            got = jax.vmap(by_branch(draws))(jnp.ones(3))
+    finally:
+        generators.set_bit_generator(before)
+    assert len({*got.tolist()}) == 3
+
+
+def test_draws_of_a_body_that_is_differentiated(transform):
+    def draws(x, w):
+        return x * w * random.random()
+
+    x = jnp.arange(1.0, 6.0)
+    f = by_branch(draws)
+    over = transform(jax.vmap(jax.value_and_grad(f, 1), (0, None)))
+    with warned_of_draws(), profile() as prof:
+        y, slope = jax.block_until_ready(over(x, 1.0))
+    assert_close(y, slope)  # of one draw for each element
+    assert len({*(slope / x).tolist()}) == 5
+    rows = prof.as_dict()["draws"]
+    assert (rows["forward"]["elements"], rows["forward"]["runs"]) == (5, 6)
+    assert (rows["vjp"]["elements"], rows["vjp"]["from_tape"]) == (5, 5)
+
+
+def test_draws_where_a_derivative_runs_the_body_again():
+    """What was summed already is not added twice."""
+    state = []
+
+    def draws(x, w):
+        return x * w + (random.random() if state else 0)
+
+    x = jnp.arange(1.0, 6.0)
+    before = jpyfunc.set_tape_limit(0)
+    try:
+        over = jax.vmap(by_branch(draws), (0, None))
+        _, pull = jax.vjp(lambda w: over(x, w), 2.0)
+        state.append("drawing")
+        with warned_of_draws():
+            (got,) = pull(jnp.ones(5))
+    finally:
+        jpyfunc.set_tape_limit(before)
+    assert got == 15
+
+
+def test_draws_of_a_leaf_of_a_staged_body():
+    def draws(x):
+        return x * 2 if x < 0 else float(x) * random.random()
+
+    f = py_func(draws, Tout=SCALAR, staged=True)
+    with warned_of_draws():
+        got = jax.block_until_ready(jax.jit(jax.vmap(f))(jnp.ones(4)))
+    assert len({*got.tolist()}) == 4
+
+
+def test_draws_where_one_run_is_asked_for():
+    f = py_func(lambda x: x * random.random(), Tout=SCALAR, vmap_method="expand_dims")
+    assert len({*jax.vmap(f)(jnp.ones(4)).tolist()}) == 1
 
 
 def catches_all(x):

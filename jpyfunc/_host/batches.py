@@ -14,9 +14,11 @@ from jax.core import ShapedArray, Tracer
 from jpyfunc import _compat
 from jpyfunc._body.derived import Batch, Recording, Transpose, recorded_of, ticket_of
 from jpyfunc._body.primal import unwrapped
+from jpyfunc._errors import warn_at_function
 from jpyfunc._host import kept
 from jpyfunc._host.derivatives import call
-from jpyfunc._host.profile import Run, note, title_of
+from jpyfunc._host.draws import drawn_since, generators
+from jpyfunc._host.profile import Run, elements_counted, note, title_of
 from jpyfunc._traces.batched import Batched, CannotBatch, Part
 from jpyfunc._traces.branches import Branches, number_of
 from jpyfunc._traces.cache import Cache
@@ -265,18 +267,35 @@ def _by_branch(elements: _Elements) -> None:
         elements.run_each(every)
         return
     most = max(1, MAX_BYTES // max(1, elements.nbytes))
-    runs = 0
     parts = [part for root in _roots(elements) for part in _chunks(root, most)]
+    if not parts:
+        return
+    before, counted = generators(), elements_counted()
+    runs = _run_parts(elements, parts)
+    drawn = drawn_since(before)
+    if drawn:
+        elements.restart()
+        elements_counted(counted)
+        _remember(elements, ANY)
+        _warn_of_draws(elements, drawn)
+    elif runs is None:
+        _remember(elements, OF_KIND)
+    elif 2 * runs > elements.count and ticket_of(elements.base) is None:
+        _remember(elements, OF_SIZE)
+    if drawn or runs is None:
+        # As it would have been from the start, the first exception included.
+        elements.run_each(np.sort(np.concatenate([part.rows for part in parts])))
+
+
+def _run_parts(elements: _Elements, parts: Sequence[Part]) -> int | None:
+    """Run parts by branch; returns how many runs that took, or None if it cannot be."""
+    runs = 0
     for part in parts:
         ran = _run_part(elements, part)
         if ran is None:
-            # As it would have been from the start, the first exception included.
-            elements.run_each(np.sort(np.concatenate([part.rows for part in parts])))
-            _remember(elements, None)
-            return
+            return None
         runs += ran
-    if 2 * runs > elements.count and ticket_of(elements.base) is None:
-        _remember(elements, _size(elements))
+    return runs
 
 
 def _chunks(root: Part, most: int) -> list[Part]:
@@ -313,7 +332,7 @@ def _roots(elements: _Elements) -> Iterator[Part]:
 
 
 def _run_part(elements: _Elements, root: Part) -> int | None:
-    """Run a part by branch; returns how many runs that took, or None if it cannot be."""
+    """As `_run_parts`, of one."""
     if len(root.rows) == 1 and root.parent is None:
         elements.run_each(root.rows)
         return 1
@@ -327,9 +346,10 @@ def _run_part(elements: _Elements, root: Part) -> int | None:
         if len(part.rows) == 1 and part is not root:
             elements.run_each(part.rows)
             continue
+        counted = elements_counted()
         results = _attempt(elements, batch, part, log, operands)
         if results is None:
-            note(elements=-1)
+            elements_counted(counted)
             return None
         elements.put(batch.part, results)
         note(elements=len(batch.part.rows) - 1)
@@ -360,19 +380,19 @@ def _attempt(
     return None if batch.refused else results
 
 
-# The bodies that are not run by branch: for batches of up to a power of two, or any.
+# The bodies that are not run by branch: any call of them, those of one kind, or those of
+# one kind for batches of up to a power of two.
 _unlike: Cache = Cache(256)
+ANY, OF_KIND, OF_SIZE = range(3)  # keys of a call
 
 
-def _key(elements: _Elements, size: int | None) -> tuple[Any, Any]:
-    """What a kind of call is known by, and what must live for it to be."""
+def _keys(elements: _Elements) -> tuple[list[Any], Any]:
+    """What calls are known by, for `_unlike`, and what must live for them to be."""
     function = unwrapped(elements.base.primal.func)
     owner = getattr(function, "__func__", function)  # a bound method is made anew
-    return (id(owner), title_of(elements.base), elements.base.in_avals, size), owner
-
-
-def _size(elements: _Elements) -> int:
-    return (elements.count - 1).bit_length()
+    kind = (id(owner), title_of(elements.base), elements.base.in_avals)
+    size = (elements.count - 1).bit_length()
+    return [id(owner), kind, (*kind, size)], owner
 
 
 def _is_scattered(elements: _Elements) -> bool:
@@ -380,11 +400,23 @@ def _is_scattered(elements: _Elements) -> bool:
 
     Derivatives of runs that are kept follow these, which are of parts or of elements.
     """
-    return any(_unlike.get(_key(elements, size)[0]) for size in (None, _size(elements)))
+    return any(map(_unlike.get, _keys(elements)[0]))
 
 
-def _remember(elements: _Elements, size: int | None) -> None:
-    """Run such calls one by one from now on."""
-    key, owner = _key(elements, size)
+def _remember(elements: _Elements, which: int) -> None:
+    """Run such calls one by one from now on: those of the key number `which`."""
+    keys, owner = _keys(elements)
     with contextlib.suppress(TypeError):  # built in, say
-        _unlike.put(key, True, [owner])
+        _unlike.put(keys[which], True, [owner])
+
+
+def _warn_of_draws(elements: _Elements, generator: str) -> None:
+    primal = elements.base.primal
+    warn_at_function(
+        unwrapped(primal.func),
+        f"{primal.label} ran under vmap on many elements at once, and numbers were drawn "
+        f"from {generator} meanwhile, of which all elements would have had the same. It "
+        "runs once for each element instead, now and from now on. If draws are to differ, "
+        "say so with stateful=True, or draw with jax.random and a key for each element.",
+        UserWarning,
+    )

@@ -6,12 +6,10 @@ It is also where bodies get the name by which `jax.profiler` shows them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import html
-import inspect
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +27,7 @@ from jpyfunc._body.derived import (
     Vjp,
 )
 from jpyfunc._body.primal import Primal, unwrapped
+from jpyfunc._errors import code_of
 from jpyfunc._flight import Flight, taken
 from jpyfunc._host import kept
 
@@ -59,6 +58,23 @@ def note(**counts: int) -> None:
     if running:
         for name, count in counts.items():
             setattr(running[-1], name, getattr(running[-1], name) + count)
+
+
+_OF_ELEMENTS = ("elements", "from_tape", "reran")
+
+
+def elements_counted(back_to: Sequence[int] | None = None) -> list[int]:
+    """The elements that the call on this thread has counted so far.
+
+    Args:
+        back_to: what it gave before, to forget those of a run whose results are not used.
+    """
+    running = getattr(_measuring, "counts", None)
+    if not running:
+        return []
+    for name, count in zip(_OF_ELEMENTS, back_to or (), strict=False):
+        setattr(running[-1], name, count)
+    return [getattr(running[-1], name) for name in _OF_ELEMENTS]
 
 
 def annotated(name: str, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -142,10 +158,7 @@ def _nbytes(values: Iterable[Any]) -> int:
 
 def _source(func: Any) -> str:
     """File and line of a function, or of the class of a callable object."""
-    while isinstance(func, functools.partial):
-        func = func.func
-    func = inspect.unwrap(func)
-    code = getattr(func, "__code__", None) or getattr(type(func).__call__, "__code__", None)
+    code = code_of(func)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else "built-in"
 
 
