@@ -134,7 +134,7 @@ def py_func(
             meanings of the last three are those of
             `jax.pure_callback`. By default, pure calls are batched `"by_branch"`, and
             those that are stateful or return nothing `"sequential"`.
-        staged: compile what can be foreseen. The body is run on abstract values while
+        staged: compile what can be traced. The body is run on abstract values while
             tracing, both ways at each Python branch, and its branches go into the program
             as a tree of `jax.lax.cond`; up to 32 runs, or as many as this says. Where that
             ends (the runs are spent, a value is read, an operation has an effect), the
@@ -165,7 +165,7 @@ def py_func(
         UnsupportedError: `vmap` of an ordered call, or `jax.export` of any.
         NotDifferentiableError: a body that is differentiated converts what its gradient
             flows through to NumPy, or returns what a read has cut from its operands.
-        TapeLostError: the derivative of a stateful call whose run is not kept any more.
+        TapeLostError: the derivative of a stateful call whose tape has been evicted.
 
     Warns:
         GradientCutWarning: a body that is differentiated reads a number (`float(x)`,
@@ -816,8 +816,9 @@ class PyFunc:
             return leaf
         if isinstance(leaf, np.ma.MaskedArray):
             raise TypeError(
-                f"{where()}: expected an array, got one with a mask, which JAX has not. "
-                "Pass x.filled(value), or np.ma.getdata(x) and np.ma.getmaskarray(x)."
+                f"{where()}: expected an array, got a masked array, which JAX does not "
+                "support. Pass x.filled(value), or np.ma.getdata(x) and "
+                "np.ma.getmaskarray(x)."
             )
         if isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative:
             leaf = leaf.astype(leaf.dtype.newbyteorder("="))

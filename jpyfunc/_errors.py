@@ -36,9 +36,9 @@ def not_differentiable(label: str) -> NotDifferentiableError:
 def no_second_order(label: str) -> NotDifferentiableError:
     """The error of a derivative of a derivative by rule."""
     return NotDifferentiableError(
-        f"{label} is differentiated twice, and its rules, which run on the host, say what "
-        "its first derivative is alone. For higher orders write jax.custom_jvp or "
-        "jax.custom_vjp around its call, with rules in jax.numpy that may call it again."
+        f"{label} is differentiated twice, and its rules, which run on the host, give its "
+        "first derivative only. For higher orders write jax.custom_jvp or jax.custom_vjp "
+        "around its call, with rules in jax.numpy that may call it again."
     )
 
 
@@ -100,7 +100,7 @@ def note_without_values(error: BaseException, label: str) -> None:
 
 
 class TapeLostError(PyFuncError, RuntimeError):
-    """The run that a derivative is to be taken of is not kept, and must not be repeated."""
+    """The tape of a stateful call was evicted, and its derivative cannot be taken."""
 
 
 class GradientCutWarning(UserWarning):

@@ -213,7 +213,10 @@ def failing(error: BaseException, label: str) -> str:
     return text + marker
 
 
-_HINT = "To catch it as what it is, write `with jpyfunc.raise_original():` around the call."
+_HINT = (
+    "To catch the original exception, write `with jpyfunc.raise_original():` around the "
+    "call."
+)
 _INTERNAL = tuple(
     str(Path(file).parent) + os.sep for file in (jax.__file__, jaxlib.__file__, __file__)
 )

@@ -129,8 +129,8 @@ def no_result(
         return InferenceError(f"{start} needs a concrete value{place}: {what}. {remedy}")
     return InferenceError(
         f"{name}: {type(error).__name__}{place}: {error}\nThe body raised this on values "
-        "without data, from which the shapes of its results are inferred. If it does so "
-        f"with data, too, it is to be mended. If not: {declare}"
+        "without data, from which the shapes of its results are inferred. If it also fails "
+        f"on real data, fix the function. If not: {declare}"
     )
 
 

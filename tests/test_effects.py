@@ -335,7 +335,7 @@ def test_a_batch_of_branches_or_turns_with_a_stateful_call_is_refused(recorder, 
     """It would run bodies that the program does not take."""
     f = recorder.body(stateful=True)
     xs = jnp.array([1.0, -1.0])
-    words = r"stands in a .* under vmap.*jax\.lax\.map"
+    words = r"is called inside .* under vmap.*jax\.lax\.map"
     for program in (
         lambda x: jax.lax.cond(x > 0, f, lambda x: x, x),
         lambda x: jax.lax.switch((x > 0).astype(int), [f, lambda x: x], x),

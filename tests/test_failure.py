@@ -296,7 +296,7 @@ def test_the_text_has_the_lines_of_the_user_and_the_way_to_the_exception():
         assert "py_func 'fails_when_negative'" in text
         assert "_inner_frame(float" in text  # the source of the line
         assert "site-packages" not in text
-        assert text.rstrip().splitlines()[-1].startswith("To catch it as what it is")
+        assert text.rstrip().splitlines()[-1].startswith("To catch the original")
 
 
 def test_errors_of_our_own_are_short():

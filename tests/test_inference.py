@@ -392,7 +392,7 @@ def test_a_body_that_always_raises():
 
     with pytest.raises(
         InferenceError,
-        match=rf"^py_func 'body': KeyError at {line(body, 1)}: 'missing'\n.*to be mended",
+        match=rf"^py_func 'body': KeyError at {line(body, 1)}: 'missing'\n.*fix the func",
     ) as caught:
         jax.jit(py_func(body))(2.0)
     assert isinstance(caught.value.__cause__, KeyError)

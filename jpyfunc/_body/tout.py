@@ -243,7 +243,7 @@ def _parse_dtype(dtype: Any, where: str) -> Any:
     if kind_of(dtype) is None or dtype in _NUMPY_ONLY:
         raise TypeError(
             f"{where}: expected a dtype that JAX has arrays of, got {dtype}; "
-            "write jnp.float32, jnp.int32 or jnp.bool_, say."
+            "write jnp.float32, jnp.int32 or jnp.bool_, for example."
         )
     return dtype
 
@@ -260,7 +260,7 @@ def check_x64(template: Template, name: str) -> None:
         available = jax.dtypes.canonicalize_dtype(leaf.dtype)
         if available != leaf.dtype:
             raise ValueError(
-                f"{name}: {template.path(i)} is to be {leaf.dtype}, which needs 64-bit "
+                f"{name}: {template.path(i)} is declared {leaf.dtype}, which needs 64-bit "
                 f"types, and jax_enable_x64 is off; declare {dtype_source(available)} in "
                 "Tout, or call it under jax.enable_x64(True)."
             )
@@ -361,7 +361,7 @@ def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
         expected = f"{kind[0].__name__}{keys}"
         if not same and top.node_data() and top.node_data()[0] is kind[0]:
             # The program rebuilds results with the static fields that are declared, so a
-            # result with others would become another object without a word.
+            # result with others would silently become another object.
             expected, got = _static_differences(tree, result, top)
         elif not same and type(result).__name__ == kind[0].__name__:
             got = f"one of another class {kind[0].__name__}, such as one defined again"
@@ -526,8 +526,9 @@ def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
         return value, is_weak(value)
     if isinstance(value, np.ma.MaskedArray):
         raise ResultError(
-            f"{where()}: expected an array, got one with a mask, which JAX has not. Return "
-            "x.filled(value), or np.ma.getdata(x) and np.ma.getmaskarray(x)."
+            f"{where()}: expected an array, got a masked array, which JAX does not "
+            "support. Return x.filled(value), or np.ma.getdata(x) and "
+            "np.ma.getmaskarray(x)."
         )
     array, weak = None, False
     if isinstance(value, list | tuple):
@@ -539,11 +540,12 @@ def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
         except (TypeError, ValueError) as error:
             raise ResultError(
                 f"{where()}: expected an array, got a {type(value).__name__} that does "
-                f"not make one ({error})."
+                f"not form one ({error}). Return arrays of one shape, or declare a list of "
+                "results in Tout."
             ) from error
     elif isinstance(value, jax.Ref):
         raise ResultError(
-            f"{where()}: expected an array, got a jax.Ref, which ends with the body. "
+            f"{where()}: expected an array, got a jax.Ref, valid only inside the body. "
             "Return what it holds: ref[...]."
         )
     elif _is_buffer(value):
@@ -553,7 +555,10 @@ def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
         array = np.asarray(value)
     if array is None or (kind_of(array.dtype) is None and not is_key_dtype(array.dtype)):
         if isinstance(value, int):
-            raise ResultError(f"{where()}: {value} does not fit in 64 bits.")
+            raise ResultError(
+                f"{where()}: expected an integer of at most 64 bits, got {value}. Return a "
+                "float, or several integers."
+            )
         if dataclasses.is_dataclass(value):
             raise ResultError(
                 f"{where()}: expected an array, got the dataclass {_describe(value)}, "

@@ -76,7 +76,7 @@ def set_tape_limit(nbytes: int) -> int:
     if not isinstance(nbytes, int | np.integer) or isinstance(nbytes, bool) or nbytes < 0:
         raise ValueError(
             f"set_tape_limit: expected nbytes to be a number of bytes, 0 or more, got "
-            f"{nbytes!r}; write set_tape_limit(2**30), say."
+            f"{nbytes!r}; write set_tape_limit(2**30), for example."
         )
     return _kept.set_limit(int(nbytes))
 

@@ -110,9 +110,9 @@ def _refuse_stateful(what: str, where: str, jaxprs: Sequence[Any]) -> None:
     for effect in (e for jaxpr in jaxprs for e in jaxpr.effects):
         if isinstance(effect, StatefulEffect):
             raise UnsupportedError(
-                f"{effect.name} is stateful and stands in a {what} under vmap, which would "
-                f"run it for {where}. Loop over the elements with jax.lax.map, or make the "
-                "call pure."
+                f"{effect.name} is stateful and is called inside {what} under vmap, which "
+                f"would run it for {where}. Loop over the elements with jax.lax.map, or "
+                "make the call pure."
             )
 
 

@@ -188,8 +188,8 @@ class Record:
         if self._reads and any(self._of[i] is None for i in of):
             raise NotDifferentiableError(
                 f"{self._label}: a result depends on nothing that is differentiated, "
-                f"although its value was read{self._reads[0]}, so its gradient would be "
-                f"zero without a word. {REMEDIES}"
+                f"although its value was read{self._reads[0]}, so its gradient would "
+                f"silently be zero. {REMEDIES}"
             )
 
     @staticmethod
