@@ -161,6 +161,16 @@ def test_a_thousand_elements_take_one_run_for_each_branch():
     assert_close(got, (jnp.where(x <= 2, x**2, outside), jnp.where(x <= 2, 2 * x, 8 / x)))
 
 
+def test_one_operation_on_operands_of_elements_and_on_those_that_all_share():
+    """In every order of them: each is compiled for itself, and all run at once."""
+    body = lambda x, w: (x * w + w * x + x * x) * (w * w) + (w * w) * x  # noqa: E731
+    program = jax.jit(jax.vmap(jax.value_and_grad(by_branch(body), (0, 1)), (0, None)))
+    w = jnp.float32(3)  # of the same type as x
+    got, runs = runs_of(program, xs, w)
+    assert_close(got, loop(jax.jit(jax.value_and_grad(body, (0, 1))), xs, [w] * len(xs)))
+    assert runs == 1
+
+
 def halvings(x):
     """Exact in floating point, so that it is known how many turns each element takes."""
     while x > 1:

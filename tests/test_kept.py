@@ -201,6 +201,24 @@ def test_mixed_partial_derivatives_run_it_once(stateful, runs, transform):
             assert len(runs) == 1
 
 
+def test_a_pullback_differentiated_by_what_it_was_not_taken_by(transform):
+    """The run that it is of was not noted for that operand, and is no help."""
+    f = py_func(lambda x, y: jnp.sin(x) * y**3, Tout=f32)
+    x, y = jnp.float32(0.7), jnp.float32(1.3)
+    leaves, tree = jax.tree.flatten(
+        transform(lambda x: jax.vjp(lambda x: f(x, y), x)[1])(x)
+    )
+    (place,) = [i for i, leaf in enumerate(leaves) if leaf.shape == () and leaf == y]
+
+    def pulled(y):
+        return tree.unflatten([*leaves[:place], y, *leaves[place + 1 :]])(1.0)[0]
+
+    for take in (jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(
+            transform(take(pulled))(y), np.cos(0.7) * 3 * 1.3**2, rtol=1e-5
+        )
+
+
 # Stateful bodies
 
 

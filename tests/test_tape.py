@@ -230,6 +230,20 @@ def test_a_result_that_depends_on_nothing_without_a_read_has_a_zero_gradient(tra
     assert transform(jax.grad(f))(-1.5) == 0.0
 
 
+@pytest.mark.parametrize("by_x", [jax.grad, jax.jacfwd])
+@pytest.mark.parametrize("again", [jax.grad, jax.jacfwd])
+def test_a_derivative_that_a_read_cut_off_raises_where_it_is_differentiated(by_x, again):
+    """In a body, too: it is a number then, and its derivative no 0.0."""
+    read = py_func(lambda x: x * float(x), Tout=f32)
+    inside = py_func(lambda x: by_x(read)(x), Tout=f32)
+    for program in (again(by_x(read)), again(inside)):
+        with (
+            pytest.warns(GradientCutWarning),
+            pytest.raises(NotDifferentiableError, match=r"depends on nothing.*read at"),
+        ):
+            call(jax.jit(program), jnp.float32(0.7))
+
+
 def test_what_depends_on_an_operand_without_a_gradient_may_be_read(transform):
     """A whole number of it, alone or beside a result of the same operation that has one."""
     halves = jax.jit(lambda x: (x / 2, jnp.floor(x / 2) + 1))
