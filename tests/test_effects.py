@@ -1,5 +1,6 @@
 """Dead calls, stateful and ordered ones, and control flow around calls."""
 
+import re
 import time
 
 import jax
@@ -10,6 +11,7 @@ from cases import log_huber, plain_log_huber
 
 import jpyfunc
 from jpyfunc import UnsupportedError, py_func
+from jpyfunc._primitive import batching
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -335,7 +337,7 @@ def test_a_batch_of_branches_or_turns_with_a_stateful_call_is_refused(recorder, 
     """It would run bodies that the program does not take."""
     f = recorder.body(stateful=True)
     xs = jnp.array([1.0, -1.0])
-    words = r"is called inside .* under vmap.*jax\.lax\.map"
+    words = r"is called inside .* under vmap.*jax\.lax\.map, or make the call pure"
     for program in (
         lambda x: jax.lax.cond(x > 0, f, lambda x: x, x),
         lambda x: jax.lax.switch((x > 0).astype(int), [f, lambda x: x], x),
@@ -363,6 +365,73 @@ def test_a_batch_of_branches_or_turns_with_a_stateful_call_is_refused(recorder, 
     assert recorder.values()[4:] == [1.0, -1.0]
     transform(taken)(False, xs)
     assert len(recorder.values()) == 6
+
+
+def looping(note):
+    return jax.vmap(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: 2 * note(x), x))
+
+
+def branching(note):
+    return jax.vmap(lambda x: jax.lax.cond(x > 1, note, lambda x: x, x) * 2.0)
+
+
+def checkpointing(note):
+    return jax.grad(jax.checkpoint(lambda x: jnp.sin(note(x)).sum()))
+
+
+def linearizing(note):
+    loop = lambda x: jax.lax.while_loop(  # noqa: E731
+        lambda x: x.sum() < 3, lambda x: 2 * note(x), x
+    )
+    return lambda x: jax.linearize(loop, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "want"),
+    [
+        (looping, [2.0, 3.0]),
+        (branching, [1.0, 3.0]),
+        (checkpointing, np.cos([0.5, 1.5])),
+        (linearizing, [1.0, 3.0]),
+    ],
+)
+def test_a_call_without_results_that_is_refused_says_what_to_write(make, want, transform):
+    x = jnp.array([0.5, 1.5])
+    remedy = "jax.debug.callback, since it returns nothing, .* " + re.escape(
+        "x = py_func(lambda x: (print(x), x)[1], [x], x)"
+    )
+    refused = transform(make(lambda x: (py_func(lambda x: None, [x], []), x)[1]))
+    with pytest.raises(NotImplementedError, match=remedy):
+        refused(x)
+    for note in (
+        lambda x: (jax.debug.callback(lambda x: None, x), x)[1],
+        lambda x: py_func(lambda x: (print(x), x)[1], [x], x),
+    ):
+        got = transform(make(note))(x)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_what_batching_a_loop_costs(monkeypatch):
+    """Nothing where no call is stateful, and no more looks at it than tell anything."""
+    looked = []
+    batched = batching._batched
+
+    def counting(*args):
+        looked.append(args)
+        return batched(*args)
+
+    def loop(call):
+        body = lambda c: (c[0] + 1, *[x + call(1.0) for x in c[1:]])  # noqa: E731
+        return lambda *c: jax.lax.while_loop(lambda c: c[0] < 3, body, c)
+
+    monkeypatch.setattr(batching, "_batched", counting)
+    f = py_func(lambda x: x, Tout=f32, stateful=True)
+    for call, looks in ((lambda x: x, 0), (f, 2)):
+        program = jax.vmap(loop(call), (None, 0, *[None] * 9))
+        got = program(0, jnp.ones(2), *[1.0] * 9)
+        assert [x.tolist() for x in got] == [[3, 3], *[[4.0, 4.0]] * 10]
+        assert len(looked) == looks
+        looked.clear()
 
 
 def returning(y, log):

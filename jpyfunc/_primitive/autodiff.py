@@ -145,7 +145,7 @@ def refusing_in_linearized_while(rule: Callable[..., Any]) -> Callable[..., Any]
                         f"{effect.name} is stateful and is called inside a while_loop that "
                         "is linearized, which would run the loop a second time for the "
                         "tangents. Use jax.jvp or jax.jacfwd, or a loop of a fixed number "
-                        "of iterations (jax.lax.scan), or make the call pure."
+                        f"of iterations (jax.lax.scan), or {effect.remedy}."
                     )
         return rule(trace, *tracers, **params)
 

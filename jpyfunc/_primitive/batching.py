@@ -58,9 +58,11 @@ def refusing_in_cond(rule: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
-        if dims[0] is not None:
-            _refuse_stateful(
-                "cond or switch", "branches that it does not take", params["branches"]
+        # The index of a choice by platform becomes one for all elements again.
+        differ = dims[0] is not None and "branches_platforms" not in params
+        for effect in _stateful(params["branches"]) if differ else ():
+            raise _refusal(
+                effect, "cond or switch", "executes every branch for every element"
             )
         return rule(axis_data, operands, dims, **params)
 
@@ -68,26 +70,45 @@ def refusing_in_cond(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refusing_in_while(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The batching rule of `while_loop`, which turns until the last element is done.
+    """The batching rule of `while_loop`, which runs until the last element is done.
 
     Raises:
-        UnsupportedError: elements may end at different turns, and it has a stateful call.
+        UnsupportedError: elements may end at different iterations, and it has a stateful
+            call.
     """
 
     def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
-        test, body = params["cond_jaxpr"], params["body_jaxpr"]
-        batched = [d is not None for d in dims]
-        n, m = params["cond_nconsts"], params["body_nconsts"]
-        of_test, of_body, carry = batched[:n], batched[n : n + m], batched[n + m :]
-        for _ in carry:
-            carry = [
-                a or b for a, b in zip(carry, _batched(body, of_body + carry), strict=True)
-            ]
-        if _batched(test, of_test + carry)[0]:
-            _refuse_stateful("while_loop", "turns of elements that are done", (test, body))
+        # Only then ask what JAX's rule is about to find out itself.
+        for effect in _stateful((params["cond_jaxpr"], params["body_jaxpr"])):
+            if _is_test_batched(dims, **params):
+                raise _refusal(
+                    effect,
+                    "while_loop",
+                    "executes every iteration for every element, those that are done too",
+                )
         return rule(axis_data, operands, dims, **params)
 
     return batch
+
+
+def _is_test_batched(
+    dims: Sequence[Any],
+    *,
+    cond_jaxpr: Any,
+    cond_nconsts: int,
+    body_jaxpr: Any,
+    body_nconsts: int,
+) -> bool:
+    """Whether elements of a batched `while_loop` may differ in when they end."""
+    batched = [d is not None for d in dims]
+    n = cond_nconsts + body_nconsts
+    of_test, of_body, carry = batched[:cond_nconsts], batched[cond_nconsts:n], batched[n:]
+    before = None
+    while carry != before:  # what is batched after one iteration is so from the next on
+        before = carry
+        after = _batched(body_jaxpr, of_body + carry)
+        carry = [a or b for a, b in zip(carry, after, strict=True)]
+    return _batched(cond_jaxpr, of_test + carry)[0]
 
 
 def _batched(jaxpr: Any, operands: Sequence[bool]) -> list[bool]:
@@ -106,14 +127,17 @@ def _batched(jaxpr: Any, operands: Sequence[bool]) -> list[bool]:
     return [id(v) in live for v in inner.outvars]
 
 
-def _refuse_stateful(what: str, where: str, jaxprs: Sequence[Any]) -> None:
-    for effect in (e for jaxpr in jaxprs for e in jaxpr.effects):
-        if isinstance(effect, StatefulEffect):
-            raise UnsupportedError(
-                f"{effect.name} is stateful and is called inside {what} under vmap, which "
-                f"would run it for {where}. Loop over the elements with jax.lax.map, or "
-                "make the call pure."
-            )
+def _stateful(jaxprs: Sequence[Any]) -> list[StatefulEffect]:
+    """The effects of calls of ours that are to run as often as the program says."""
+    effects = (effect for jaxpr in jaxprs for effect in jaxpr.effects)
+    return [effect for effect in effects if isinstance(effect, StatefulEffect)]
+
+
+def _refusal(effect: StatefulEffect, what: str, does: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{effect.name} is stateful and is called inside {what} under vmap, which {does}. "
+        f"Loop over the elements with jax.lax.map, or {effect.remedy}."
+    )
 
 
 def _sequential(

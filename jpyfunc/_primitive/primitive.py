@@ -83,16 +83,33 @@ class Params:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StatefulEffect(Effect):
-    """What keeps a stateful call in a program, however its results are used."""
+    """What keeps a stateful call in a program, however its results are used.
+
+    Attributes:
+        name: what errors call the user's function.
+        returns: whether it returns anything. What does not is stateful without being said
+            to be, and cannot be made pure: nothing would be left of it.
+    """
 
     name: str
+    returns: bool
+
+    @property
+    def remedy(self) -> str:
+        """What to write where a call may run more often, or less, than the program says."""
+        if self.returns:
+            return "make the call pure"
+        return (
+            "use jax.debug.callback, since it returns nothing, or let it return what it is "
+            "given, so that it is pure: x = py_func(lambda x: (print(x), x)[1], [x], x)"
+        )
 
     # JAX prints an effect where it refuses one, so this is part of an error's text.
     def __repr__(self) -> str:
         return (
             f"{self.name} is stateful (stateful=True, ordered=True or no results) and must "
             "run once, but jax.checkpoint would run it again for the gradient; call it "
-            "outside jax.checkpoint, or make it pure"
+            f"outside jax.checkpoint, or {self.remedy}"
         )
 
     __str__ = __repr__
@@ -144,7 +161,9 @@ def _py_func_abstract_eval(
     *avals: ShapedArray, params: Params
 ) -> tuple[list[ShapedArray], set[Effect]]:
     """Avals and effects of the results."""
-    effects: set[Effect] = {StatefulEffect(params.name)} if params.stateful else set()
+    effects: set[Effect] = set()
+    if params.stateful:
+        effects.add(StatefulEffect(params.name, bool(params.body.primal.out_avals)))
     if params.ordered:
         effects.add(ORDERED)
     out_avals = [_compat.like_operands(aval, avals) for aval in params.body.out_avals]
