@@ -59,7 +59,7 @@ from jpyfunc._symbol import Symbol, building, noting
 from jpyfunc._traces.abstract import AbstractTrace
 from jpyfunc._traces.batched import is_batched, running_batch
 from jpyfunc._traces.running import runs_now
-from jpyfunc._traces.taped import is_taped
+from jpyfunc._traces.taped import is_taped, value_if_over
 
 
 class _Inferred:
@@ -607,6 +607,7 @@ class PyFunc:
                 f"{self._where}: JAX does not take its arguments apart: "
                 f"{why_no_pytree(error)}."
             ) from error
+        leaves = [*map(value_if_over, leaves)]
         for leaf in leaves:
             if isinstance(leaf, Symbol):
                 return leaf.call_py_func(self, args, kwargs)

@@ -12,17 +12,27 @@ from jax.interpreters import ad, mlir
 from programs import run_program
 
 from jpyfunc import py_func
+from jpyfunc._traces import cache
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
 
-def test_a_loop_of_varying_length_compiles_nothing_after_a_while():
-    """However many turns it takes, its operations are the same."""
-    compiled = []
+@pytest.fixture
+def compiled():
+    """What XLA compiles, one event each."""
+    events = []
 
     def listen(event, duration, **_):
         if "backend_compile" in event:
-            compiled.append(event)
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_loop_of_varying_length_compiles_nothing_after_a_while(compiled):
+    """However many turns it takes, its operations are the same."""
 
     def body(x, n):
         y = x
@@ -34,18 +44,50 @@ def test_a_loop_of_varying_length_compiles_nothing_after_a_while():
 
     grad = jax.jit(jax.grad(py_func(body, Tout=f32)))
     turns = np.random.default_rng(0).integers(1, 41, 200)
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        for n in turns[:100]:
-            grad(1.3, int(n))
-        assert compiled
-        compiled.clear()
-        for n in turns[100:]:
-            grad(1.3, int(n))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    for n in turns[:100]:
+        grad(1.3, int(n))
+    assert compiled
+    compiled.clear()
+    for n in turns[100:]:
+        grad(1.3, int(n))
     assert not compiled
     np.testing.assert_allclose(grad(1.3, 7), jax.grad(body)(1.3, 7), rtol=1e-5)
+
+
+def test_a_body_of_more_operations_than_the_cache_has_room_for(compiled, monkeypatch):
+    """From the second call on it grows, and in the end nothing is compiled."""
+    monkeypatch.setattr(cache, "_operations", cache.Cache(size=8))
+    bodies = [
+        lambda x, k=k: sum((x[i : i + k] ** 2).sum() for i in range(12)) for k in (2, 3)
+    ]
+    slopes = [jax.jit(jax.grad(py_func(body, Tout=f32))) for body in bodies]
+    x = jnp.arange(20.0)
+    for call in range(8):
+        for slope, body in zip(slopes, bodies, strict=True):
+            np.testing.assert_allclose(slope(x), jax.grad(body)(x), rtol=1e-6)
+        if call < 7:
+            compiled.clear()
+    assert not compiled
+
+
+def test_operations_that_never_come_back_do_not_let_the_cache_grow(monkeypatch):
+    monkeypatch.setattr(cache, "_operations", known := cache.Cache(size=8))
+    f = jax.jit(jax.vjp, static_argnums=0)
+    for i in range(40):
+        f(py_func(lambda x, i=i: (x[i : i + 2] ** 2).sum(), Tout=f32), jnp.arange(50.0))
+    assert len(known._kept) == 8
+
+
+def test_nothing_is_planted_on_functions_of_jax():
+    def attributes():
+        functions = [f for f in vars(jax.nn).values() if callable(f)]
+        functions += [f.fun for f in functions if hasattr(f, "fun")]
+        return [sorted(getattr(f, "__dict__", {})) for f in functions]
+
+    before = attributes()
+    f = py_func(lambda x: jax.nn.relu(x) + jax.nn.silu(x) + jax.nn.softplus(x), Tout=f32)
+    np.testing.assert_allclose(jax.grad(f)(-50.0), 0.0, atol=1e-6)
+    assert attributes() == before
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)

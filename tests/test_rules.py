@@ -712,6 +712,25 @@ def test_objects_of_unknown_size_are_bounded_in_number(kind, least, most, spent,
         jpf.set_tape_limit(before)
 
 
+def test_a_residual_that_a_rule_writes_to_again_is_what_it_was(transform):
+    """One buffer for all iterations of a loop, whose pullbacks come after the last."""
+    buffer = np.zeros((), np.float32)
+
+    def forward(x):
+        buffer[...] = x
+        return x**2, {"at": [buffer, 2.0]}
+
+    f = numpy_func(lambda x: x**2, Tout=F32)
+    f.defvjp(forward, lambda r, bar: (r["at"][1] * r["at"][0] * bar,))
+
+    def program(f, x):
+        return jax.lax.scan(lambda c, _: (f(c) + 0.5, None), x, None, length=3)[0]
+
+    got = transform(jax.grad(lambda x: program(f, x)))(0.3)
+    want = jax.grad(lambda x: program(jnp.square, x))(0.3)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("size", [1024, 2**16])
 def test_a_buffer_that_a_rule_reuses_does_not_change_earlier_results(size, transform):
     raw = np.zeros(4 * size + 64, np.uint8)

@@ -1,12 +1,15 @@
 """What a body sees while it is differentiated: values, and which reads cut a gradient."""
 
 import copy
+import itertools
 import linecache
 import math
+import pickle
 import re
 import warnings
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -282,6 +285,89 @@ def test_a_kept_argument_is_a_clear_error(transform):
         call(grad, 3.0)
     assert float(kept[0]) == 2.0
     assert np.asarray(kept[0]) == 2.0
+
+
+USES = {
+    "operator": lambda h: h + 1,
+    "index": lambda h: h[0],
+    "jit": lambda h: jax.jit(lambda h: h * 2)(h),
+    "closure of jit": lambda h: jax.jit(lambda y: y + h)(1.0),
+    "closure of grad": lambda h: jax.grad(lambda y: (y * h).sum())(2.0),
+    "vmap": lambda h: jax.vmap(lambda y: y * 2)(h),
+    "scan": lambda h: jax.lax.scan(lambda c, y: (c + y, y), 0.0, h)[0],
+    "stack": lambda h: jnp.stack([h, h]),
+    "argument": lambda h: jax.jit(inner_func)(h[0]),
+    "closure": lambda h: jax.jit(py_func(lambda y: y + h.sum(), Tout=f32))(1.0),
+    "closure staged": lambda h: jax.jit(py_func(lambda y: y + h.sum(), staged=True))(1.0),
+    "NumPy": np.asarray,
+    "numpy_func": lambda h: numpy_func(lambda h: h, [h], lambda h: h),
+    "copy": copy.deepcopy,
+    "pickle": lambda h: pickle.loads(pickle.dumps(h)),
+    "text": lambda h: [float(word) for word in str(h).strip("[]").split()],
+}
+
+
+@pytest.mark.parametrize("take", [jax.grad, jax.hessian], ids=["grad", "hessian"])
+def test_what_a_body_keeps_is_its_value_when_the_run_is_over(take, transform):
+    kept = []
+
+    def layer(x):
+        h = jnp.tanh(x)
+        kept.append(h)
+        return (h**2).sum()
+
+    x = jnp.array([0.5, 1.0, 1.5])
+    jax.block_until_ready(transform(take(py_func(layer, Tout=f32)))(x))
+    for name, use in USES.items():
+        np.testing.assert_allclose(
+            use(kept[0]), use(jnp.tanh(x)), rtol=1e-5, atol=1e-6, err_msg=name
+        )
+
+
+def test_a_numpy_array_that_a_body_writes_to_is_recorded_as_it_was(transform):
+    """Of no dimension, too: `t += 1` writes to it."""
+    for shape in ((), (1,)):
+
+        def body(x, shape=shape):
+            t, y = np.zeros(shape, np.float32), 0.0
+            for _ in range(3):
+                t += 1
+                y = y + (x * t).sum()
+            return y
+
+        f = py_func(body, Tout=f32)
+        take = jax.value_and_grad(f)
+        assert transform(take)(2.0) == (2.0 * (1 + 2 + 3), 1 + 2 + 3)
+        assert transform(lambda x, f=f: jax.jvp(f, (x,), (1.0,))[1])(2.0) == 1 + 2 + 3
+        got = transform(jax.vmap(take))(jnp.arange(2.0))
+        np.testing.assert_array_equal(got, ([0.0, 6.0], [6.0, 6.0]))
+
+
+def test_jax_tells_one_run_from_another(transform):
+    """Libraries forbid to change in one trace what was made in another."""
+    states = []
+
+    def body(x):
+        states.append(jax.extend.core.get_opaque_trace_state())
+        assert states[-1] == jax.extend.core.get_opaque_trace_state()
+        return jnp.sin(x)
+
+    def nested(x):
+        states.append(jax.extend.core.get_opaque_trace_state())
+        return jax.grad(py_func(body, Tout=f32))(x)
+
+    for f, count in ((body, 1), (nested, 2)):
+        states.clear()
+        slope = transform(jax.grad(py_func(f, Tout=f32)))
+        for _ in range(2):
+            jax.block_until_ready(slope(1.0))
+        assert len(states) == 2 * count
+        assert all(a != b for a, b in itertools.combinations(states, 2))
+    states.clear()
+    held = jnp.ones(())  # on a device of another client than bodies
+    value = transform(py_func(lambda x: body(x) + held, Tout=f32))
+    jax.block_until_ready(value(1.0))
+    assert states == [jax.extend.core.get_opaque_trace_state()]  # with values, as here
 
 
 custom = jax.custom_vjp(lambda x: jnp.sin(x))

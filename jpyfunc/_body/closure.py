@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jpyfunc._traces.abstract import is_abstract
+from jpyfunc._traces.taped import value_if_over
 
 MAX_SEARCHED = 10_000  # objects; a body may hold all of a program's data
 MAX_OPENED = 100_000  # containers
@@ -67,7 +68,7 @@ def refuse_traced_leaf(leaf: Any, where: str) -> None:
 def _traced(value: Any) -> Iterator[tuple[str, Any]]:
     """What `value` holds that a transform traces."""
     for path, item in held(value, with_globals=False):
-        if isinstance(item, Tracer) and not is_abstract(item):
+        if isinstance(value_if_over(item), Tracer) and not is_abstract(item):
             yield path, item
 
 

@@ -49,7 +49,23 @@ def forward(primal: Primal, operands: Sequence[Any]) -> tuple[list[Any], Residua
             f"{primal.label}: expected its fwd to return a pair (result, residuals), got "
             f"{_what(result)}. Write return result, residuals."
         )
-    return primal.template.check(result[0], f"{primal.label}: fwd"), Residuals(result[1])
+    values = primal.template.check(result[0], f"{primal.label}: fwd")
+    return values, Residuals(_owned(result[1]))
+
+
+def _owned(residuals: Any) -> Any:
+    """`residuals`, without arrays that the user may write to before they are used.
+
+    A rule may fill one buffer in each iteration of a loop, whose pullbacks come later. What
+    is no array, tuple, list or dict is the user's object, and stays that.
+    """
+    if isinstance(residuals, np.ndarray):
+        return residuals.copy() if residuals.flags.writeable else residuals
+    if type(residuals) in (tuple, list):
+        return type(residuals)(map(_owned, residuals))
+    if type(residuals) is dict:
+        return {key: _owned(value) for key, value in residuals.items()}
+    return residuals
 
 
 def backward(

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Trace, Tracer
+from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params, set_current_trace
 
 from jpyfunc import _compat
@@ -68,7 +68,7 @@ class Decision:
     steps: list[Step]
 
 
-class AbstractTrace(Trace):
+class AbstractTrace(_compat.OneKey):
     """Evaluates operations on avals alone, and answers truth tests from a script.
 
     Attributes:
@@ -79,7 +79,6 @@ class AbstractTrace(Trace):
 
     def __init__(self, script: Sequence[bool], keeps_rules: bool = False) -> None:
         super().__init__()
-        _compat.share_state(self)
         self._script = script
         self._keeps_rules = keeps_rules
         self._count = 0

@@ -1,14 +1,14 @@
 """Finds the operation that a bind is, compiled when it was met first.
 
-The caches are bounded and hold nothing of the user's beyond its own life: an operation
-that is made of a jaxpr goes when that jaxpr does, and one that is made of a function of
-JAX with a custom rule is kept by that function.
+The cache holds nothing of the user's beyond its own life: an operation that is made of a
+jaxpr goes when that jaxpr does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import inspect
 import sys
 import threading
 import types
@@ -24,8 +24,7 @@ from jax.extend.core import jaxpr_as_fun, set_current_trace
 from jpyfunc import _compat
 from jpyfunc._traces.operations import Operation, aval_of, has_rules, with_weak_type
 
-MAX_OPERATIONS = 1024  # in all, and of one function with a custom rule 64
-MAX_OF_FUNCTION = 64
+MAX_OPERATIONS = 1024  # to begin with
 
 
 class Uncacheable(Exception):  # noqa: N818 - it is no error
@@ -33,13 +32,23 @@ class Uncacheable(Exception):  # noqa: N818 - it is no error
 
 
 class Cache:
-    """Operations by key, the least recently used of which goes."""
+    """An LRU cache that grows to what is asked for again and again.
+
+    A body of more distinct operations than the cache has room for would evict, in each
+    call, just those that the next call begins with, and compile all of them anew. So where
+    a key comes back that was evicted, the cache doubles. One whose keys never come back,
+    such as those of functions that are made anew in each call, stays as small as it was.
+
+    Args:
+        size: how many entries it begins with.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
         # Dead jaxprs are dropped by the garbage collector, which may run anywhere.
         self._lock = threading.RLock()
         self._kept: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
+        self._evicted: OrderedDict[int, None] = OrderedDict()  # hashes of keys
 
     def get(self, key: Any) -> Any:
         # Without the lock, because it is on the way of every operation.
@@ -64,10 +73,21 @@ class Cache:
         references = [weakref.ref(x, drop) for x in owners]
         with self._lock:
             self._kept[key] = (value, references)
-            if len(self._kept) > self._size:
-                self._kept.popitem(last=False)
+            if len(self._kept) <= self._size:
+                return
+            if hash(key) in self._evicted:
+                self._size *= 2
+                self._evicted.clear()
+                return
+            evicted, _ = self._kept.popitem(last=False)
+            self._evicted[hash(evicted)] = None
+            if len(self._evicted) > MAX_EVICTED:
+                self._evicted.popitem(last=False)
 
 
+# Integers, of less than 100 bytes each: more distinct operations than any body could
+# compile in ten minutes.
+MAX_EVICTED = 2**16
 _operations = Cache(MAX_OPERATIONS)
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), np.dtype, type}
 _LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes")
@@ -157,24 +177,23 @@ def operation_of_custom(
     Raises:
         Uncacheable: it is not JAX's, and its rules may look at values and at the world.
     """
-    if not all(_is_of_jax(function.f) for function in functions):
-        raise Uncacheable
     function, *rules = functions
-    cache = _cache_of(function.f)
+    if not _is_global_of_jax(function.f) or not all(_is_of_jax(rule.f) for rule in rules):
+        raise Uncacheable
     key = (
         context,
         primitive,
+        function.f,
         function.transforms,
-        *(id(rule.f) for rule in rules),
+        *(rule.f for rule in rules),
         tuple([_signature(x) for x in operands]),
     )
     try:
-        known = cache.get(key)
+        known = _operations.get(key)
     except TypeError:  # an argument of the function that JAX does not trace
-        known, cache = None, Cache(1)
-        key = ()
+        raise Uncacheable from None
     if known is not None:
-        operation, stores, _ = known
+        operation, stores = known
         # The structure of the results, which JAX asks of the function that it passed.
         function.populate_stores(stores)
         return operation
@@ -186,8 +205,7 @@ def operation_of_custom(
     with set_current_trace(_compat.eval_trace):
         closed = jax.make_jaxpr(call)(*map(with_weak_type, avals))
     operation = Operation(jaxpr_as_fun(closed), avals, has_rules=True)
-    # The rules are kept with it, because the key has their ids.
-    cache.put(key, (operation, function.stores, rules))
+    _operations.put(key, (operation, function.stores))
     return operation
 
 
@@ -195,15 +213,10 @@ def _is_of_jax(function: Any) -> bool:
     return (getattr(function, "__module__", None) or "").partition(".")[0] == "jax"
 
 
-def _cache_of(function: Any) -> Cache:
-    """The operations of a function with a custom rule, which holds them itself.
-
-    They refer to it, so that a table of ours would keep it alive.
-    """
-    try:
-        return vars(function).setdefault("__jpyfunc_operations__", Cache(MAX_OF_FUNCTION))
-    except TypeError:  # it can hold nothing
-        return Cache(1)
+def _is_global_of_jax(function: Any) -> bool:
+    """Whether it is JAX's and lives on anyway, so that the cache may hold it."""
+    inner = inspect.unwrap(function)  # what `jax.jit` made
+    return _is_of_jax(function) and not getattr(inner, "__closure__", None)
 
 
 def _signature(x: Any) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from jax.extend.core import set_current_trace
 from jpyfunc import _compat
 
 
-class OnDevice(_compat.EvalTrace):
+class OnDevice(_compat.OneKey, _compat.EvalTrace):
     """Evaluates operations at once and on one device, wherever their operands are.
 
     An operand on another device, such as a global array, would be copied by the client
@@ -21,9 +21,10 @@ class OnDevice(_compat.EvalTrace):
     the client of the program that waits for the call, and so may wait for it in turn.
     """
 
+    _is_transparent = True
+
     def __init__(self, device: _compat.Device) -> None:
         super().__init__()
-        _compat.share_state(self)
         self._device = device
 
     def process_primitive(self, primitive: Any, args: Any, params: Any, /) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.core import Trace
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
@@ -41,7 +40,7 @@ def ground() -> Any:
     return trace
 
 
-class Running(Trace):
+class Running(_compat.OneKey):
     """Runs operations at once.
 
     Attributes:
@@ -50,7 +49,6 @@ class Running(Trace):
 
     def __init__(self, parent: Any) -> None:
         super().__init__()
-        _compat.share_state(self)
         self.parent = parent
         # What an array is put through before an operation takes it.
         self.move = parent.move if isinstance(parent, OnDevice) else None

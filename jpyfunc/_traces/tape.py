@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend.core import set_current_trace
 
@@ -133,8 +132,10 @@ class Tape(Running):
                     x = x.value
                 else:
                     self._check_open(x)
-            elif not isinstance(x, jax.Array) and getattr(x, "ndim", 0):
-                x = np.array(x)  # a copy, because its owner may write to it
+            elif isinstance(x, np.ndarray):
+                x = (
+                    x.copy()
+                )  # its owner may write to it; JAX has a subclass, with a weak type
             values.append(x)
         if self.move is not None:
             values = [self.move(x) for x in values]

@@ -32,6 +32,11 @@ def is_taped(value: Any) -> bool:
     return type(value) is Taped
 
 
+def value_if_over(value: Any) -> Any:
+    """`value`, or the array that it is if it was kept from a run that is over."""
+    return value.full_lower() if type(value) is Taped else value
+
+
 class Taped(Tracer):
     """An array that a tape differentiates. It has a value, and looks like it."""
 
@@ -54,6 +59,11 @@ class Taped(Tracer):
     # Truth tests, `int`, indices and sizes go through this.
     def to_concrete_value(self) -> Any:
         return self.array
+
+    # What a body keeps is its value once the run is over: JAX asks for this before it runs
+    # an operation that nothing traces.
+    def full_lower(self) -> Any:
+        return self if self._trace.is_open else self.array
 
     def __repr__(self) -> str:
         return repr(self.array)
