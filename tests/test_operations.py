@@ -165,6 +165,19 @@ def test_a_rule_of_jaxs_own_with_other_static_arguments():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_the_same_operations_on_other_operands():
+    """In the same order: nothing else tells one structure from the other."""
+
+    def body(x, n):
+        a = jnp.sin(x)
+        b = jnp.sin(a if n > 0 else x)
+        return a * b
+
+    grad, plain = jax.jit(jax.grad(py_func(body, Tout=f32))), jax.grad(body)
+    for n in [1, 0] * 4:
+        np.testing.assert_allclose(grad(0.7, n), plain(0.7, n), rtol=1e-6)
+
+
 def test_more_structures_than_are_compiled():
     """A body that branches on each of four elements has sixteen, each met six times."""
 

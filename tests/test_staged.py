@@ -156,6 +156,9 @@ def test_a_leaf_in_a_batch_runs_for_the_elements_that_need_it(transform):
     got = transform(jax.vmap(jax.grad(f)))(xs)
     assert_close(got, jnp.where(xs > 2, 2 * xs, jnp.cos(xs)))
     assert ran == [x for x in xs.tolist() if x > 2]
+    with profile() as prof:
+        jax.block_until_ready(transform(jax.vmap(staged(body)))(xs))
+    assert prof.as_dict()["body (leaf)"]["forward"]["elements"] == 4  # by branch, too
     nested = transform(jax.vmap(jax.vmap(jax.grad(f))))(xs[:6].reshape(2, 3))
     assert_close(nested.ravel(), jnp.where(xs > 2, 2 * xs, jnp.cos(xs))[:6])
 
