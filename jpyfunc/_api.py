@@ -920,7 +920,7 @@ def _argument_name(tree: Any, index: int) -> str:
     """What errors call a leaf of the arguments."""
     first, *rest = key_path(tree, index)
     kind = "keyword argument" if getattr(first, "idx", 0) else "argument"
-    return f"{kind} {jax.tree_util.keystr(rest or (first,))}"
+    return f"{kind} {jax.tree_util.keystr(tuple(rest) or (first,))}"
 
 
 def _static(leaf: Any) -> Static | Float0:

@@ -598,6 +598,16 @@ def test_a_linear_function_is_transposed_in_a_body(transform):
         close(got, jax.grad(lambda a, b: plain(a, b).sum(), 1)(A, b), rtol=1e-3, atol=1e-4)
 
 
+def test_a_transpose_by_what_a_derivative_is_not_linear_in_is_refused(transform):
+    f = host_product()
+    for program in (
+        lambda a: jax.linear_transpose(lambda a: transposed(f, a, B), a)(B)[0],
+        lambda a: jax.jacrev(lambda a: transposed(f, a, B))(a),
+    ):
+        with pytest.raises(NotDifferentiableError, match=r"differentiated twice"):
+            transform(program)(A)
+
+
 NOT_LINEAR = {
     "sin": (np.sin, lambda v, c: c * np.cos(v)),
     "square": (np.square, lambda v, c: 2 * v * c),

@@ -222,13 +222,13 @@ def is_primal(body: Body) -> bool:
 
 
 def linear_from(body: Body) -> int:
-    """The first of the operands in which `body` is linear, all being so from there on.
+    """The first of the operands in which `body` is linear, as all after it are.
 
-    A primal says nothing of it, so it may be in any.
+    Only derivatives are linear as far as one can tell from the body.
     """
     base = flat(body)
     if not isinstance(base, _Derived):
-        return 0
+        return len(base.in_avals)
     return len(base.in_avals) - len(base.wrt if isinstance(base, Jvp) else base.of)
 
 

@@ -18,11 +18,13 @@ from jpyfunc._body.derived import (
     Body,
     Jvp,
     Recorded,
+    Recording,
     Transpose,
     Vjp,
     flat,
     linear_from,
 )
+from jpyfunc._body.primal import Primal
 from jpyfunc._errors import no_rule, no_second_order, no_transpose, refuse_partial
 from jpyfunc._host.evaluate import evaluate
 from jpyfunc._symbol import not_building
@@ -144,7 +146,9 @@ def check_rules(body: Body) -> None:
     if body.primal.numpy and isinstance(base, Transpose):
         if not rules or not rules.fwd:
             raise no_transpose(body.primal.label)
-        if min(base.wrt) < linear_from(base.base):
+        # A function itself may be linear in any operand, and its rule is checked to be.
+        is_derived = not isinstance(base.base, Primal | Recording)
+        if is_derived and min(base.wrt) < linear_from(base.base):
             raise no_second_order(body.primal.label)
 
 
