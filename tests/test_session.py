@@ -501,8 +501,11 @@ def test_make_callable(sess):
     x, m = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32, name="m")
     call = sess.make_callable({"y": x - m}, [x, "m:0"])
     assert call(3.0, 1) == {"y": 2.0}
-    with pytest.raises(TypeError, match="expected 2 values, one per entry of feed_list"):
-        call(3.0)
+    for values in ((3.0,), (3.0, 1, 2)):
+        with pytest.raises(
+            TypeError, match="expected 2 values, one per entry of feed_list"
+        ):
+            call(*values)
     with pytest.raises(ValueError, match="You must feed a value for placeholder 'm'"):
         sess.make_callable(x - m, [x])
 

@@ -193,6 +193,8 @@ def test_a_dtype_that_only_the_run_knows(sess):
     close(sess.run(slope, {x: value}), value / 7, rtol=1e-6)
     (zeros,) = jpf.gradients(counted, x)
     close(sess.run(zeros, {x: value}), 0 * value)
+    (whole,) = jpf.gradients(counted * 2.5, counted)
+    assert sess.run(whole, {x: value}).dtype == jnp.int32
 
 
 def test_several_results_and_a_tensor_used_twice(sess):

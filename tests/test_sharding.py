@@ -70,6 +70,15 @@ def test_sharded_jit_runs_once_and_the_result_goes_on(axis_type, wrapped, calls)
     assert count(calls) == [(8,)]
 
 
+def test_two_of_the_devices(wrapped, calls):
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=jax.devices()[1:3])
+    x = jax.device_put(X, NamedSharding(mesh, P("d")))
+    got = jax.jit(wrapped)(x, W)
+    assert got[0].devices() == x.devices()
+    assert_close((got[0] + x, got[1]), (body(X, W)[0] + X, body(X, W)[1]))
+    assert count(calls) == [(8,)]
+
+
 def test_sharded_jit_of_a_gradient_runs_once(wrapped, calls):
     x = jax.device_put(X, NamedSharding(mesh_of(AxisType.Auto), P("d")))
     loss = lambda f: lambda x, w: f(x, w)[0].sum() + f(x, w)[1] ** 2  # noqa: E731
