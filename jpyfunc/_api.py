@@ -852,19 +852,20 @@ class PyFunc:
 
     def _call_tout(self, args: Any, kwargs: Any) -> Any:
         tout: Any = self._callable_tout
-        misfit = _misfit(tout, args, kwargs)
-        if misfit:
-            self._check_signature(args, kwargs)
-            own = _signature(self._func)
-            expected = own or f"of {len(args) + len(kwargs)} arguments"
-            raise TypeError(
-                f"{self._where}: Tout is called with the arguments of the function, and "
-                f"{misfit}: expected the parameters {expected}, got {_signature(tout)}. "
-                "Write a Tout that takes them, such as Tout=lambda *args: args[0]."
-            )
         try:
             return tout(*args, **kwargs)
         except Exception as error:
+            misfit = _misfit(tout, args, kwargs)
+            if misfit:
+                self._check_signature(args, kwargs)
+                own = _signature(self._func)
+                expected = own or f"of {len(args) + len(kwargs)} arguments"
+                raise TypeError(
+                    f"{self._where}: Tout is called with the arguments of the function, "
+                    f"and {misfit}: expected the parameters {expected}, got "
+                    f"{_signature(tout)}. Write a Tout that takes them, such as "
+                    "Tout=lambda *args: args[0]."
+                ) from None
             error.add_note(
                 f"{self._where}: this was raised by Tout, which is called with a "
                 "jax.ShapeDtypeStruct for each array, not with data."

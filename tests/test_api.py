@@ -507,6 +507,18 @@ def test_traced_closures_are_refused(path, trace):
         assert not ran
 
 
+def test_a_function_that_is_a_pytree_passes_as_an_argument(transform):
+    def multiply(w, x):
+        return w * x
+
+    remedy = "Pass it as an argument, with the function: wrap lambda f, *args: f(*args)."
+    with pytest.raises(TypeError, match=re.escape(remedy)):
+        jax.jit(lambda w: py_func(jax.tree_util.Partial(multiply, w), [2.0], F32))(3.0)
+    f = py_func(lambda f, *args: f(*args), Tout=F32)
+    gradient = jax.grad(lambda w: f(jax.tree_util.Partial(multiply, w), 2.0))
+    assert transform(gradient)(3.0) == 2
+
+
 @dataclasses.dataclass
 class Weights:
     """A dataclass that JAX does not take apart."""

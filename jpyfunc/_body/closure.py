@@ -36,10 +36,13 @@ def refuse_traced_closure(body: Any, where: str) -> None:
         TypeError: it does; the text says where, and to pass it.
     """
     for path, value in _traced(body):
+        # An equinox module or a `jax.tree_util.Partial` passes as an argument itself.
+        is_pytree = not jax.tree_util.all_leaves([body])
+        how = ", with the function: wrap lambda f, *args: f(*args)" if is_pytree else ""
         raise TypeError(
             f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
             f"{path}. It runs outside the transform that traces it, and would get "
-            "neither its value nor its gradient. Pass it as an argument."
+            f"neither its value nor its gradient. Pass it as an argument{how}."
         )
 
 
