@@ -201,6 +201,7 @@ class TestFeeds:
         assert sess.run(y, {h: 5.0}) == 15.0
         assert sess.run([h, y], {x: 1.0, c: 0.0}) == [2.0, 2.0]
         assert sess.run(y, {y: -1.0}) == -1.0
+        assert sess.run([x.op, h.op], {x: 1.0}) == [None, None]
 
     def test_by_name_in_any_order(self, sess):
         x, m = (
