@@ -699,8 +699,10 @@ class PyFunc:
     def _bind(self, leaves: list[Any], tree: Any) -> Any:
         """Make one bind of the primitive, or more of what a body does that is staged."""
         refuse_traced_closure(self._func, self._where)
-        arrays = self._arrays(leaves, tree)
+        # The program is computed later, and the caller may write to them meanwhile.
+        leaves = [x.copy() if isinstance(x, np.ndarray) else x for x in leaves]
         if not self._staged:
+            arrays = self._arrays(leaves, tree)
             self._check_signature(*jax.tree.unflatten(tree, leaves))
             template = self._declared(leaves, tree)
             if template is None or not template.complete:
@@ -713,7 +715,7 @@ class PyFunc:
                 check_x64(template, self._where)
             results = self._bind_call(arrays, leaves, tree, template)
             return jax.tree.unflatten(template.tree, results)
-        foreseen = self.foresee(leaves, tree)
+        foreseen, arrays = self.foresee(leaves, tree)
         if foreseen.failure:
             raise foreseen.failure
         template = foreseen.template
@@ -737,16 +739,23 @@ class PyFunc:
                 f"{_signature(self._func)}."
             )
 
-    def foresee(self, leaves: list[Any], tree: Any) -> Tree:
-        """What can be compiled of a call with these arguments, which are traced."""
+    def foresee(self, leaves: list[Any], tree: Any) -> tuple[Tree, list[Any]]:
+        """What can be compiled of a call with these arguments, and its operands.
+
+        The operands are aligned before the body is traced, and not where it uses them: the
+        transpose of `pvary` is a sum over shards, and each shard has to come to that. In a
+        branch it would add up those that take the branch, or wait for the others.
+        """
         self._check_signature(*jax.tree.unflatten(tree, leaves))
-        return stage(
+        arrays = _compat.align(self._arrays(leaves, tree))
+        foreseen = stage(
             self._on_abstract_values(leaves, tree),
-            [jax.typeof(x) for x in self._arrays(leaves, tree)],
+            [jax.typeof(x) for x in arrays],
             self._declared(leaves, tree),
             self._where,
             self._staged or MAX_RUNS,
         )
+        return foreseen, arrays
 
     def _arrays(self, leaves: list[Any], tree: Any) -> list[Any]:
         """The arguments that cross to the host, as JAX arrays."""

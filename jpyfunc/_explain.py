@@ -54,7 +54,7 @@ def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
         )
     wrapped = func if isinstance(func, PyFunc) else py_func(func)
     leaves, structure = jax.tree.flatten((args, kwargs))
-    tree = with_arrays_traced(leaves, lambda traced: wrapped.foresee(traced, structure))
+    tree = with_arrays_traced(leaves, lambda traced: wrapped.foresee(traced, structure)[0])
     return Explanation(wrapped.__name__, tree)
 
 

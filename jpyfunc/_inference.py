@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -66,10 +66,10 @@ def infer(
     failure: Exception | None = None
     last = ""
 
-    def returned(operands: list[Any]) -> Template:
-        return template_of(func(operands), template, name)[0]
+    def returned(trace: AbstractTrace) -> Template:
+        return template_of(func([*map(trace.new, avals)]), template, name)[0]
 
-    for run in explore(returned, avals, MAX_RUNS):
+    for run in explore(returned, name, MAX_RUNS):
         error = run.error
         if error is None:
             seen = run.result
@@ -170,8 +170,8 @@ class Run:
 
 
 def explore(
-    func: Callable[[list[Any]], Any],
-    avals: Sequence[ShapedArray],
+    func: Callable[[AbstractTrace], Any],
+    name: str,
     limit: int,
     keeps_rules: bool = False,
 ) -> Iterator[Run]:
@@ -181,8 +181,8 @@ def explore(
     a loop come first, whether its test is one to go on or to leave.
 
     Args:
-        func: the body, called with one array per aval.
-        avals: what it will be called with.
+        func: calls the body, with values of the trace that it gets.
+        name: the name of the function, for errors.
         limit: how many runs there may be.
         keeps_rules: whether what is noted of functions with custom rules has these rules;
             they must not branch then.
@@ -194,13 +194,15 @@ def explore(
         if not queue:
             break
         _, _, script = heapq.heappop(queue)
-        trace = AbstractTrace(script, keeps_rules)
+        trace = AbstractTrace(name, script, keeps_rules)
         result, error = None, None
         try:
             with _quiet(), take_current_trace(), set_current_trace(trace):
-                result = func([trace.new(aval) for aval in avals])
+                result = func(trace)
         except (Undecided, Exception) as raised:  # noqa: BLE001 - for the caller to judge
             error = raised
+        finally:
+            trace.close()
         yield Run(trace, result, error)
         answers = [decision.answer for decision in trace.decisions]
         for i in range(len(script), len(answers)):

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpyfunc import _compat
 from jpyfunc._body.tout import Leaf, Template
@@ -21,11 +22,14 @@ from jpyfunc._errors import InferenceError, ResultError, place_of
 from jpyfunc._inference import Run, explore, join, no_result, template_of
 from jpyfunc._traces.abstract import (
     MAX_DECISIONS,
+    AbstractTrace,
+    Constant,
     Decision,
     NeedsValueError,
     Ref,
     Step,
     Undecided,
+    is_alike,
 )
 
 MAX_OPERATIONS = 1000  # of a tree without a warning
@@ -122,10 +126,12 @@ def stage(
     last = ""
     failure: InferenceError | ResultError | None = None
 
-    def returned(operands: list[Any]) -> Any:
-        return template_of(func(operands), template, name)
+    def returned(trace: AbstractTrace) -> tuple[Template, list[Any]]:
+        results = func([*map(trace.new, avals)])
+        found, arrays = template_of(results, template, name)
+        return found, [*map(trace.ref, arrays)]
 
-    for run in explore(returned, avals, limit, keeps_rules=True):
+    for run in explore(returned, name, limit, keeps_rules=True):
         runs += 1
         reason, seen = _reason(run), found
         if run.error is None:
@@ -144,8 +150,7 @@ def stage(
         if reason:
             _grow(root, trace.decisions, trace.steps, Calls((reason,)))
         else:
-            results = [trace.ref(x) for x in run.result[1]]
-            _grow(root, trace.decisions, trace.steps, Returns(results))
+            _grow(root, trace.decisions, trace.steps, Returns(run.result[1]))
     _close(root, f"it takes more than {limit} runs on abstract values to come here")
     if found is None and declared is None and failure is None:
         raised = error if isinstance(error, Exception) else None
@@ -167,12 +172,21 @@ def _reason(run: Run) -> str:
 def _grow(
     root: Node, decisions: Sequence[Decision], steps: list[Step], end: Returns | Calls
 ) -> None:
-    """Add a run to a tree."""
+    """Add a run to a tree.
+
+    What comes before the first truth test that it answers in another way was met by an
+    earlier run, and has to be what this one did there: the numbers of its values are those
+    of the other, and a body whose operations are others each time is none to compile.
+    """
     node = root
     for decision in decisions:
         if node.steps is None:
             node.steps, node.decision = decision.steps, decision
-        elif node.decision is None or len(node.steps) != len(decision.steps):
+        elif (
+            node.decision is None
+            or node.decision.test != decision.test
+            or not is_alike(node.steps, decision.steps)
+        ):
             node.decision, node.end = None, _OTHER
             node.sides.clear()
             return
@@ -230,26 +244,41 @@ def emit(
         The results, flat, as the template says.
     """
     known = dict(enumerate(operands))
-    return _Emission(tree.template.leaves, operands, call).node(tree.root, known, None)
+    emission = _Emission(tree.root, tree.template.leaves, operands, call)
+    return emission.node(tree.root, known, {}, None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Emission:
+    root: Node
     leaves: Sequence[Leaf]
     operands: Sequence[Any]
     call: Callable[[Any], list[Any]]
 
-    def node(self, node: Node, known: dict[int, Any], needed: Any) -> list[Any]:
+    def node(
+        self, node: Node, known: dict[int, Any], constants: dict[Step, Any], needed: Any
+    ) -> list[Any]:
         """The results from a node on.
 
         Args:
             node: of the tree.
             known: operands and results so far, by number.
+            constants: results of operations on constants so far.
             needed: whether the program comes here.
         """
 
         def value(x: Any) -> Any:
-            return known[x.number] if isinstance(x, Ref) else x
+            if isinstance(x, Constant):
+                if x.step not in constants:
+                    constants[x.step] = x.step.call(*map(value, x.step.operands))
+                return constants[x.step][x.index]
+            if isinstance(x, Ref):
+                return known[x.number]
+            # An array that a branch uses becomes an operand of `lax.cond`, which `vmap`
+            # makes vary over the manual axes that the test varies over, while the branch
+            # was traced with one that does not. A constant of a function stays in it.
+            is_array = isinstance(x, np.ndarray | jax.Array)
+            return jax.jit(lambda: x)() if is_array and node is not self.root else x
 
         for step in node.steps or ():
             results = step.call(*map(value, step.operands))
@@ -269,7 +298,7 @@ class _Emission:
                 if after.calls:
                     here = test if answer else jnp.logical_not(test)
                     here = here if needed is None else jnp.logical_and(needed, here)
-                return self.node(after, dict(known), here)
+                return self.node(after, dict(known), dict(constants), here)
 
             return follow
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import SCALAR, assert_close
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from programs import run_program, xla_flags
 
 from jpyfunc import UnsupportedError, py_func, raise_original
 
@@ -141,6 +142,112 @@ def test_vmap_and_grad_in_shard_map():
     f = py_func(lambda x, w: jnp.sin(x) * w if x > 2 else x * w, Tout=jnp.float32)
     plain = lambda x, w: jnp.where(x > 2, jnp.sin(x) * w, x * w)  # noqa: E731
     assert_close(jax.jit(sharded(f))(X, W), jax.jit(sharded(plain))(X, W))
+
+
+@pytest.mark.parametrize("mode", ["one axis", "two axes", "check_vma=False"])
+def test_staged_branches_in_shard_map(mode):
+    """Shards that take different branches wait for each other if one has a psum in it.
+
+    `w` is the same on all shards, or on those along one of two axes, so that its
+    gradient is summed over them.
+    """
+    run_program(
+        f"""
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import PartitionSpec as P
+        from cases import assert_close
+        from jpyfunc import py_func
+
+        mode = {mode!r}
+        names = ("d", "e") if mode == "two axes" else ("d",)
+        devices = np.array(jax.devices())
+        mesh = jax.sharding.Mesh(devices.reshape(2, 2) if names[1:] else devices, names)
+        x = jnp.array([0.5, -1.0, 2.0, -2.0])
+        w = jnp.array([0.7, 0.9] if mode == "two axes" else [0.7])
+
+        def slope(x, w):
+            return jax.grad(lambda x: jnp.sin(x * w))(x)
+
+        def body(x, w):
+            if x > 0:
+                return x * w * table[2] + slope(x, w)
+            y = jax.lax.scan(lambda c, t: (c * t + jnp.sin(w), None), x, np.arange(3.0))[0]
+            if w > 100:
+                return jnp.float32(3)
+            return jax.nn.softplus(y)
+
+        table = jnp.linspace(0, 1, 100)
+
+        def plain(x, w):
+            other = jax.nn.softplus(5 * jnp.sin(w) + x * 0)
+            return jnp.where(x > 0, x * w * 2 / 99 + jnp.cos(x * w) * w, other)
+
+        def mapped(take, f):
+            def shard(x, w):
+                return jax.tree.map(lambda y: y[None] + 0 * x[0], take(f)(x[0], w[0]))
+
+            return jax.jit(jax.shard_map(
+                shard, mesh=mesh, in_specs=(P(names), P(names[1:])), out_specs=P(names),
+                check_vma="vma" not in mode,
+            ))
+
+        pair = jnp.array([1.0, -1.0])
+        for take in (
+            lambda f: f,
+            lambda f: jax.grad(f, (0, 1)),
+            lambda f: lambda x, w: jax.jvp(f, (x, w), (x, w * 2)),
+            lambda f: jax.hessian(f, (0, 1)),
+            lambda f: lambda x, w: jax.vmap(jax.grad(f, (0, 1)), (0, None))(x * pair, w),
+            lambda f: jax.grad(lambda x, w: jax.vmap(f)(x * pair, w * pair).sum(), (0, 1)),
+            lambda f: jax.jacfwd(
+                lambda x, w: jax.lax.map(lambda c: f(c * x, w), pair).sum(), (0, 1)
+            ),
+        ):
+            got = mapped(take, py_func(body, staged=True))(x, w)
+            assert_close(got, mapped(take, plain)(x, w), rtol=1e-4)
+        """,
+        limit=100,
+        XLA_FLAGS=xla_flags(devices=4),
+    )
+
+
+def test_keys_of_shards_in_a_staged_body():
+    def body(key, x):
+        return x + jax.random.uniform(key) if x > 2 else x
+
+    def plain(key, x):
+        return jnp.where(x > 2, x + jax.random.uniform(key), x)
+
+    mesh, key = mesh_of(AxisType.Auto), jax.random.key(1)
+    for specs, x in (((P(), P("d")), jnp.arange(4.0)), ((P("d"), P()), jnp.ones(1) * 3)):
+        keys = key[None] if specs[0] == P() else jax.random.split(key, 4)
+        got, want = (
+            jax.jit(
+                jax.shard_map(
+                    lambda k, x, f=f: f(k[0], x[0])[None],
+                    mesh=mesh,
+                    in_specs=specs,
+                    out_specs=P("d"),
+                )
+            )(keys, x)
+            for f in (py_func(body, staged=True), plain)
+        )
+        assert_close(got, want)
+
+
+def test_staged_over_explicit_axes_gives_what_the_call_gives():
+    def body(x, w):
+        return jnp.sin(x) * w if x[0] > 0 else x
+
+    x = jax.device_put(X, NamedSharding(mesh_of(AxisType.Explicit), P("d")))
+    for take in (lambda f: f, lambda f: jax.grad(lambda x, w: f(x, w).sum(), (0, 1))):
+        want = take(lambda x, w: jnp.sin(x) * w)(X, W)
+        called, staged = (
+            jax.jit(take(py_func(body, staged=staged)))(x, W) for staged in (False, True)
+        )
+        assert_close(staged, want)
+        for a, b in zip(jax.tree.leaves(called), jax.tree.leaves(staged), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 def test_pmap(wrapped, calls):

@@ -1,6 +1,8 @@
 """Staged bodies: compiled where they can be foreseen, called where not, right always."""
 
+import functools
 import inspect
+import itertools
 import sys
 
 import jax
@@ -289,6 +291,187 @@ def test_a_read_that_the_body_catches_is_no_branch(transform):
     f = staged(body, Tout=SCALAR)
     assert transform(f)(3.0) == 9.0
     assert calls_of(f, 1.0) == 1
+
+
+@jax.custom_jvp
+def scaled(x, b):
+    return x * b
+
+
+scaled.defjvp(lambda xb, ts: (xb[0] * xb[1], ts[0] * xb[1]))
+
+
+@jax.custom_vjp
+def scaled_back(x, b):
+    return x * b
+
+
+scaled_back.defvjp(lambda x, b: (x * b, b), lambda b, g: (g * b, jnp.zeros_like(b)))
+
+
+def in_shard_map(x, b):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("a",))
+    spec = (P(), P())
+    return jax.shard_map(lambda x, b: x * b, mesh=mesh, in_specs=spec, out_specs=P())(x, b)
+
+
+# Each gives x * b, where b is of NumPy.
+USES_OF_A_BUFFER = {
+    "operand": lambda x, b: x * b,
+    "put": lambda x, b: x * jnp.asarray(b),
+    "jit": lambda x, b: jax.jit(lambda x: x * b)(x),
+    "nested_jit": lambda x, b: jax.jit(lambda x: jax.jit(lambda x: x * b)(x) + 0 * b)(x),
+    "cond": lambda x, b: jax.lax.cond(x.sum() > 0, lambda x: x * b, lambda x: x, x),
+    "scan": lambda x, b: jax.lax.scan(lambda c, _: (x * b, None), x, None, length=2)[0],
+    "while": lambda x, b: jax.lax.fori_loop(0, 2, lambda i, c: x * b, x),
+    "checkpoint": lambda x, b: jax.checkpoint(lambda x: x * b)(x),
+    "vmap": lambda x, b: jax.vmap(lambda x: x * b)(x[None])[0],
+    "custom_jvp": scaled,
+    "custom_vjp": scaled_back,
+    "shard_map": in_shard_map,
+}
+
+
+@pytest.mark.parametrize("ndim", [0, 1])
+@pytest.mark.parametrize("use", USES_OF_A_BUFFER)
+def test_a_numpy_array_that_is_written_to_counts_as_what_it_held(use, ndim, transform):
+    def body(x):
+        weights = np.zeros((3,) * ndim, np.float32)
+        total = 0.0
+        for i in range(3):
+            weights += i + 1  # 1, 3, 6
+            total = total + USES_OF_A_BUFFER[use](x, weights) * 10**i
+        return total if total[0] > 0 else -total
+
+    f, x = staged(body), jnp.array([1.0, 2.0, 3.0])
+    assert not calls_of(f, x)
+    assert_close(transform(f)(x), 631 * x)
+    assert_close(transform(jax.grad(lambda x: f(x).sum()))(x), jnp.full(3, 631.0))
+
+
+def aligned(value):
+    """1,000 numbers where XLA takes them without a copy."""
+    buffer = np.empty(4096 + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    array = buffer[start : start + 4000].view(np.float32)
+    array[:] = value
+    return array
+
+
+@pytest.mark.parametrize("options", [{"staged": True}, {}], ids=str)
+def test_a_numpy_array_that_is_returned_or_given_counts_as_what_it_held(options):
+    buffers = []
+
+    def body(x, given):
+        for buffer in buffers:
+            buffer += 100
+        buffers.append(aligned(5.0))
+        return x * given if x < 0 else buffers[-1]
+
+    def program(x):
+        given = aligned(1.0)
+        tout = jax.ShapeDtypeStruct((1000,), jnp.float32)
+        result = py_func(body, Tout=tout, **options)(x, given)
+        given += 7
+        return result
+
+    assert_close(jax.jit(program)(1.0), jnp.full(1000, 5.0))
+    buffers.clear()
+    assert_close(jax.jit(program)(-2.0), jnp.full(1000, -2.0))
+
+
+OTHER_EACH_TIME = {
+    "operation": lambda x, n: (jnp.sin if n % 2 else jnp.cos)(x),
+    "operand": lambda x, n: (x * 2, x * 3)[n % 2] + 1,
+    "order": lambda x, n: (x * 2 - x * 3, x * 3 - x * 2)[n % 2],
+    "number": lambda x, n: x * n,
+    "array": lambda x, n: x * np.full(3, n, np.float32),
+    "key": lambda x, n: x + jax.random.normal(jax.random.key(n), (3,)),
+    "parameter": lambda x, n: x ** (2 + n),
+    "constant": lambda x, n: jax.jit(lambda x: x * n)(x),
+    "inner_operand": lambda x, n: jax.jit(lambda x, y: (x, y)[n % 2] * 2)(x, x * x),
+    "test": lambda x, n: x if x[n % 2] > 7 else 2 * x,
+}
+
+
+@pytest.mark.parametrize("what", OTHER_EACH_TIME)
+def test_a_body_that_does_something_else_in_each_run_is_called(what):
+    counter = itertools.count()
+
+    def body(x):
+        x = OTHER_EACH_TIME[what](x, next(counter))
+        return x if x.sum() > 0 else -x
+
+    reasons = explain(body, jnp.ones(3)).as_dict()["tree"]["calls"]
+    assert reasons == ["it does something else when it is run again"]
+
+
+def test_what_is_new_in_each_run_and_the_same_is_staged(transform):
+    def body(x):
+        x = x * jax.nn.relu(x) + jax.jit(lambda y: jnp.where(y > 9, jnp.nan, y))(x)
+        x = x + jax.random.normal(jax.random.key(3), (3,)) * np.arange(3)
+        x = jax.lax.cond(x[0] > 0, lambda y: y + 1, lambda y: -y, x)
+        return x if x.sum() > 0 else jnp.linspace(0, 1, 200)[:3] * x
+
+    f = staged(body)
+    assert not calls_of(f, jnp.ones(3))
+    for x in (jnp.ones(3), -jnp.ones(3)):
+        assert_close(transform(f)(x), body(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"staged": True}], ids=str)
+def test_constants_that_a_body_caches_are_arrays(options):
+    """Of any size, in the runs on abstract values, and afterwards."""
+
+    @functools.cache
+    def table(n):
+        return jnp.cumsum(jnp.zeros(n) + jnp.arange(float(n)))
+
+    def body(x):
+        return (x * table(1000)).sum() if x > 0 else x * table(10)[3] * table(999)[2]
+
+    def plain(x):
+        sums = np.cumsum(np.arange(1000.0))
+        return jnp.where(x > 0, x * sums.sum(), x * 6 * 3)
+
+    f = py_func(body, **options)
+    for x in (1.0, -1.0, 2.0):
+        for take in (lambda f: f, jax.grad):
+            assert_close(jax.jit(take(f))(x), jax.jit(take(plain))(x), rtol=1e-4)
+    assert all(type(table(n)) is type(jnp.ones(1)) for n in (10, 999, 1000))
+
+
+def test_constants_are_known_and_do_not_stand_in_the_program():
+    def body(x):
+        mask = jnp.arange(1_000_000) % 3 == 0
+        shared = mask * 2.0
+        for _ in range(60):
+            shared = shared + shared  # exponential for what takes it for a tree
+        if mask[6] and not mask[7] and float(shared[3]) > 0:  # it is an array
+            return x * jnp.where(mask, shared, 0).mean() * 2.0**-60 if x > 0 else x
+        raise AssertionError
+
+    f = staged(body)
+    assert not calls_of(f, 1.0)
+    assert len(jax.jit(f).lower(1.0).as_text()) < 100_000
+    assert_close(jax.jit(f)(3.0), jnp.float32(2 * 333_334 * 3e-6))
+
+
+@pytest.mark.parametrize("options", [{}, {"staged": True}], ids=str)
+def test_an_array_that_is_left_behind_says_what_to_do(options):
+    kept = []
+
+    def body(x):
+        kept.append(x * 2)
+        return x + kept[0]
+
+    jax.eval_shape(py_func(body, **options), 1.0)
+    for use in (lambda: kept[0] + 1, lambda: kept[0].shape, lambda: np.sin(kept[0])):
+        with pytest.raises(TypeError, match=r"'body' left an array behind.*Pass such"):
+            use()
+    with pytest.raises(jpyfunc.InferenceError, match="'body' left an array behind"):
+        jax.jit(py_func(body, **options))(jnp.ones(2))
+    assert "left behind" in repr(kept[0])
 
 
 def test_effects_call_the_body(transform, capfd):

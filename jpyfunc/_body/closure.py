@@ -153,7 +153,7 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
                 found.extend(vars(module).get(name) for name in code.co_names)
         for value in found:
             if (
-                isinstance(value, jax.Array)
+                isinstance(value, Tracer | jax.Array)
                 or not _is_library(
                     getattr(value, "__module__", None) or type(value).__module__
                 )
@@ -186,7 +186,7 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield "a default", (value.__defaults__, value.__kwdefaults__)
     elif type(value).__module__ in ITERATING and isinstance(value, Iterator):
         yield from ((path, item) for item in gc.get_referents(value))
-    elif isinstance(value, types.ModuleType | jax.Array):
+    elif isinstance(value, types.ModuleType | Tracer | jax.Array):
         return
     else:
         owner = value if isinstance(value, type) else type(value)

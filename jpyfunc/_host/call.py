@@ -120,7 +120,7 @@ def _holds_array_elsewhere(primal: Primal, device: _compat.Device) -> bool:
     """
     elsewhere = False
     for path, value in held(primal.held, with_globals=True):
-        if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        if isinstance(value, Tracer) or not isinstance(value, jax.Array):
             continue
         if not value.is_fully_addressable:
             raise UnsupportedError(
