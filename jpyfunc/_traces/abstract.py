@@ -138,9 +138,9 @@ class AbstractTrace(_compat.OneKey):
                 self.refuse("it uses an array of another run on abstract values")
             return Ref(value.number)
         array, constant = self._constants.get(id(value), (None, None))
-        return constant if array and array() is value else self._own(value)
+        return constant if array and array() is value else self._frozen(value)
 
-    def _own(self, value: Any) -> Any:
+    def _frozen(self, value: Any) -> Any:
         """`value` without anything of the user's, who may write to it later.
 
         What is noted is computed when all runs are over, and the program is traced.
@@ -156,8 +156,8 @@ class AbstractTrace(_compat.OneKey):
             if key in self._owned:
                 return self._owned[key][1]
         else:
-            return _compat.owned(value, self._own)
-        self._owned[key] = value, _compat.owned(value, self._own)
+            return _compat.owned(value, self._frozen)
+        self._owned[key] = value, _compat.owned(value, self._frozen)
         return self._owned[key][1]
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class AbstractTrace(_compat.OneKey):
         return val
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
-        params = {name: self._own(value) for name, value in params.items()}
+        params = {name: self._frozen(value) for name, value in params.items()}
         avals = [jax.typeof(t) for t in tracers]
         outs, effects = primitive.abstract_eval(*avals, **params)
         if effects:
@@ -284,7 +284,7 @@ class AbstractTrace(_compat.OneKey):
     def _note_whole(self, call: Any, operands: Sequence[Any]) -> list[Any]:
         """Note all that a function does as one operation."""
         with set_current_trace(_compat.eval_trace):
-            closed = self._own(jax.make_jaxpr(call)(*operands))
+            closed = self._frozen(jax.make_jaxpr(call)(*operands))
         is_pure = not calls_host(closed)
         if not is_pure:
             self.refuse("it calls Python itself")
