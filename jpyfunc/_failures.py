@@ -206,7 +206,7 @@ def failing(error: BaseException, label: str) -> str:
     # XLA cuts a text at a zero byte, and crashes on a surrogate.
     text = text.rstrip().replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
     failure, marker = failures.add(error_itself, text)
-    if _caller() is None:
+    if caller() is None:
         for block in failures.blocks.copy():
             if block.has_dispatched_all():
                 block.failures.append(failure)
@@ -249,24 +249,24 @@ def leave(text: str) -> NoReturn:
     XLA prints the stack that the innermost frame of an exception is on, JAX's calls and
     all. That of a generator which is suspended is on none.
     """
-    caller = _caller()
-    if caller is not None:
+    frame = caller()
+    if frame is not None:
         failure = failures.marked(text)
         text = _MARKER.sub("", text)
         if failure is not None:
             failures.note_here(failure)
             interrupt = failure.surface()
             if interrupt is not None:
-                _interrupt(caller, interrupt)
-    frame = _suspended.gi_frame
-    place = TracebackType(None, frame, frame.f_lasti, frame.f_lineno)
+                _interrupt(frame, interrupt)
+    nowhere = _suspended.gi_frame
+    place = TracebackType(None, nowhere, nowhere.f_lasti, nowhere.f_lineno)
     raise RuntimeError(text).with_traceback(place)
 
 
 _HOST_CALL = (__name__, "jpyfunc._compat", "jpyfunc._host.call")
 
 
-def _caller() -> FrameType | None:
+def caller() -> FrameType | None:
     """The frame that has called the program on whose thread a host call runs, if any."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") in _HOST_CALL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import itertools
 import os
 import threading
@@ -165,8 +166,10 @@ def _wait_at_exit() -> None:
             return
         if waiting:
             begin = time.monotonic()
-        if any(seconds > PATIENCE for seconds in waiting.values()):
-            return
-        if time.monotonic() - begin > PATIENCE_AT_EXIT:
-            return
+        if any(seconds > PATIENCE for seconds in waiting.values()) or (
+            time.monotonic() - begin > PATIENCE_AT_EXIT
+        ):
+            break
         time.sleep(pause)
+    for client in clients:  # which waits for its threads when it is deleted, so never
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(client))

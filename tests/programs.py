@@ -25,12 +25,11 @@ def xla_flags(devices: int) -> str:
     return flags
 
 
-def run_program(source: str, limit: float, **environment: str) -> str:
-    """Run `source` and return what it printed; fail if it fails or takes too long.
+def start_program(source: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `source` in a Python whose outputs are pipes.
 
     Args:
         source: a Python program, indented as a whole or not.
-        limit: seconds.
         **environment: added to the environment, in which XLA compiles quickly.
     """
     environment = {
@@ -39,17 +38,31 @@ def run_program(source: str, limit: float, **environment: str) -> str:
         "XLA_FLAGS": xla_flags(devices=1),  # which is how many users have
         **environment,
     }
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(source)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=limit,
         cwd=ROOT,
         env=environment,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+
+
+def run_program(source: str, limit: float, **environment: str) -> str:
+    """Run `source` and return what it printed; fail if it fails or takes too long.
+
+    Args:
+        source: as of `start_program`.
+        limit: seconds.
+        **environment: as of `start_program`.
+    """
+    running = start_program(source, **environment)
+    try:
+        out, err = running.communicate(timeout=limit)
+    finally:
+        running.kill()
+    assert running.returncode == 0, out + err
+    return out
 
 
 def run_processes(

@@ -1,14 +1,16 @@
 """Exceptions in bodies: what surfaces, eager and under jit, and that all works after."""
 
 import pickle
+import textwrap
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import serialize_executable
-from programs import run_program
+from programs import run_program, start_program, xla_flags
 
 import jpyfunc
 from jpyfunc import UnsupportedError, numpy_func, py_func, raise_original
@@ -345,3 +347,331 @@ print("done")
 
 def test_leaving_a_block_does_not_wait_for_a_lock_that_is_held_outside():
     assert run_program(LOCKED, limit=90).strip() == "done"
+
+
+# What follows is of whole processes: how they end, and what they print.
+DEVICES = """
+import os, signal, sys, threading, time
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import jpyfunc
+from jpyfunc import profile, py_func, raise_original
+
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+ERRORS = (jax.errors.JaxRuntimeError, ValueError)
+same = lambda x: x
+
+def split(x):  # over all devices
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    return jax.device_put(x, NamedSharding(mesh, P("d")))
+
+def unready():  # ones, after a while
+    x = jnp.ones((1000, 1000))
+    for _ in range(3):
+        x = x @ x / 1000
+    return x
+
+jax.block_until_ready(unready())
+"""
+
+
+def run_on(devices, program, limit=60):
+    """Run a program with `DEVICES`, and check that nothing is said when it ends."""
+    running = start_program(
+        DEVICES + textwrap.dedent(program), XLA_FLAGS=xla_flags(devices)
+    )
+    try:
+        out, err = running.communicate(timeout=limit)
+    finally:
+        running.kill()
+    assert running.returncode == 0, out + err
+    assert "<py_func" not in out + err
+    assert "Exception ignored" not in err, err
+    return out
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    "end", ["", "sys.exit()", "threading.Thread(target=run).start()", "nested(x)"]
+)
+def test_python_ends_while_pure_calls_are_in_flight(devices, end):
+    program = f"""
+    @py_func(Tout=same)
+    def body(x):
+        print("begin")
+        time.sleep(0.02)
+        return jnp.sin(x)
+
+    step = jax.jit(body)
+    nested = jax.jit(py_func(lambda x: step(x) + 1, Tout=same))
+    for f in (step, nested):
+        jax.block_until_ready(f(split(unready())))
+    x = split(unready())
+
+    def run():
+        y = x
+        for _ in range(5):
+            y = step(y)
+
+    run()
+    step(x)
+    {end}
+    """
+    assert run_on(devices, program).count("begin") >= 8
+
+
+def test_python_does_not_wait_for_a_body_that_waits_for_ever():
+    program = """
+    from jpyfunc import _flight
+    _flight.PATIENCE = 0.5
+    lock = threading.Lock()
+    lock.acquire()
+
+    @jax.jit
+    @py_func(Tout=same)
+    def stuck(x):
+        if x[0, 0] > 0:
+            lock.acquire()
+        return x
+
+    stuck(-unready()).block_until_ready()
+    x = unready()
+    results = [stuck(x) for _ in range(3)]
+    time.sleep(0.2)
+    """
+    run_on(1, program, limit=40)
+
+
+def test_a_failure_of_an_ordered_call_is_raised_once():
+    program = """
+    @py_func(Tout=same, ordered=True)
+    def check(x):
+        if np.asarray(x).min() < 0:
+            raise ArithmeticError("negative")
+        return x + 1
+
+    def fails(call):
+        try:
+            call()
+        except ArithmeticError:
+            return "original"
+        except ERRORS as error:
+            assert "ArithmeticError: negative" in str(error), error
+            return "failed"
+        return "passed"
+
+    def original(call):
+        with raise_original():
+            call()
+
+    f = jax.jit(check)
+    g = jax.jit(py_func(lambda x: x * 2, Tout=same, ordered=True))
+    for good in (split(jnp.ones(4)), unready(), jnp.ones(3)):
+        # Seen where its result is read; then all is as before.
+        assert fails(lambda: jax.block_until_ready(f(-good))) == "failed"
+        assert (f(good) == 2).all() and (g(good) == 2).all()
+        jax.effects_barrier()
+        assert fails(lambda: original(lambda: f(-good))) == "original"
+        assert (f(good) == 2).all()
+        # Read on another thread.
+        y = []
+        assert fails(lambda: y.append(f(-good))) in ("passed", "failed")
+        if y:
+            threads = [threading.Thread(target=fails, args=(y[0].block_until_ready,))]
+            threads[0].start(); threads[0].join()
+        assert (f(good) == 2).all()
+    # Not seen by anyone: raised by what waits for it first, and only by that.
+    for waits in (lambda: f(good), jax.effects_barrier):
+        f(-split(jnp.ones(4)))
+        assert fails(waits) == "failed"
+        assert fails(waits) == "passed"
+    """
+    run_on(2, program)
+
+
+def test_blocks_wait_for_calls_over_several_devices():
+    program = """
+    @py_func(Tout=same)
+    def body(x):
+        time.sleep(0.05)
+        if x[0] < 0:
+            raise KeyError("mine")
+        return x + 1
+
+    f, x = jax.jit(body), split(jnp.ones(8))
+    for _ in range(3):  # in JAX's fast path, too
+        with profile() as prof:
+            f(x), f(x)
+        assert prof.as_dict()["body"]["forward"]["calls"] == 2
+        try:
+            with raise_original():
+                f(-x)
+        except KeyError as error:
+            assert error.args == ("mine",)
+        else:
+            raise AssertionError("not raised")
+    with raise_original():  # caught in the block: it is over with that
+        try:
+            f(-x).block_until_ready()
+        except jax.errors.JaxRuntimeError as error:
+            assert str(error).endswith("KeyError: 'mine'"), str(error)
+    """
+    run_on(2, program)
+
+
+def test_blocks_do_not_look_at_each_array():
+    f = jax.jit(py_func(lambda x: x, Tout=f32))
+    f(1.0)
+
+    def seconds():
+        begin = time.thread_time()
+        for _ in range(20):
+            with raise_original(), jpyfunc.profile():
+                f(1.0).block_until_ready()
+        return time.thread_time() - begin
+
+    seconds()
+    few = min(seconds() for _ in range(5))
+    kept = [jnp.float32(i) for i in range(20_000)]
+    many = min(seconds() for _ in range(5))
+    assert many < 3 * few, (few, many)
+    assert len(kept) == 20_000
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_an_interrupt_is_one_keyboard_interrupt(devices):
+    program = """
+    def raises(x):
+        if x.sum() < 0:
+            raise KeyboardInterrupt("by the body")
+        return x
+
+    def spins(x):
+        if x.sum() < 0:
+            begin = time.monotonic()
+            while time.monotonic() < begin + 20:
+                pass
+        return x
+
+    def sleeps(x):
+        if x.sum() < 0:
+            time.sleep(20)
+        return x
+
+    def outcome(call):
+        first = None
+        try:
+            try:
+                jax.block_until_ready(call())
+            except BaseException as error:
+                first = type(error)
+            for _ in range(20):
+                time.sleep(0.005)
+        except KeyboardInterrupt:
+            return first, "and another one"
+        return first
+
+    def interrupted(f, x):  # by the body, or by Ctrl-C while it runs
+        if body is not raises:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return f(x)
+
+    def in_block(f, x):
+        with raise_original():
+            return interrupted(f, x)
+
+    on_main = [raises, spins, sleeps] if len(jax.devices()) == 1 else [raises]
+    x = split(jnp.ones(4))
+    for body in on_main:
+        f = jax.jit(py_func(body, Tout=same))
+        nested = jax.jit(py_func(lambda x: jax.jit(py_func(body, Tout=same))(x), Tout=same))
+        for program in (f, nested):
+            program(x)
+            for call in (interrupted, in_block, interrupted):
+                assert outcome(lambda: call(program, -x)) is KeyboardInterrupt
+                assert sys.gettrace() is None
+                jax.block_until_ready(program(x))
+    f = jax.jit(py_func(raises, Tout=same))
+    f(unready())
+    assert outcome(lambda: f(-unready())) is KeyboardInterrupt
+    assert outcome(lambda: f(-unready())) is KeyboardInterrupt
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(outcome(lambda: f(-jnp.ones(())))))
+    thread.start(); thread.join()
+    assert seen == [KeyboardInterrupt], seen
+    """
+    run_on(devices, program)
+
+
+def test_the_users_own_exceptions_are_not_replaced():
+    @py_func(Tout=f32)
+    def inner(x):
+        raise KeyError("inner")
+
+    jitted = jax.jit(inner)
+
+    @py_func(Tout=f32)
+    def outer(x):
+        try:
+            return jitted(x)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            raise ValueError(f"outer: {error}") from None
+
+    big = jnp.ones((500, 500))
+    for x in (jnp.float32(1), jnp.dot(big, big)[0, 0]):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="outer: "), raise_original():
+                jax.block_until_ready(jax.jit(outer)(x))
+            for quote in ("step 3: {}", "{}"):
+                texts = []
+                with pytest.raises(ValueError, match="inner") as info, raise_original():
+                    quoting(quote, lambda x=x: jax.block_until_ready(jitted(x)), texts)
+                assert info.value.args == (texts[0],)
+                assert "<py_func" not in texts[0]
+
+
+def quoting(quote, call, texts):
+    try:
+        call()
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        texts.append(quote.format(error))
+    raise ValueError(texts[0])
+
+
+def test_debuggers_and_profilers_follow_bodies_to_xlas_threads():
+    program = """
+    lines, calls = set(), set()
+
+    def trace(frame, event, arg):
+        lines.add((frame.f_code.co_name, threading.get_ident()))
+        return trace
+
+    def note(frame, event, arg):
+        calls.add((frame.f_code.co_name, threading.get_ident()))
+
+    def on_xlas_thread(x):
+        assert hooks() == (trace, note)
+        return x + 1
+
+    def at_once(x):
+        assert hooks() == (None, None)  # as the main thread has none
+        return x + 1
+
+    hooks = lambda: (sys.gettrace(), sys.getprofile())
+    f = jax.jit(py_func(on_xlas_thread, Tout=same))
+    g = jax.jit(py_func(at_once, Tout=same))
+    threading.settrace(trace)
+    threading.setprofile(note)
+    jax.block_until_ready(f(split(jnp.ones(2))))
+    jax.block_until_ready(g(jnp.ones(2)))
+    for seen in (lines, calls):
+        names = {name for name, thread in seen if thread != threading.get_ident()}
+        assert "on_xlas_thread" in names and "at_once" not in names
+    threading.settrace(None)
+    threading.setprofile(None)
+    lines.clear(), calls.clear()
+    h = jax.jit(py_func(lambda x: x if hooks() == (None, None) else 1 / 0, Tout=same))
+    jax.block_until_ready(h(split(jnp.ones(2))))
+    assert not lines and not calls
+    """
+    run_on(2, program)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from jpyfunc._body.closure import held
 from jpyfunc._body.derived import Body
 from jpyfunc._body.primal import Primal
 from jpyfunc._errors import UnsupportedError
-from jpyfunc._failures import failing, leave
+from jpyfunc._failures import caller, failing, leave
 from jpyfunc._flight import running_body
 from jpyfunc._host.evaluate import evaluate_with
 from jpyfunc._host.profile import Run, annotated, measure_body, open_profiles
@@ -82,6 +84,7 @@ class HostCall:
     def _cross(self, operands: Sequence[Any], run: Run) -> tuple[np.ndarray, ...]:
         device = self._device
         entered = _compat.enter_settings(self._settings, device)
+        hooks = _enter_hooks() if threading.gettrace() or threading.getprofile() else ()
         try:
             if self._on_device:
                 with set_current_trace(OnDevice(device)):
@@ -90,6 +93,8 @@ class HostCall:
                 results = evaluate_with(self._body, operands, device, run)
             return tuple(np.asarray(result) for result in results)
         finally:
+            for hook in hooks:
+                hook(None)
             _compat.leave_settings(entered)
 
     def __reduce__(self) -> Any:
@@ -99,6 +104,28 @@ class HostCall:
             "process and not part of the program. Save what the body computes, or the "
             "source, and compile again where it is loaded."
         )
+
+
+def _enter_hooks() -> list[Callable[[None], None]]:
+    """Trace this thread as `threading` does those that it starts, if it is one of XLA's.
+
+    Debuggers, coverage and profilers follow a program's threads by `threading.settrace`
+    and `threading.setprofile`, which know none that Python has not started.
+
+    Returns:
+        The functions that set what was set, to be called with None.
+    """
+    entered: list[Callable[[Any], None]] = []
+    if caller() is not None:
+        return entered
+    for wanted, current, set_hook in (
+        (threading.gettrace(), sys.gettrace(), sys.settrace),
+        (threading.getprofile(), sys.getprofile(), sys.setprofile),
+    ):
+        if wanted is not None and current is None:
+            set_hook(wanted)
+            entered.append(set_hook)
+    return entered
 
 
 def _report(text: str) -> np.ndarray:
