@@ -132,6 +132,25 @@ def test_checkpoint_around_a_batch(transform):
     assert_close(got, jax.grad(program(plain))(xs))
 
 
+@pytest.mark.parametrize("count", [2, 40])
+def test_an_array_is_unpacked_into_its_rows(count, transform):
+    def body(key):
+        total = jnp.float32(0)
+        for row in jax.random.split(key, count):
+            total = 2 * total + jax.random.uniform(row)
+            if total > 3:
+                total = total - 3
+        return total
+
+    def plain(key):
+        add = lambda t, row: (jnp.where(2 * t + row > 3, 2 * t + row - 3, 2 * t + row), None)  # noqa: E501, E731  # fmt: skip
+        rows = jax.vmap(jax.random.uniform)(jax.random.split(key, count))
+        return jax.lax.scan(add, jnp.float32(0), rows)[0]
+
+    keys = jax.random.split(jax.random.key(3), 5)
+    assert_close(transform(jax.vmap(by_branch(body)))(keys), jax.vmap(plain)(keys))
+
+
 def test_keys_integers_complex_and_half_precision(transform):
     def body(key, n, z, h):
         if n % 2:
@@ -185,6 +204,24 @@ def halvings(x):
     return x
 
 
+def lengths_run(monkeypatch):
+    """How long the arrays are that operations run on, one number for each, as they do."""
+    lengths = []
+    batched = Operation.batched
+
+    def counting(self, axes):
+        function = batched(self, axes)
+
+        def call(*operands):
+            lengths.append(len(operands[axes.index(0)]))
+            return function(*operands)
+
+        return call
+
+    monkeypatch.setattr(Operation, "batched", counting)
+    return lengths
+
+
 def halvings_by_array(x):
     """As `halvings`, with an array of NumPy's that each turn of each run makes anew."""
     while x > 1:
@@ -196,25 +233,47 @@ def halvings_by_array(x):
 def test_a_loop_costs_as_many_operations_as_its_longest_element(
     body, operations, monkeypatch
 ):
-    sizes = []
-    batched = Operation.batched
-
-    def counting(self, axes):
-        function = batched(self, axes)
-
-        def call(*operands):
-            sizes.append(len(operands[axes.index(0)]))
-            return function(*operands)
-
-        return call
-
-    monkeypatch.setattr(Operation, "batched", counting)
+    sizes = lengths_run(monkeypatch)
     x = jnp.float32(2.0) ** jnp.repeat(jnp.arange(1, 33), 4)
     got, runs = runs_of(jax.jit(jax.vmap(by_branch(body))), x)
     assert (got == 1).all()
     assert runs == 32  # 4 elements leave after each turn
     assert len(sizes) <= operations * 33 + 1  # a test and a division a turn
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "lengths"),
+    [(3, 1, {128}), (64, 1, {128}), (600, 1, {1024}), (64, 2000, {64, 32, 16})],
+)
+def test_operations_on_small_arrays_are_compiled_for_few_lengths(
+    count, width, lengths, monkeypatch
+):
+    def body(x):
+        while x[0] > 1:
+            x = x / 2
+        return x[0]
+
+    got = lengths_run(monkeypatch)
+    x = 2.0 ** jnp.repeat(jnp.arange(1, 5), -(-count // 4))[:count]
+    assert (jax.vmap(by_branch(body))(jnp.tile(x[:, None], width)) == 1).all()
+    assert {*got} == lengths
+
+
+def test_padding_is_short_once_arrays_are_large(monkeypatch, transform):
+    """Of a small argument, a body may make an array of any size."""
+
+    def body(x):
+        y = jnp.sin(x)  # on 128 rows; from here on there are 8
+        wide = y * jnp.arange(5000.0)
+        return wide.sum() if x > 1 else wide[1] + y
+
+    got = lengths_run(monkeypatch)
+    x = jnp.array([0.3, 2.0, 1.4, 0.5, 1.6])
+    value, slope = transform(jax.vmap(jax.value_and_grad(by_branch(body))))(x)
+    factor = jnp.where(x > 1, 4999 * 2500, 2)
+    assert_close((value, slope), (factor * jnp.sin(x), factor * jnp.cos(x)))
+    assert {*got} == {128, 8, 4, 2}
 
 
 def test_a_read_that_splits_into_many_groups():
@@ -321,8 +380,8 @@ def test_what_is_compiled_is_bounded_however_sizes_change():
 
     for _ in range(200):
         call()
-    # Seven sizes of parts, and a handful of operations with what derivatives need.
-    assert len(compiled) < 7 * 20
+    # One length of arrays, and a handful of operations with what derivatives need.
+    assert len(compiled) < 20
     several = len(compiled)
     for _ in range(50):
         call()
@@ -406,7 +465,7 @@ def test_print_shows_the_rows_of_the_part(capfd):
 
 
 def test_padding_reaches_nothing(capfd, transform):
-    """Five elements are padded to eight, and three of one branch to four."""
+    """Five elements are padded to 128, and so are three of one branch."""
 
     def body(x, w):
         print(x)

@@ -110,6 +110,13 @@ class _Elements:
             math.prod(aval.shape) * aval.dtype.itemsize for aval in avals
         )
 
+    @property
+    def widest(self) -> int:
+        """What an element takes in the largest array that is of each."""
+        avals = self.base.out_avals
+        sizes = [math.prod(aval.shape) * aval.dtype.itemsize for aval in avals]
+        return max([*sizes, *(column.nbytes for column in self.columns)], default=0)
+
     def part(self, batch: Branches, part: Part) -> list[Any]:
         """The operands of a part; of their tickets, which are of one run, one."""
         ticket = ticket_of(self.base)
@@ -271,31 +278,38 @@ def _by_branch(elements: _Elements) -> None:
     if not parts:
         return
     before, counted = generators(), elements_counted()
-    runs = _run_parts(elements, parts)
+    which = _run_parts(elements, parts)
     drawn = drawn_since(before)
     if drawn:
+        which = ANY
         elements.restart()
         elements_counted(counted)
-        _remember(elements, ANY)
-        _warn_of_draws(elements, drawn)
-    elif runs is None:
-        _remember(elements, OF_KIND)
-    elif 2 * runs > elements.count and ticket_of(elements.base) is None:
-        _remember(elements, OF_SIZE)
-    if drawn or runs is None:
-        # As it would have been from the start, the first exception included.
+    if which is not None:
+        # As it would have been from the start, the first exception included, of which
+        # nothing is to be remembered.
         elements.run_each(np.sort(np.concatenate([part.rows for part in parts])))
+        _remember(elements, which)
+    if drawn:
+        _warn_of_draws(elements, drawn)
 
 
 def _run_parts(elements: _Elements, parts: Sequence[Part]) -> int | None:
-    """Run parts by branch; returns how many runs that took, or None if it cannot be."""
+    """Run parts by branch.
+
+    Returns:
+        Of which calls it was found that they are better run one by one, what is left of
+        this one included: None, `OF_SIZE` or `OF_KIND`.
+    """
+    most = elements.count // 2 if ticket_of(elements.base) is None else elements.count
     runs = 0
     for part in parts:
-        ran = _run_part(elements, part)
-        if ran is None:
-            return None
-        runs += ran
-    return runs
+        for waiting in _run_part(elements, part):
+            if waiting is None:
+                return OF_KIND
+            runs += 1
+            if runs + waiting > most:
+                return OF_SIZE
+    return None
 
 
 def _chunks(root: Part, most: int) -> list[Part]:
@@ -311,7 +325,7 @@ def _roots(elements: _Elements) -> Iterator[Part]:
     every = np.arange(elements.count)
     recorded = recorded_of(elements.base)
     if recorded is None:
-        yield Part(every, None, every)
+        yield Part(every, None, every, elements.widest)
         return
     tickets = elements.columns[len(recorded.base.in_avals)].rows(every)
     names = np.ascontiguousarray(tickets[:, :3]).view("V12").ravel()
@@ -325,37 +339,44 @@ def _roots(elements: _Elements) -> Iterator[Part]:
         if not known:
             lost.append(rows)
         else:
-            yield Part(rows, part, tickets[rows, 3].astype(np.intp))
+            index = tickets[rows, 3].astype(np.intp)
+            nbytes = max(elements.widest, part.nbytes if part else 0)
+            yield Part(rows, part, index, nbytes)
     if lost:
         rows = np.concatenate(lost)
-        yield Part(rows, None, rows)
+        yield Part(rows, None, rows, elements.widest)
 
 
-def _run_part(elements: _Elements, root: Part) -> int | None:
-    """As `_run_parts`, of one."""
+def _run_part(elements: _Elements, root: Part) -> Iterator[int | None]:
+    """Run a part by branch.
+
+    Yields:
+        After each run, how many are to follow, or None if it cannot be done.
+    """
     if len(root.rows) == 1 and root.parent is None:
         elements.run_each(root.rows)
-        return 1
+        yield 0
+        return
     batch = Branches(elements.sizes)
     operands = elements.part(batch, root)
     waiting: list[Any] = [(root, ())]
-    runs = 0
     while waiting:
         part, log = waiting.pop()
-        runs += 1
-        if len(part.rows) == 1 and part is not root:
+        if part.size == 1 and part is not root:  # arrays of one are no longer than others
             elements.run_each(part.rows)
+            yield len(waiting)
             continue
         counted = elements_counted()
         results = _attempt(elements, batch, part, log, operands)
         if results is None:
             elements_counted(counted)
-            return None
+            yield None
+            return
         elements.put(batch.part, results)
         note(elements=len(batch.part.rows) - 1)
         waiting += batch.waiting
         batch.waiting = []
-    return runs
+        yield len(waiting)
 
 
 def _attempt(

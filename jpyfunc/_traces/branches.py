@@ -109,18 +109,18 @@ class Branches(Running):
                 return [*results]
             del self._log[self._done :]  # the body is not as it was
         axes = tuple([0 if type(x) is Batched else None for x in operands])
-        part = self.part
-        values = [x.on(part) if type(x) is Batched else x for x in operands]
         if 0 not in axes:
             # A reference is read and written once for each element.
-            if operation.is_stateful or any(isinstance(x, jax.Ref) for x in values):
+            if operation.is_stateful or any(isinstance(x, jax.Ref) for x in operands):
                 self.cannot()
             with enter_batch(None):
-                results = run(self.parent, operation, values)
+                results = run(self.parent, operation, operands)
         else:
             function = None if operation.is_wide else operation.batched(axes)
             if function is None:
                 self.cannot()
+            part = self.part = self.part.with_arrays_of(operation.nbytes)
+            values = [x.on(part) if type(x) is Batched else x for x in operands]
             if self.move is not None:
                 values = [self.move(x) for x in values]
             with set_current_trace(_compat.eval_trace):
@@ -173,9 +173,14 @@ def number_of(row: int, sizes: tuple[int, ...]) -> int | tuple[int, ...]:
 def _nbytes(entry: Entry) -> int:
     """What an entry of a log keeps alive: arrays of many elements, and copies."""
     _, operands, results = entry
-    return sum(x.value.nbytes for x in results if type(x) is Batched) + sum(
-        x.nbytes for x in operands if isinstance(x, np.ndarray)
-    )
+    size = 0  # in loops, because this is on the way of every operation
+    for x in results:
+        if type(x) is Batched:
+            size += x.value.nbytes
+    for x in operands:
+        if isinstance(x, np.ndarray):
+            size += x.nbytes
+    return size
 
 
 def _unchanging(x: Any) -> Any:

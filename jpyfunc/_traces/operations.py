@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class Operation:
             them: no such function can be traced.
         is_orphan: whether no later call can be of it, so that only runs that are kept
             hold it, without what was compiled of it.
+        nbytes: of its largest result, once it was asked for `batched`.
     """
 
     __slots__ = (
@@ -53,6 +55,7 @@ class Operation:
         "is_orphan",
         "is_stateful",
         "is_wide",
+        "nbytes",
         "run",
         "stores",
     )
@@ -69,6 +72,7 @@ class Operation:
         self._has_rules = has_rules
         self.run = _compiled(call)
         self.is_orphan = False
+        self.nbytes = 0
         self.avals = tuple(map(with_weak_type, avals))
         self.is_wide = any(map(_is_wide, self.avals))
         self.stores: list[tuple[Any, Any]] = []
@@ -111,6 +115,8 @@ class Operation:
             inner = jax.make_jaxpr(self.call)(*self.avals)
         if calls_host(closed) or not _is_uniform(inner):
             return None
+        sizes = [math.prod(aval.shape) * aval.dtype.itemsize for aval in inner.out_avals]
+        self.nbytes = max(sizes, default=0)
         return jax.jit(function)
 
     @property
