@@ -53,6 +53,10 @@ jit_p = _jit_p
 stop_gradient_p = _ad_util.stop_gradient_p
 weakref_lru_cache = _util.weakref_lru_cache
 
+# What JAX asks of a tracer that is used where its trace is not the current one, to say in
+# an error that it has leaked.
+ASKED_OF_LEAKED = "_debug_info"
+
 Device = Any  # `jax.Device` is a variable to a type checker
 
 # The JAX configuration that changes what a body computes, or whether it raises. JAX keeps

@@ -1,9 +1,13 @@
 """`vmap` by branch: the answers of one element at a time, in as few runs as can be."""
 
+import contextlib
+import io
 import math
 import random
+import re
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -720,6 +724,44 @@ def test_draws_where_one_run_is_asked_for():
     assert len({*jax.vmap(f)(jnp.ones(4)).tolist()}) == 1
 
 
+USES = {
+    "numpy": np.asarray,
+    "save": lambda h: np.save(io.BytesIO(), h),
+    "float": float,
+    "format": lambda h: f"{h:.2f}",
+    "add": lambda h: h + 1,
+    "jit": lambda h: jax.jit(jnp.sin)(h),
+    "closed over": lambda h: jax.jit(lambda y: y * h)(1.0),
+    "vmap": lambda h: jax.vmap(lambda y: y * h)(jnp.ones(2)),
+    "grad": jax.grad(lambda h: h * h),
+    "device_get": jax.device_get,
+    "held by a body": lambda h: jax.jit(by_branch(lambda y: y * h))(1.0),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("take", [lambda f: f, jax.grad], ids=["forward", "grad"])
+def test_what_a_body_keeps_of_a_batch_is_no_array_afterwards(use, take, transform):
+    kept = []
+
+    def keeping(x):
+        kept.append(jnp.tanh(x))
+        return kept[-1] ** 2
+
+    x = jnp.array([0.0, 1.0])
+    jax.block_until_ready(transform(jax.vmap(take(by_branch(keeping))))(x))
+    (h,) = kept
+    with pytest.raises(TypeError, match=r"'keeping'.*Return it .*\"sequential\""):
+        jax.block_until_ready(USES[use](h))
+    assert re.fullmatch(r"Batched\(float32\[\], {0: 0.0, 1: 0.76159\d+}\)", str(h))
+
+
+def computes_elsewhere(x):
+    with contextlib.suppress(TypeError), ThreadPoolExecutor(1) as threads:
+        return threads.submit(lambda: x * 2).result() if x > 2 else x
+    return -x
+
+
 def catches_all(x):
     try:
         return jax.pure_callback(lambda x: np.asarray(2 * x), SCALAR, x) if x > 2 else x
@@ -755,7 +797,9 @@ def of_rule(x):
     return jax.jit(double)(x) if x > 2 else x
 
 
-@pytest.mark.parametrize("body", [catches_all, reads_elsewhere, of_rule])
+@pytest.mark.parametrize(
+    "body", [catches_all, reads_elsewhere, computes_elsewhere, of_rule]
+)
 def test_a_body_that_hides_what_cannot_be_batched(body, transform):
     got = transform(jax.vmap(by_branch(body)))(xs)
     assert_close(got, jnp.where(xs > 2, xs * 2, xs))

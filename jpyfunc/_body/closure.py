@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jpyfunc._traces.abstract import is_abstract
+from jpyfunc._traces.batched import is_batched
 from jpyfunc._traces.taped import value_if_over
 
 MAX_SEARCHED = 10_000  # objects; a body may hold all of a program's data
@@ -69,9 +70,16 @@ def refuse_traced_leaf(leaf: Any, where: str) -> None:
 
 
 def _traced(value: Any) -> Iterator[tuple[str, Any]]:
-    """What `value` holds that a transform traces."""
+    """What `value` holds that a transform traces.
+
+    Raises:
+        TypeError: it holds what stood for many elements of a batch that is over.
+    """
     for path, item in held(value, with_globals=False):
-        if isinstance(value_if_over(item), Tracer) and not is_abstract(item):
+        value = value_if_over(item)
+        if is_batched(value):
+            value.check_runs()
+        if isinstance(value, Tracer) and not is_abstract(item):
             yield path, item
 
 

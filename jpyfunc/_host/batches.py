@@ -357,7 +357,7 @@ def _run_part(elements: _Elements, root: Part) -> Iterator[int | None]:
         elements.run_each(root.rows)
         yield 0
         return
-    batch = Branches(elements.sizes)
+    batch = Branches(elements.base.primal.label, elements.sizes)
     operands = elements.part(batch, root)
     waiting: list[Any] = [(root, ())]
     while waiting:

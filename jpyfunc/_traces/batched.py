@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -139,9 +139,9 @@ class Batched(Tracer):
             index = part.places_in(self.part)
             if index is None:
                 raise TypeError(
-                    "An array of other elements of the batch is used, which the body kept "
-                    "from an earlier run. Pass it as an argument, or run the body once "
-                    'per element: vmap_method="sequential".'
+                    f"{self._trace.label}: an array of other elements of the batch is "
+                    "used, which the body kept from an earlier run. Pass it as argument, "
+                    'or run the body once per element: vmap_method="sequential".'
                 )
             self._cut = (part, rows_of(self.value, part.pad(index)))
         return self._cut[1]
@@ -152,14 +152,24 @@ class Batched(Tracer):
 
     def _rows(self) -> tuple[Any, np.ndarray]:
         """The trace that runs, and the array of its part, without padding."""
+        self.check_runs()
         batch = running_batch()
-        if batch is None:
-            self._trace.refused = True  # if it runs still, on another thread
-            raise TypeError(
-                "An array of many elements of a batch is read after the run of the body "
-                'that made it. Run the body once per element: vmap_method="sequential".'
-            )
         return batch, data_of(self.on(batch.part))[: len(batch.part.rows)]
+
+    def check_runs(self) -> None:
+        """Refuse a use outside of a run."""
+        if running_batch() is None:
+            self.refuse_elsewhere()
+
+    def refuse_elsewhere(self) -> NoReturn:
+        """Refuse a use outside of a run: after its own, or on another thread."""
+        self._trace.refused = True  # if it runs still
+        raise TypeError(
+            f"{self._trace.label}: an array that stands for many elements of a batch is "
+            "used outside of the run of the body that made it, where it has no one value. "
+            "Return it from the body, which gives an array of all elements, or run it "
+            'once per element: vmap_method="sequential".'
+        )
 
     def __bool__(self) -> bool:
         if self.aval.size != 1:
@@ -278,6 +288,14 @@ class _Unread:
         return getattr(self._batched.array, name)
 
 
+def _about(batched: Batched, name: str) -> Any:
+    batched.check_runs()
+    return getattr(batched.value, name)
+
+
+# In the place of JAX's error, which knows nothing of batches and bodies.
+setattr(Batched, _compat.ASKED_OF_LEAKED, property(Batched.refuse_elsewhere))
+
 # What is asked of an array and says nothing of its elements.
 for _name in (
     "committed",
@@ -289,7 +307,7 @@ for _name in (
     "is_fully_replicated",
     "sharding",
 ):
-    setattr(Batched, _name, property(lambda self, name=_name: getattr(self.value, name)))
+    setattr(Batched, _name, property(lambda self, name=_name: _about(self, name)))
 
 # What gives the value away.
 for _name in (

@@ -34,11 +34,13 @@ class Branches(Running):
         waiting: the parts that were split off, each with the operations before.
         refused: whether something could not be done for many elements, so that what the
             run returns is nothing; the body may have caught the exception.
+        label: what errors call the function that is run.
         sizes: the axes of the batch.
     """
 
-    def __init__(self, sizes: tuple[int, ...]) -> None:
+    def __init__(self, label: str, sizes: tuple[int, ...]) -> None:
         super().__init__(ground())
+        self.label = label
         self.sizes = sizes
         self.part: Part
         self.waiting: list[tuple[Part, Sequence[Entry]]] = []
