@@ -20,8 +20,9 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._body.closure import refuse_traced_closure, refuse_traced_leaf
+from jpyfunc._body.closure import fingerprint, refuse_traced_closure, refuse_traced_leaf
 from jpyfunc._body.primal import (
+    ById,
     Float0,
     Key,
     Primal,
@@ -51,7 +52,7 @@ from jpyfunc._errors import (
     refuse_partial,
 )
 from jpyfunc._host.profile import Run, annotated, measure, note, open_profiles
-from jpyfunc._inference import MAX_RUNS, infer
+from jpyfunc._inference import MAX_RUNS, exploration, found_once, infer
 from jpyfunc._primitive.batching import BATCHERS
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._stage import Tree, emit, stage, warn_if_large
@@ -701,16 +702,20 @@ class PyFunc:
         refuse_traced_closure(self._func, self._where)
         # The program is computed later, and the caller may write to them meanwhile.
         leaves = [x.copy() if isinstance(x, np.ndarray) else x for x in leaves]
-        if not self._staged:
+        explored = exploration()
+        if not self._staged or (explored and explored.for_shapes):
             arrays = self._arrays(leaves, tree)
             self._check_signature(*jax.tree.unflatten(tree, leaves))
             template = self._declared(leaves, tree)
             if template is None or not template.complete:
-                template = infer(
-                    self._on_abstract_values(leaves, tree),
-                    [_unsharded(jax.typeof(x)) for x in arrays],
-                    template,
-                    self._where,
+                template = found_once(
+                    lambda: self._call_key(leaves, tree, template),
+                    lambda: infer(
+                        self._on_abstract_values(leaves, tree),
+                        [_unsharded(jax.typeof(x)) for x in arrays],
+                        template,
+                        self._where,
+                    ),
                 )
                 check_x64(template, self._where)
             results = self._bind_call(arrays, leaves, tree, template)
@@ -723,12 +728,17 @@ class PyFunc:
         if not template.leaves:
             raise self._not_staged("returns nothing, so that its runs count")
         warn_if_large(foreseen, self._where)
-        results = emit(
-            foreseen,
-            arrays,
-            lambda needed: self._bind_call(arrays, leaves, tree, template, needed),
-        )
-        return jax.tree.unflatten(template.tree, results)
+
+        def program(*arrays: Any) -> list[Any]:
+            return emit(
+                foreseen,
+                arrays,
+                lambda needed: self._bind_call([*arrays], leaves, tree, template, needed),
+            )
+
+        if explored:  # one operation of the body that calls this one, and traced once
+            program = found_once(lambda: ById(foreseen), lambda: jax.jit(program))
+        return jax.tree.unflatten(template.tree, program(*arrays))
 
     def _check_signature(self, args: Any, kwargs: Any) -> None:
         """Raise here, not on the host, where the function does not take the arguments."""
@@ -748,14 +758,25 @@ class PyFunc:
         """
         self._check_signature(*jax.tree.unflatten(tree, leaves))
         arrays = _compat.align(self._arrays(leaves, tree))
-        foreseen = stage(
-            self._on_abstract_values(leaves, tree),
-            [jax.typeof(x) for x in arrays],
-            self._declared(leaves, tree),
-            self._where,
-            self._staged or MAX_RUNS,
+        template = self._declared(leaves, tree)
+        foreseen = found_once(
+            lambda: self._call_key(leaves, tree, template),
+            lambda: stage(
+                self._on_abstract_values(leaves, tree),
+                [jax.typeof(x) for x in arrays],
+                template,
+                self._where,
+                self._staged or MAX_RUNS,
+            ),
         )
         return foreseen, arrays
+
+    def _call_key(self, leaves: list[Any], tree: Any, template: Any) -> Any:
+        """What tells a call from others, whose function may be another object."""
+        of_values = fingerprint([self._func, *leaves])
+        settings = _compat.current_settings()
+        key = of_values, tree, template, self._staged, self._where, settings
+        return None if of_values is None else key
 
     def _arrays(self, leaves: list[Any], tree: Any) -> list[Any]:
         """The arguments that cross to the host, as JAX arrays."""

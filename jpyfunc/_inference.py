@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import dataclasses
 import dis
 import heapq
@@ -35,6 +36,43 @@ from jpyfunc._traces.abstract import (
 )
 
 MAX_RUNS = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exploration:
+    """The runs of a body that this thread is in, the innermost of several.
+
+    Attributes:
+        found: what was found of the calls in the outermost body, by what tells them apart.
+            A body makes the same calls in each of its runs, and so do the bodies that it
+            calls, so that to find it again would take exponentially many runs. It goes
+            with the outermost exploration, because functions may change.
+        for_shapes: whether only the avals of results matter.
+    """
+
+    found: dict[Any, Any]
+    for_shapes: bool
+
+
+_exploration: contextvars.ContextVar[Exploration | None]
+_exploration = contextvars.ContextVar("exploration", default=None)
+exploration = _exploration.get
+
+
+def found_once(call: Callable[[], Any], find: Callable[[], Any]) -> Any:
+    """What `find` gives, or gave for the same call in a body that is being explored.
+
+    Args:
+        call: gives what tells a call from others, or None if that cannot be told.
+        find: without arguments.
+    """
+    explored = exploration()
+    key = None if explored is None else call()
+    if explored is None or key is None:
+        return find()
+    if key not in explored.found:
+        explored.found[key] = find()
+    return explored.found[key]
 
 
 def infer(
@@ -190,18 +228,22 @@ def explore(
     # (number of decisions, order of discovery, the decisions)
     queue: list[tuple[int, int, list[bool]]] = [(0, 0, [])]
     discovered = 0
+    outer = exploration()
+    current = Exploration({} if outer is None else outer.found, not keeps_rules)
     for _ in range(limit):
         if not queue:
             break
         _, _, script = heapq.heappop(queue)
         trace = AbstractTrace(name, script, keeps_rules)
         result, error = None, None
+        token = _exploration.set(current)
         try:
             with _quiet(), take_current_trace(), set_current_trace(trace):
                 result = func(trace)
         except (Undecided, Exception) as raised:  # noqa: BLE001 - for the caller to judge
             error = raised
         finally:
+            _exploration.reset(token)
             trace.close()
         yield Run(trace, result, error)
         answers = [decision.answer for decision in trace.decisions]

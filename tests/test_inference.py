@@ -1,16 +1,22 @@
 """Shapes and dtypes inferred on abstract values, against what eager JAX returns."""
 
+import collections
 import contextlib
+import functools
 import io
+import itertools
 import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import assert_close
+from programs import run_program
 
 from jpyfunc import InferenceError, ResultError, py_func, raise_original
 
@@ -625,3 +631,105 @@ def test_shard_map_in_an_inferred_body(transform):
         np.testing.assert_array_equal(
             transform(py_func(body))(jnp.arange(4.0)), [0, 2, 4, 6]
         )
+
+
+NESTINGS = {
+    "inferred": lambda depth: {},
+    "staged": lambda depth: {"staged": True},
+    "mixed": lambda depth: {"staged": depth % 2 == 0},
+}
+
+
+@pytest.mark.parametrize("is_local", [False, True], ids=["global", "local"])
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_nested_calls_are_explored_once(nesting, is_local):
+    """And not as often as there are paths through all that call them."""
+    runs = itertools.count()
+
+    def halved(x):
+        next(runs)
+        return x * 0.5 if x > 1 else x
+
+    def nested(depth):
+        inner = nested(depth - 1) if depth and not is_local else None
+
+        def body(x):
+            if depth == 0:
+                return halved(x)
+            f = inner or nested(depth - 1)
+            return f(x) * 2 if x > 0 else f(-x)
+
+        return py_func(body, **NESTINGS[nesting](depth))
+
+    def of_depth(depth, x):
+        if depth < 0:
+            return x * 0.5 if x > 1 else x
+        return of_depth(depth - 1, x) * 2 if x > 0 else of_depth(depth - 1, -x)
+
+    program = jax.jit(nested(5)).lower(0.25)
+    assert next(runs) < 20
+    for x in (0.25, -3.0):
+        assert_close(program.compile()(x), np.float32(of_depth(4, x)))
+
+
+STATES = {
+    "dict": ("state['n'] = n", "state['n']"),
+    "global": ("globals()['SIZE'] = n", "SIZE"),
+    "nonlocal": ("size = n", "size"),
+    "attribute": ("self.n = n", "self.n"),
+    "array": ("array[0] = n", "int(array[0])"),
+    "deque": ("queue.append(n)", "queue[-1]"),
+    "wrapped": ("state['n'] = n", "sized(jnp.ones(1)).shape[1]"),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_nested_body_of_which_something_changed_is_explored_again(state, staged):
+    write, read = STATES[state]
+    source = f"""
+def make(py_func, state, self, array):
+    size, queue = 0, collections.deque([0], 1)
+    sized = jax.vmap(lambda x: x * jnp.ones(state["n"]))
+
+    @py_func
+    def inner(x):
+        return jnp.ones({read}) * x
+
+    def outer(x):
+        nonlocal size
+        results = []
+        for n in (2, 3):
+            {write}
+            results.append(inner(x) if x > n else inner(-x))
+        return results
+
+    return py_func(outer)
+"""
+    scope = {"collections": collections, "jax": jax, "jnp": jnp, "SIZE": 0}
+    exec(source, scope)
+    wrap = functools.partial(py_func, staged=staged)
+    f = scope["make"](wrap, {"n": 0}, SimpleNamespace(n=0), np.zeros(1))
+    assert [y.shape for y in jax.eval_shape(f, 1.0)] == [(2,), (3,)]
+    assert_close(jax.jit(f)(2.5), [jnp.full(2, 2.5), jnp.full(3, -2.5)])
+
+
+def test_three_nested_loops_are_inferred_in_seconds():
+    run_program(
+        """
+        import jax, jax.numpy as jnp
+        from jpyfunc import py_func
+
+        def looped(f):
+            @py_func
+            def body(x):
+                while x > 1:
+                    x = f(x) * 0.5
+                return x
+            return body
+
+        f = looped(looped(looped(jnp.sin)))
+        assert jax.eval_shape(f, 0.5).shape == ()
+        """,
+        limit=60,
+    )

@@ -15,12 +15,15 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jpyfunc._body.primal import ById
 from jpyfunc._traces.abstract import is_abstract
 from jpyfunc._traces.batched import is_batched
 from jpyfunc._traces.taped import value_if_over
 
 MAX_SEARCHED = 10_000  # objects; a body may hold all of a program's data
 MAX_OPENED = 100_000  # containers
+MAX_COMPARED = 1000  # objects of which one call is told from another
+MAX_COMPARED_BYTES = 2**16  # of an array
 CONTAINERS = (dict, list, tuple, set, frozenset)  # themselves, and not what derives of them
 ATOMS = (str, bytes, int, float, complex, bool, type(None), np.ndarray, np.generic)
 ITERATING = ("builtins", "itertools")  # modules whose iterators hold what they give
@@ -150,8 +153,90 @@ def _is_users(kind: type) -> bool:
     )
 
 
+def fingerprint(values: Any) -> Any:
+    """What `values` are and hold, by value, to tell whether any of it is another by now.
+
+    Functions are told apart by their code and by what they hold, so that one that is
+    defined again in each run of another is the same; traced values by their avals; arrays
+    of NumPy by their content; what cannot be looked into by itself. What a body draws
+    from a generator, or reads from a file, is not seen.
+
+    Returns:
+        A hashable value, or None if there is too much to look at.
+    """
+    found: list[Any] = []
+    numbers: dict[int, int] = {}
+    stack = [values]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str | bytes | int | float | complex | type(None)):
+            found.append((type(value), value))
+        elif id(value) in numbers:
+            found.append(numbers[id(value)])
+        elif len(numbers) == MAX_COMPARED or _is_large(value):
+            return None
+        else:
+            numbers[id(value)] = len(numbers)
+            try:
+                identity, parts = _looked_into(value)
+            except Exception:  # noqa: BLE001 - from attributes of a user's object
+                return None
+            found.append((identity, len(parts)))
+            stack += parts
+    return tuple(found)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and (
+        value.nbytes > MAX_COMPARED_BYTES or value.dtype.hasobject
+    )
+
+
+def _looked_into(value: Any) -> tuple[Any, list[Any]]:
+    """What `value` is by itself, and what it holds."""
+    kind = type(value)
+    if isinstance(value, Tracer):
+        return value.aval, []
+    if isinstance(value, np.ndarray):
+        return (value.shape, value.dtype, value.tobytes()), []
+    if kind is dict:
+        return kind, [*value.keys(), *value.values()]
+    if kind in CONTAINERS:
+        return kind, list(value)
+    is_function = isinstance(value, types.FunctionType)
+    if not is_function and _is_library(
+        getattr(value, "__module__", None) or kind.__module__
+    ):
+        return ById(value), []
+    names_and_parts = [*_parts(value, "")]
+    names = tuple(name for name, _ in names_and_parts)
+    parts = [part for _, part in names_and_parts]
+    if is_function:
+        # Those of libraries may hold a user's, as what `jax.vmap` returns does.
+        is_users = not _is_library(value.__globals__.get("__name__", ""))
+        return (value.__code__, names), [*parts, *(_named(value) if is_users else ())]
+    if not isinstance(value, type):
+        parts += gc.get_referents(value)  # the items of a deque, which are no attributes
+    # A wrapped function has the `__module__` of what it wraps.
+    is_its_parts = _is_users(kind) or _is_library(kind.__module__)
+    is_its_parts = is_its_parts or kind in (functools.partial, types.MethodType)
+    return (kind if is_its_parts else ById(value), names), parts
+
+
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """The global variables that a function names, and the module attributes."""
+    for value in _named(function):
+        if (
+            isinstance(value, Tracer | jax.Array)
+            or not _is_library(getattr(value, "__module__", None) or type(value).__module__)
+            or isinstance(value, dict | list | tuple)
+        ):
+            yield "a global", value
+
+
+def _named(function: types.FunctionType) -> list[Any]:
+    """Values of the global variables that a function names, and module attributes."""
+    named: list[Any] = []
     codes = [function.__code__]
     for code in codes:
         codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
@@ -159,15 +244,8 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         for module in [m for m in found if isinstance(m, types.ModuleType)]:
             if not _is_library(module.__name__):
                 found.extend(vars(module).get(name) for name in code.co_names)
-        for value in found:
-            if (
-                isinstance(value, Tracer | jax.Array)
-                or not _is_library(
-                    getattr(value, "__module__", None) or type(value).__module__
-                )
-                or isinstance(value, dict | list | tuple)
-            ):
-                yield "a global", value
+        named += found
+    return named
 
 
 def _is_library(module: str) -> bool:
