@@ -555,16 +555,24 @@ def fence(devices: tuple[Device, ...]) -> jax.Array:
     Args:
         devices: of a program, those of this process.
     """
-    program, operand = _fence_over(devices)
-    return program(operand)
+    with contextlib.ExitStack() as stack:
+        for refusal in (_config.disable_jit, _config.no_tracing, _config.no_execution):
+            if refusal.value:  # which is about what the user runs
+                stack.enter_context(refusal(False))
+        program, operand = _fence_over(devices)
+        return program(operand)
 
 
 @functools.cache
 def _fence_over(devices: tuple[Device, ...]) -> tuple[Any, jax.Array]:
-    # Compiled ahead, for no trace and no setting of the caller's has a part in its call.
+    # Compiled ahead, for no trace of the caller's has a part in its call.
     mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
     sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("devices"))
-    with _core.set_current_trace(eval_trace), _no_mesh(), _config.disable_jit(False):
+    with (
+        _core.set_current_trace(eval_trace),
+        _no_mesh(),
+        jax.transfer_guard("allow"),
+    ):
         operand = jax.device_put(np.zeros(len(devices), np.float32), sharding)
         return jax.jit(lambda x: x + 1).lower(operand).compile(), operand
 

@@ -312,8 +312,9 @@ class raise_original:  # noqa: N801 - a context manager, named like JAX's own
     JAX reports an exception in a compiled program's body as a `JaxRuntimeError` whose
     text has the body's traceback. Inside this context manager the body's own exception
     object is raised instead, with its type, attributes and traceback. On leaving, it
-    waits for what was dispatched in it, so a failure cannot surface after the block; but
-    not for a body that itself waits for some seconds, as for a lock that is held here.
+    waits for what its thread has dispatched in it, so a failure cannot surface after the
+    block; but not for a body that itself waits for some seconds, as for a lock that is
+    held here.
 
     Raises:
         BaseException: whatever the body raised, `KeyboardInterrupt` included.

@@ -20,6 +20,9 @@ PATIENCE = 5.0
 PATIENCE_BEFORE = 0.5
 # Seconds for which Python's end is put off for what is computed before a body begins.
 PATIENCE_AT_EXIT = 60.0
+# Seconds without a body after which none is to come of a program whose results are dropped,
+# and that a thread has dispatched which is over.
+QUIET = 0.1
 
 # By thread, the clock of its time on a CPU, and the number, of the body that runs there.
 _running: dict[int, tuple[int, int]] = {}
@@ -150,6 +153,11 @@ def _wait_at_exit() -> None:
     which aborts the process (before Python 3.14). JAX waits only for what has effects,
     and was dispatched by the main thread.
 
+    What the main thread has dispatched is before its fences, and what other threads have
+    is known by its results. Of results that another thread has dropped nothing is known
+    until a body begins: hence `QUIET`. A daemon thread may dispatch more at any time, and
+    is not waited for.
+
     It is not to wait for ever: for bodies that themselves wait, nor for what else may be
     stuck. In a child of a fork there are none of the parent's threads to wait for.
     """
@@ -158,16 +166,16 @@ def _wait_at_exit() -> None:
     clients = {devices[0].client: devices[0] for devices in _assignments}
     arrays = [x for device in clients.values() for x in _compat.live_arrays(device)]
     pending: Sequence[Any] = [*_fences(), *arrays]
-    idle, begin = _Idle(), time.monotonic()
+    idle, last = _Idle(), time.monotonic()
     for pause in _pauses():
         pending = [x for x in pending if not x.is_deleted() and not x.is_ready()]
-        waiting = idle.seconds()
-        if not pending and not waiting:
-            return
+        waiting, now = idle.seconds(), time.monotonic()
         if waiting:
-            begin = time.monotonic()
-        if any(seconds > PATIENCE for seconds in waiting.values()) or (
-            time.monotonic() - begin > PATIENCE_AT_EXIT
+            last = now
+        elif not pending and now > last + QUIET:
+            return
+        if now > last + PATIENCE_AT_EXIT or any(
+            seconds > PATIENCE for seconds in waiting.values()
         ):
             break
         time.sleep(pause)

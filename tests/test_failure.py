@@ -1,5 +1,6 @@
 """Exceptions in bodies: what surfaces, eager and under jit, and that all works after."""
 
+import contextlib
 import pickle
 import textwrap
 import threading
@@ -13,7 +14,7 @@ from jax.experimental import serialize_executable
 from programs import run_program, start_program, xla_flags
 
 import jpyfunc
-from jpyfunc import UnsupportedError, numpy_func, py_func, raise_original
+from jpyfunc import UnsupportedError, _compat, numpy_func, py_func, raise_original
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -392,7 +393,13 @@ def run_on(devices, program, limit=60):
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(
-    "end", ["", "sys.exit()", "threading.Thread(target=run).start()", "nested(x)"]
+    "end",
+    [
+        "",
+        "sys.exit()",
+        "nested(x)",
+        "t = threading.Thread(target=run); t.start(); t.join()",
+    ],
 )
 def test_python_ends_while_pure_calls_are_in_flight(devices, end):
     program = f"""
@@ -517,6 +524,36 @@ def test_blocks_wait_for_calls_over_several_devices():
             assert str(error).endswith("KeyError: 'mine'"), str(error)
     """
     run_on(2, program)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        contextlib.nullcontext,
+        jax.disable_jit,
+        lambda: jax.enable_x64(True),
+        lambda: jax.transfer_guard("disallow_explicit"),
+        lambda: jax.set_mesh(jax.make_mesh((2,), ("d",))),
+        lambda: jax.debug_nans(True),
+    ],
+)
+def test_blocks_under_any_configuration_and_transform(context):
+    """Their fences are programs of our own, of which no trace takes note."""
+    f = py_func(lambda x: x + 1, Tout=lambda x: x)
+    jax.jit(f)(jnp.ones(3)).block_until_ready()
+    _compat._fence_over.cache_clear()
+    with context(), raise_original(), jpyfunc.profile():
+        pass
+
+    def traced(x):
+        _compat._fence_over.cache_clear()
+        with raise_original(), jpyfunc.profile():
+            return f(x)
+
+    assert len(jax.make_jaxpr(traced)(jnp.ones(3)).eqns) == 1
+    assert (jax.jit(jax.vmap(traced))(jnp.ones((2, 3))) == 2).all()
+    assert (jax.grad(lambda x: traced(x).sum())(jnp.ones(3)) == 1).all()
+    assert (jax.jit(py_func(traced, Tout=lambda x: x))(jnp.ones(3)) == 2).all()
 
 
 def test_blocks_do_not_look_at_each_array():

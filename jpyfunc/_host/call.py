@@ -118,13 +118,14 @@ def _enter_hooks() -> list[Callable[[None], None]]:
     entered: list[Callable[[Any], None]] = []
     if caller() is not None:
         return entered
-    for wanted, current, set_hook in (
+    hooks: list[tuple[Any, Any, Callable[[Any], None]]] = [
         (threading.gettrace(), sys.gettrace(), sys.settrace),
         (threading.getprofile(), sys.getprofile(), sys.setprofile),
-    ):
+    ]
+    for wanted, current, enter in hooks:
         if wanted is not None and current is None:
-            set_hook(wanted)
-            entered.append(set_hook)
+            enter(wanted)
+            entered.append(enter)
     return entered
 
 

@@ -220,11 +220,11 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     conversion of the results, and JAX may still compute when their body has returned.
 
     A call counts in every block, of any thread, that was open when it began. On leaving
-    a block without an exception, it waits for what was dispatched in it, so that the
-    calls of those programs are in it; not so in a body, which must not wait for its own
-    program, nor for a body that itself waits for some seconds, as for a lock that is held
-    here. A failure of theirs surfaces where JAX reports it, not here. A profile may be
-    entered again, and goes on counting.
+    a block without an exception, it waits for what its thread has dispatched in it, so
+    that the calls of those programs are in it; not so in a body, which must not wait for
+    its own program, nor for a body that itself waits for some seconds, as for a lock that
+    is held here. A failure of theirs surfaces where JAX reports it, not here. A profile
+    may be entered again, and goes on counting.
 
     Example:
         >>> import jax, jax.numpy as jnp, jpyfunc
