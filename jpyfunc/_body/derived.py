@@ -246,7 +246,7 @@ def ticket_of(body: FlatBody) -> int | None:
     return len(recorded.base.in_avals) if recorded else None
 
 
-def sharing(body: Body) -> Body:
+def sharing(body: Any) -> Any:
     """`body`, where other derivatives need the same tape."""
     if isinstance(body, Recorded):
         return dataclasses.replace(body, is_shared=True)

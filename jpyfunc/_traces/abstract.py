@@ -374,7 +374,7 @@ class AbstractTracer(Tracer):
         self.number = number
 
     @property
-    def aval(self) -> Any:
+    def aval(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         # Whatever is done with an array begins by asking for this.
         if not self._trace.is_open:
             raise self._trace.left_behind()
