@@ -13,7 +13,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import both_ways
+from cases import assert_close, both_ways
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from jax.sharding import AxisType, PartitionSpec
@@ -690,3 +690,29 @@ def test_what_a_function_that_jax_traced_once_holds_of_an_earlier_run(transform)
     np.testing.assert_allclose(grad(3.0, 2.0), (8, 3 * 3 * 4 + 1), rtol=1e-6)
     with pytest.raises(TypeError, match=r"'body' kept from a run|holds a traced value"):
         call(grad, 3.0, 5.0)
+
+
+@jax.custom_vjp
+def squared(x):
+    return x * x
+
+
+squared.defvjp(lambda x: (x * x, x), lambda x, g: (2.0 * x * g,))
+
+LEAD_NOWHERE = {
+    "stopped": lambda x: jnp.sin(x) + jax.lax.stop_gradient(squared(x)),
+    "stopped_later": lambda x: jnp.sin(x) + jnp.floor(jnp.cos(squared(x))),
+    "compared": lambda x: jnp.where(squared(x) > 0.1, jnp.sin(x), x),
+    "jitted": lambda x: jnp.sin(x) * jnp.sign(jax.jit(squared)(x)),
+    "dropped": lambda x: (squared(x), jnp.sin(x))[1],
+}
+
+
+@pytest.mark.parametrize("body", LEAD_NOWHERE)
+def test_forward_mode_asks_a_custom_vjp_only_for_what_leads_to_results(body, transform):
+    """`jax.linearize` leaves out the others, and raises where there is one."""
+
+    def along(f):
+        return transform(lambda x, t: jax.linearize(f, x)[1](t))(0.5, jnp.float32(0.9))
+
+    assert_close(along(py_func(LEAD_NOWHERE[body])), along(LEAD_NOWHERE[body]))

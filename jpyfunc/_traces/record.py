@@ -117,7 +117,14 @@ class Record:
         known: list[Any] = [None] * self._slots
         for i, tangent in zip(wrt, tangents, strict=True):
             known[self.wrt.index(i)] = tangent
-        for note in self._notes:
+        # A `custom_vjp` has no JVP, and needs none where it leads to none of the results.
+        wanted = {self._of[i] for i in of}
+        leading = []
+        for note in reversed(self._notes):
+            if not wanted.isdisjoint(range(note.first, note.first + len(note.linear.of))):
+                wanted.update(note.inputs)
+                leading.append(note)
+        for note in reversed(leading):
             given = tuple([k for k, s in enumerate(note.inputs) if known[s] is not None])
             if given:
                 pushed = [known[note.inputs[k]] for k in given]
