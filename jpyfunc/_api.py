@@ -625,7 +625,7 @@ class PyFunc:
             raise not_differentiable(self._where)
         batch = running_batch()
         if batch and self._stateful:
-            batch.cannot()
+            batch.cannot(f"{self._where}, which is stateful")
         if self._ordered:
             jax.effects_barrier()  # what was dispatched before it runs before it
         arrays = [
@@ -648,7 +648,7 @@ class PyFunc:
         args, kwargs = jax.tree.unflatten(tree, arrays)
         batch = running_batch()
         if batch and template is not None and not template.leaves:
-            batch.cannot()  # it is stateful
+            batch.cannot(f"{self._where}, which returns nothing")
         note(runs=1, elements=len(batch.part.rows) - 1 if batch else 0)
         try:
             result = run(self.__name__, self._func, *args, **kwargs)
@@ -661,7 +661,7 @@ class PyFunc:
                 # On another branch it may be an array, whose dtype it then takes.
                 template = self._inferred_now(arrays, tree, template, result)
         if not template.leaves and batch:
-            batch.cannot()
+            batch.cannot(f"{self._where}, which returns nothing")
         with _compat.allowed_transfers():
             outputs = [
                 # A declared dtype is a strong one, and what the body returned on the host

@@ -1,5 +1,7 @@
 """`profile`: what it counts, in which block, and how it shows it."""
 
+import contextlib
+import html
 import re
 import threading
 import time
@@ -363,8 +365,101 @@ def test_as_dict_is_a_copy():
         "exceptions",
         "from_tape",
         "reran",
+        "compile_seconds",
+        "one_by_one",
         "tape_bytes",
     }
+
+
+def calls_stateful(x):
+    py_func(lambda x: None, [x], [])
+    return x
+
+
+def prints(x):
+    jax.debug.print("")
+    return x
+
+
+def counts_in_a_ref(x):
+    counter[...] += 1
+    return x
+
+
+def calls_back(x):
+    return jax.pure_callback(lambda x: x, SCALAR, x, vmap_method="sequential")
+
+
+def draws_of_other_keys(x):
+    data = jnp.zeros(4, jnp.uint32) + x.astype(jnp.uint32)
+    return x + jax.random.uniform(jax.random.wrap_key_data(data, impl="rbg"))
+
+
+def draws(x):
+    return x + np.random.random()
+
+
+counter = jax.new_ref(jnp.int32(0))
+REASONS = {
+    "stateful": (calls_stateful, "returns nothing"),
+    "debug": (prints, "debug_"),
+    "reads": (lambda x: x * float(x), "tell elements apart: 10 paths or more for 10"),
+    "raises": (lambda x: np.sin(x, out=x), "TypeError: "),
+    "ref": (counts_in_a_ref, "jax.Ref"),
+    "callback": (calls_back, "pure_callback may be another"),
+    "jitted callback": (lambda x: jax.jit(calls_back)(x), "pure_callback calls Python"),
+    "other keys": (draws_of_other_keys, "for many elements at once"),
+    "draws": (draws, "drawn from numpy.random"),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.filterwarnings("ignore:py_func 'draws'")
+def test_says_why_a_batch_ran_one_by_one(reason):
+    body, why = REASONS[reason]
+    f = jax.jit(jax.vmap(py_func(body, Tout=SCALAR, name="f")))
+    for _ in range(2):  # when it is found, and when it is remembered
+        failing = contextlib.suppress(jax.errors.JaxRuntimeError, ValueError)
+        with profile() as prof, failing:
+            jax.block_until_ready(f(jnp.arange(1.0, 11.0)))
+        (said,) = counts(prof, "one_by_one", "f").values()
+        assert why in said
+        assert f"f, forward, ran one by one: {said}" in str(prof).splitlines()
+        assert html.escape(said) in prof._repr_html_()
+
+
+def test_says_that_elements_are_large_or_looked_at():
+    wide = jnp.ones((3, 2**15))
+    f = py_func(lambda x: x + 1, Tout=lambda x: x, name="f")
+    with profile() as prof:
+        jax.vmap(f)(wide)
+    assert counts(prof, "one_by_one", "f") == {"forward": "elements of 262,144 bytes"}
+    with profile() as prof, jax.debug_nans(True):
+        jax.vmap(f)(jnp.ones(3))
+    assert "NaN" in counts(prof, "one_by_one", "f")["forward"]
+    with profile() as prof:
+        jax.vmap(f)(jnp.ones(3))
+        jax.vmap(py_func(lambda x: x, Tout=lambda x: x, stateful=True))(jnp.ones(3))
+    assert set(counts(prof, "one_by_one", "f").values()) == {""}
+
+
+def test_time_spent_compiling():
+    @py_func(Tout=lambda x: x)
+    def f(x):
+        return jnp.sin(x) if x.sum() > 0 else x
+
+    batch = jax.jit(jax.vmap(f))
+    spent = []
+    for width in (13, 13, 14):
+        with profile() as prof, profile() as other:
+            jax.block_until_ready(batch(jnp.ones((3, width))))
+        (row,) = (row["forward"] for row in prof.as_dict().values())
+        assert other.as_dict() == prof.as_dict()
+        assert row["compile_seconds"] <= row["body_seconds"] + row["crossing_seconds"]
+        spent.append(row["compile_seconds"])
+    assert spent[0] > 0
+    assert spent[1] == 0
+    assert spent[2] > 0
 
 
 def test_prints_as_an_aligned_table():
@@ -376,23 +471,26 @@ def test_prints_as_an_aligned_table():
     header, *rows = str(prof).splitlines()
     assert header.split() == [
         *("function", "kind", "calls", "elements", "runs", "body", "crossing"),
-        *("in", "out", "exceptions", "from", "tape", "reran", "tapes"),
+        *("in", "out", "exceptions", "from", "tape", "reran", "compiling", "tapes"),
     ]
     assert len({len(line) for line in (header, *rows)}) == 1
     assert [row[:8].strip() for row in rows] == ["<f>", "cube", ""]
     assert re.search(
-        r"<f> +forward +1,500 +1,500 +1,500 .* 5.9 MiB +5.9 MiB +0 +0 +0 +0 B$", rows[0]
+        r"<f> +forward +1,500 +1,500 +1,500 .* 5.9 MiB +5.9 MiB +0 +0 +0 +0.0 us +0 B$",
+        rows[0],
     )
     # A ticket of 16 bytes leaves with the result.
-    assert re.search(r"forward +1 +1 +1 .* 4 B +20 B +0 +0 +0 +[1-9].* KiB$", rows[1])
-    assert re.search(r"vjp +1 +1 +0 .* 24 B +4 B +0 +1 +0 +0 B$", rows[2])
+    assert re.search(
+        r"forward +1 +1 +1 .* 4 B +20 B +0 +0 +0 +[\d.]+ [um]?s +[1-9].* KiB$", rows[1]
+    )
+    assert re.search(r"vjp +1 +1 +0 .* 24 B +4 B +0 +1 +0 +[\d.]+ [um]?s +0 B$", rows[2])
     assert str(profile()).splitlines()[0].split() == header.split()
-    html = prof._repr_html_()
-    assert html.startswith("<table>")
-    assert "<f>" not in html
-    assert "&lt;f&gt;" in html
-    assert html.count("<tr>") == 4
-    assert html.count("<td") == 3 * html.count("<th ")
+    page = prof._repr_html_()
+    assert page.startswith("<table>")
+    assert "<f>" not in page
+    assert "&lt;f&gt;" in page
+    assert page.count("<tr>") == 4
+    assert page.count("<td") == 3 * page.count("<th ")
 
 
 def test_bodies_have_their_names_in_traces(tmp_path):

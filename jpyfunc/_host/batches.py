@@ -18,10 +18,11 @@ from jpyfunc._errors import warn_at_function
 from jpyfunc._host import kept
 from jpyfunc._host.derivatives import call
 from jpyfunc._host.draws import drawn_since, generators
-from jpyfunc._host.profile import Run, elements_counted, note, title_of
+from jpyfunc._host.profile import Run, elements_counted, note, note_why, title_of
 from jpyfunc._traces.batched import Batched, CannotBatch, Part
 from jpyfunc._traces.branches import Branches, number_of
 from jpyfunc._traces.cache import Cache
+from jpyfunc._traces.operations import first_line
 
 MAX_BYTES = 2**26  # of operands and results that a run by branch begins with
 # Of one element, whose operations take longer than Python does: they fit a cache alone.
@@ -268,48 +269,49 @@ class _Result:
 
 
 def _by_branch(elements: _Elements) -> None:
-    every = np.arange(elements.count)
-    is_large = ticket_of(elements.base) is None and elements.nbytes > MAX_ELEMENT
-    if is_large or _compat.is_debugging() or _is_scattered(elements):
-        elements.run_each(every)
+    if why := _why_not(elements):
+        note_why(why)
+        elements.run_each(np.arange(elements.count))
         return
     most = max(1, MAX_BYTES // max(1, elements.nbytes))
     parts = [part for root in _roots(elements) for part in _chunks(root, most)]
     if not parts:
         return
     before, counted = generators(), elements_counted()
-    which = _run_parts(elements, parts)
+    which, why = _run_parts(elements, parts)
     drawn = drawn_since(before)
     if drawn:
-        which = ANY
+        which, why = ANY, f"numbers are drawn from {drawn}"
         elements.restart()
         elements_counted(counted)
-    if which is not None:
+    if why:
+        note_why(why)
         # As it would have been from the start, the first exception included, of which
         # nothing is to be remembered.
         elements.run_each(np.sort(np.concatenate([part.rows for part in parts])))
-        _remember(elements, which)
+        _remember(elements, which, why)
     if drawn:
         _warn_of_draws(elements, drawn)
 
 
-def _run_parts(elements: _Elements, parts: Sequence[Part]) -> int | None:
+def _run_parts(elements: _Elements, parts: Sequence[Part]) -> tuple[int, str]:
     """Run parts by branch.
 
     Returns:
         Of which calls it was found that they are better run one by one, what is left of
-        this one included: None, `OF_SIZE` or `OF_KIND`.
+        this one included, and why: a text that is empty if it was not.
     """
     most = elements.count // 2 if ticket_of(elements.base) is None else elements.count
     runs = 0
     for part in parts:
         for waiting in _run_part(elements, part):
-            if waiting is None:
-                return OF_KIND
+            if isinstance(waiting, str):
+                return OF_KIND, waiting
             runs += 1
             if runs + waiting > most:
-                return OF_SIZE
-    return None
+                paths = f"{runs + waiting} paths or more for {elements.count} elements"
+                return OF_SIZE, f"reads or branches tell elements apart: {paths}"
+    return OF_SIZE, ""
 
 
 def _chunks(root: Part, most: int) -> list[Part]:
@@ -347,11 +349,11 @@ def _roots(elements: _Elements) -> Iterator[Part]:
         yield Part(rows, None, rows, elements.widest)
 
 
-def _run_part(elements: _Elements, root: Part) -> Iterator[int | None]:
+def _run_part(elements: _Elements, root: Part) -> Iterator[int | str]:
     """Run a part by branch.
 
     Yields:
-        After each run, how many are to follow, or None if it cannot be done.
+        After each run, how many are to follow, or why it cannot be done.
     """
     if len(root.rows) == 1 and root.parent is None:
         elements.run_each(root.rows)
@@ -368,9 +370,9 @@ def _run_part(elements: _Elements, root: Part) -> Iterator[int | None]:
             continue
         counted = elements_counted()
         results = _attempt(elements, batch, part, log, operands)
-        if results is None:
+        if isinstance(results, str):
             elements_counted(counted)
-            yield None
+            yield results
             return
         elements.put(batch.part, results)
         note(elements=len(batch.part.rows) - 1)
@@ -381,15 +383,15 @@ def _run_part(elements: _Elements, root: Part) -> Iterator[int | None]:
 
 def _attempt(
     elements: _Elements, batch: Branches, part: Part, log: Any, operands: Sequence[Any]
-) -> list[np.ndarray] | None:
-    """The results of a run on a part, or None if they are not those of its elements."""
-    batch.refused = False
+) -> list[np.ndarray] | str:
+    """The results of a run on a part, or why they are not those of its elements."""
+    batch.refused = ""
     try:
         with batch.running(part, log):
             values = elements.run(operands)
         results = elements.rows_of(batch.part, values)
-    except (CannotBatch, Exception):  # noqa: BLE001 - raised again, if it is theirs
-        return None
+    except (CannotBatch, Exception) as error:  # noqa: BLE001 - raised again, if it is theirs
+        return batch.refused or first_line(error)
     except BaseException as error:
         numbers = [batch.number(row) for row in batch.part.rows[:6].tolist()]
         more = ", ..." if len(batch.part.rows) > 6 else ""
@@ -398,11 +400,11 @@ def _attempt(
             f"{', '.join(map(str, numbers))}{more} of a batch."
         )
         raise
-    return None if batch.refused else results
+    return batch.refused or results
 
 
-# The bodies that are not run by branch: any call of them, those of one kind, or those of
-# one kind for batches of up to a power of two.
+# Why bodies are not run by branch: any call of them, those of one kind, or those of one
+# kind for batches of up to a power of two.
 _unlike: Cache = Cache(256)
 ANY, OF_KIND, OF_SIZE = range(3)  # keys of a call
 
@@ -416,19 +418,23 @@ def _keys(elements: _Elements) -> tuple[list[Any], Any]:
     return [id(owner), kind, (*kind, size)], owner
 
 
-def _is_scattered(elements: _Elements) -> bool:
-    """Whether elements of such calls were found to have little in common.
+def _why_not(elements: _Elements) -> str:
+    """Why a batch is not run by branch; empty if it is.
 
     Derivatives of runs that are kept follow these, which are of parts or of elements.
     """
-    return any(map(_unlike.get, _keys(elements)[0]))
+    if ticket_of(elements.base) is None and elements.nbytes > MAX_ELEMENT:
+        return f"elements of {elements.nbytes:,} bytes"
+    if _compat.is_debugging():
+        return "JAX looks for NaN or infinity in each result"
+    return next(filter(None, map(_unlike.get, _keys(elements)[0])), "")
 
 
-def _remember(elements: _Elements, which: int) -> None:
+def _remember(elements: _Elements, which: int, why: str) -> None:
     """Run such calls one by one from now on: those of the key number `which`."""
     keys, owner = _keys(elements)
     with contextlib.suppress(TypeError):  # built in, say
-        _unlike.put(keys[which], True, [owner])
+        _unlike.put(keys[which], why, [owner])
 
 
 def _warn_of_draws(elements: _Elements, generator: str) -> None:

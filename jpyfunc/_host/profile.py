@@ -5,6 +5,7 @@ It is also where bodies get the name by which `jax.profiler` shows them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import threading
@@ -34,6 +35,7 @@ from jpyfunc._host import kept
 # Profiles whose block is open. A list that changes in place, so that the modules that
 # run bodies import it once and pay one truth test per call where there is none.
 open_profiles: list[profile] = []
+_opening = threading.Lock()
 
 KINDS = {
     Primal: "forward",
@@ -52,12 +54,28 @@ Key = tuple[str, str]  # name and source of a function
 _measuring = threading.local()  # `.counts`: of the calls that run on this thread
 
 
-def note(**counts: int) -> None:
+def note(**counts: float) -> None:
     """Add to the counts of the call that runs on this thread, if it is measured."""
     running = getattr(_measuring, "counts", None)
     if running:
         for name, count in counts.items():
             setattr(running[-1], name, getattr(running[-1], name) + count)
+
+
+def note_why(why: str) -> None:
+    """Say of the call on this thread, if it is measured, why it ran a batch one by one."""
+    running = getattr(_measuring, "counts", None)
+    if running:
+        running[-1].one_by_one = why
+
+
+_COMPILING = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
+
+
+def _note_compiling(event: str, duration_secs: float, **_: Any) -> None:
+    """What JAX calls when it has compiled something, on the thread that it did so on."""
+    if event.endswith(_COMPILING):
+        note(compile_seconds=duration_secs)
 
 
 _OF_ELEMENTS = ("elements", "from_tape", "reran")
@@ -176,11 +194,14 @@ class Counts:
     exceptions: int = 0
     from_tape: int = 0
     reran: int = 0
+    compile_seconds: float = 0.0
+    one_by_one: str = ""
 
     def add(self, other: Counts) -> None:
-        """Add the counts of `other` to these."""
+        """Add the counts of `other` to these; of texts, the later one stays."""
         for field in dataclasses.fields(self):
-            total = getattr(self, field.name) + getattr(other, field.name)
+            mine, others = getattr(self, field.name), getattr(other, field.name)
+            total = others or mine if isinstance(mine, str) else mine + others
             setattr(self, field.name, total)
 
 
@@ -213,6 +234,11 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     - `from_tape`: elements of derivatives that were taken of a run that was kept, so that
       the body was not run again.
     - `reran`: elements of derivatives for which the body was run again.
+    - `compile_seconds`: time in which JAX compiled what the call needed, operations of the
+      body above all: each is compiled at its first use, for arrays of one shape. It is part
+      of the times above.
+    - `one_by_one`: why batches that were to run by branch ran one by one, for the last that
+      did; empty if none did. It is printed below the table.
     - `tape_bytes`: what the tapes of the function hold now, those of calls outside of the
       block included; in the row `forward` alone. See `set_tape_limit`.
 
@@ -249,7 +275,10 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
 
     def __enter__(self) -> profile:
         self._before.append(Flight())
-        open_profiles.append(self)
+        with _opening:
+            if not open_profiles:
+                jax.monitoring.register_event_duration_secs_listener(_note_compiling)
+            open_profiles.append(self)
         return self
 
     def __exit__(
@@ -263,14 +292,19 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
             if error is None:
                 before.wait()
         finally:
-            open_profiles.remove(self)
+            with _opening:
+                open_profiles.remove(self)
+                if not open_profiles:
+                    # It raises where the user has cleared all listeners meanwhile.
+                    with contextlib.suppress(AssertionError, ValueError):
+                        jax.monitoring.unregister_event_duration_listener(_note_compiling)
 
     def _add(self, key: Key, kind: str, counts: Counts, function: int) -> None:
         with self._lock:
             self._functions.setdefault(key, set()).add(function)
             self._counts.setdefault(key, {}).setdefault(kind, Counts()).add(counts)
 
-    def as_dict(self) -> dict[str, dict[str, dict[str, int | float]]]:
+    def as_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
         """The counts so far.
 
         Returns:
@@ -309,22 +343,32 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
                 f"{counts['exceptions']:,}",
                 f"{counts['from_tape']:,}",
                 f"{counts['reran']:,}",
+                _seconds(counts["compile_seconds"]),
                 _bytes(counts["tape_bytes"]),
             ]
             for function, kinds in self.as_dict().items()
             for i, (kind, counts) in enumerate(kinds.items())
         ]
 
+    def _reasons(self) -> list[str]:
+        return [
+            f"{function}, {kind}, ran one by one: {counts['one_by_one']}"
+            for function, kinds in self.as_dict().items()
+            for kind, counts in kinds.items()
+            if counts["one_by_one"]
+        ]
+
     def __repr__(self) -> str:
         table = [list(_HEADER), *self._rows()]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
+        lines = [
             "  ".join(
                 cell.ljust(width) if i < 2 else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             )
             for row in table
-        )
+        ]
+        return "\n".join([*lines, *self._reasons()])
 
     def _repr_html_(self) -> str:
         def row(cells: Iterable[str], tag: str) -> str:
@@ -338,12 +382,13 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
         return (
             f"<table><thead><tr>{row(_HEADER, 'th')}</tr></thead>"
             f"<tbody>{body}</tbody></table>"
+            + "".join(f"<p>{html.escape(reason)}</p>" for reason in self._reasons())
         )
 
 
 _HEADER = (
     "function", "kind", "calls", "elements", "runs", "body", "crossing", "in", "out",
-    "exceptions", "from tape", "reran", "tapes"
+    "exceptions", "from tape", "reran", "compiling", "tapes"
 )  # fmt: skip
 
 

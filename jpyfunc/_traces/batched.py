@@ -163,7 +163,7 @@ class Batched(Tracer):
 
     def refuse_elsewhere(self) -> NoReturn:
         """Refuse a use outside of a run: after its own, or on another thread."""
-        self._trace.refused = True  # if it runs still
+        self._trace.refused = "an array is used on another thread"  # if it runs still
         raise TypeError(
             f"{self._trace.label}: an array that stands for many elements of a batch is "
             "used outside of the run of the body that made it, where it has no one value. "

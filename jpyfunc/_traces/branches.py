@@ -32,8 +32,8 @@ class Branches(Running):
     Attributes:
         part: the elements that run now.
         waiting: the parts that were split off, each with the operations before.
-        refused: whether something could not be done for many elements, so that what the
-            run returns is nothing; the body may have caught the exception.
+        refused: why something could not be done for many elements, so that what the run
+            returns is nothing; the body may have caught the exception. Empty if nothing.
         label: what errors call the function that is run.
         sizes: the axes of the batch.
     """
@@ -44,10 +44,11 @@ class Branches(Running):
         self.sizes = sizes
         self.part: Part
         self.waiting: list[tuple[Part, Sequence[Entry]]] = []
-        self.refused = False
+        self.refused = ""
         self._log: list[Entry] = []
         self._done = 0  # how many operations of the log this run has come to
         self._nbytes = 0  # of what the log holds
+        self._primitive: Any = None  # that was bound last
 
     @contextmanager
     def running(self, part: Part, log: Sequence[Entry]) -> Iterator[None]:
@@ -61,9 +62,9 @@ class Branches(Running):
         finally:
             self._log = []
 
-    def cannot(self) -> NoReturn:
+    def cannot(self, why: str) -> NoReturn:
         """End a run that cannot be of many elements."""
-        self.refused = True
+        self.refused = why
         raise CannotBatch
 
     def number(self, row: int) -> int | tuple[int, ...]:
@@ -113,14 +114,18 @@ class Branches(Running):
         axes = tuple([0 if type(x) is Batched else None for x in operands])
         if 0 not in axes:
             # A reference is read and written once for each element.
-            if operation.is_stateful or any(isinstance(x, jax.Ref) for x in operands):
-                self.cannot()
+            if operation.is_stateful:
+                self.cannot("a stateful call in a loop or a branch of JAX")
+            if any(isinstance(x, jax.Ref) for x in operands):
+                self.cannot("a jax.Ref is read or written")
             with enter_batch(None):
                 results = run(self.parent, operation, operands)
         else:
-            function = None if operation.is_wide else operation.batched(axes)
+            if operation.is_wide:
+                self.cannot("arrays of 64 bits while these are off")
+            function = operation.batched(axes)
             if function is None:
-                self.cannot()
+                self.cannot(operation.refusal)
             part = self.part = self.part.with_arrays_of(operation.nbytes)
             values = [x.on(part) if type(x) is Batched else x for x in operands]
             if self.move is not None:
@@ -141,11 +146,12 @@ class Branches(Running):
         if primitive is _compat.stop_gradient_p:
             return tracers[0]
         if "debug" in primitive.name:  # once for each element, whatever it prints
-            self.cannot()
+            self.cannot(f"{primitive.name} runs for each element")
+        self._primitive = primitive
         return super().process_primitive(primitive, tracers, params)
 
     def apply_uncacheable(self, loose: Loose, operands: Sequence[Any]) -> list[Any]:
-        self.cannot()
+        self.cannot(f"{self._primitive.name} may be another operation in every run")
 
     def process_custom_jvp_call(
         self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **_: Any
@@ -162,7 +168,7 @@ class Branches(Running):
             return fun.call_wrapped(*operands)
 
     def process_shard_map(self, *_: Any, **__: Any) -> Any:
-        self.cannot()
+        self.cannot("shard_map")
 
 
 def number_of(row: int, sizes: tuple[int, ...]) -> int | tuple[int, ...]:

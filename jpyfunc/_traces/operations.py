@@ -44,6 +44,7 @@ class Operation:
         is_orphan: whether no later call can be of it, so that only runs that are kept
             hold it, without what was compiled of it.
         nbytes: of its largest result, once it was asked for `batched`.
+        refusal: why it cannot be batched, once it was asked.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class Operation:
         "is_stateful",
         "is_wide",
         "nbytes",
+        "refusal",
         "run",
         "stores",
     )
@@ -73,6 +75,7 @@ class Operation:
         self.run = _compiled(call)
         self.is_orphan = False
         self.nbytes = 0
+        self.refusal = ""
         self.avals = tuple(map(with_weak_type, avals))
         self.is_wide = any(map(_is_wide, self.avals))
         self.stores: list[tuple[Any, Any]] = []
@@ -110,10 +113,15 @@ class Operation:
         with set_current_trace(_compat.eval_trace):
             try:
                 closed = jax.make_jaxpr(function)(*avals)
-            except Exception:  # noqa: BLE001 - it may have no rule; else it is raised later
+            except Exception as error:  # noqa: BLE001 - it may have no rule
+                self.refusal = first_line(error)
                 return None
             inner = jax.make_jaxpr(self.call)(*self.avals)
-        if calls_host(closed) or not _is_uniform(inner):
+        if calls_host(closed):
+            self.refusal = f"{_first(closed, _calls_host) or 'an effect'} calls Python"
+        elif odd := _first(inner, _is_odd):
+            self.refusal = f"{odd} does something else, or more, for many elements at once"
+        if self.refusal:
             return None
         sizes = [math.prod(aval.shape) * aval.dtype.itemsize for aval in inner.out_avals]
         self.nbytes = max(sizes, default=0)
@@ -505,18 +513,35 @@ def calls_host(jaxpr: Any) -> bool:
     )
 
 
-def _is_uniform(jaxpr: Any) -> bool:
-    """Whether many at once are what each is alone, at about the cost.
+def _first(jaxpr: Any, is_it: Callable[[Any], bool]) -> str | None:
+    """The first primitive in a jaxpr, or in one in it, of which `is_it` holds."""
+    for eqn in jaxpr.eqns:
+        if is_it(eqn):
+            return eqn.primitive.name
+        for inner in jaxprs_in_params(eqn.params):
+            if name := _first(inner, is_it):
+                return name
+    return None
+
+
+def _calls_host(eqn: Any) -> bool:
+    return is_host_call(eqn.primitive, {})
+
+
+def _is_odd(eqn: Any) -> bool:
+    """Whether many at once are not what each is alone, or not at about the cost.
 
     A `cond` is not, all of whose branches are computed, nor generators of random numbers
     other than threefry, nor what has a rule of the user's.
     """
-    return all(
-        eqn.primitive.name not in ("cond", "custom_vmap_call", "rng_bit_generator")
-        and not any(map(_is_other_key, eqn.invars))
-        and all(map(_is_uniform, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
-    )
+    odd = ("cond", "custom_vmap_call", "rng_bit_generator")
+    return eqn.primitive.name in odd or any(map(_is_other_key, eqn.invars))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, for a line of a table."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return text if len(text) < 120 else f"{text[:117]}..."
 
 
 def _is_other_key(variable: Any) -> bool:
