@@ -280,6 +280,26 @@ def test_padding_is_short_once_arrays_are_large(monkeypatch, transform):
     assert {*got} == {128, 8, 4, 2}
 
 
+LONG = {
+    "loop": lambda x: jax.lax.while_loop(lambda y: y < 9, lambda y: y * 1.5, x),
+    "scan": lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, None, 1000)[0],
+    "factors": lambda x: jnp.linalg.cholesky(jnp.eye(4) * x)[0, 0],
+    "inside": lambda x: jnp.outer(x * jnp.ones(50), jnp.ones(50)).sum(),
+    "product": lambda x: jnp.full((2, 4000), x) @ jnp.ones(4000),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_operations_that_take_long_are_not_padded_far(name, monkeypatch):
+    operation = jax.jit(LONG[name])
+    got = lengths_run(monkeypatch)
+    x = jnp.array([1.0, 2.0, 0.5, 1.5, 2.5])
+    body = lambda x: (x * 2, operation(x).sum())  # noqa: E731
+    f = by_branch(body, Tout=(SCALAR, SCALAR))
+    assert_close(jax.vmap(f)(x), loop(jax.jit(body), x))
+    assert got[:2] == [128, 8]
+
+
 def test_a_read_that_splits_into_many_groups():
     """Each group goes on from the read by itself, whatever the others compute next."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import (
     Literal,
     jaxpr_as_fun,
@@ -43,7 +44,8 @@ class Operation:
             them: no such function can be traced.
         is_orphan: whether no later call can be of it, so that only runs that are kept
             hold it, without what was compiled of it.
-        nbytes: of its largest result, once it was asked for `batched`.
+        nbytes: of the largest array in it, or of one that takes as long, once it was asked
+            for `batched`.
         refusal: why it cannot be batched, once it was asked.
     """
 
@@ -123,8 +125,7 @@ class Operation:
             self.refusal = f"{odd} does something else, or more, for many elements at once"
         if self.refusal:
             return None
-        sizes = [math.prod(aval.shape) * aval.dtype.itemsize for aval in inner.out_avals]
-        self.nbytes = max(sizes, default=0)
+        self.nbytes = _cost(inner)
         return jax.jit(function)
 
     @property
@@ -536,6 +537,32 @@ def _is_odd(eqn: Any) -> bool:
     """
     odd = ("cond", "custom_vmap_call", "rng_bit_generator")
     return eqn.primitive.name in odd or any(map(_is_other_key, eqn.invars))
+
+
+def _cost(jaxpr: Any) -> int:
+    """The bytes of the largest array that a jaxpr makes, or of one that takes as long."""
+    cost = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive in _LONG:
+            return 2**62
+        sizes = [
+            math.prod(v.aval.shape) * v.aval.dtype.itemsize
+            for v in eqn.outvars
+            if isinstance(v.aval, ShapedArray)
+        ]
+        sizes += map(_cost, jaxprs_in_params(eqn.params))
+        steps = eqn.params["length"] if eqn.primitive is jax.lax.scan_p else 1
+        if eqn.primitive is jax.lax.dot_general_p:
+            # As many as some 64 numbers are multiplied and added in the time of one sine.
+            (summed, _), _ = eqn.params["dimension_numbers"]
+            steps = 1 + math.prod(eqn.invars[0].aval.shape[i] for i in summed) // 64
+        cost = max([cost, *(size * steps for size in sizes)])
+    return cost
+
+
+# What takes microseconds for a matrix of any size, and loops of unknown length.
+_LONG = {jax.lax.while_p, jax.lax.fft_p, jax.lax.conv_general_dilated_p}
+_LONG |= {p for name, p in vars(jax.lax.linalg).items() if name.endswith("_p")}
 
 
 def first_line(error: BaseException) -> str:
