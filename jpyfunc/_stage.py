@@ -244,16 +244,29 @@ def emit(
         The results, flat, as the template says.
     """
     known = dict(enumerate(operands))
-    emission = _Emission(tree.root, tree.template.leaves, operands, call)
+    is_varying = any(jax.typeof(x).manual_axis_type.varying for x in operands)
+    emission = _Emission(tree.template.leaves, operands, call, is_varying)
     return emission.node(tree.root, known, {}, None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Emission:
-    root: Node
+    """What all nodes of a tree are put into a program with.
+
+    Attributes:
+        leaves: what is declared of the results.
+        operands: what the body is called with.
+        call: the results of calling the body.
+        is_varying: whether the operands vary over manual axes. What a branch uses becomes
+            an operand of `lax.cond`, which `vmap` makes vary over the axes that the test
+            varies over, while the branch was traced with one that does not. So each
+            branch then has constants of its own, those of functions, which stay in them.
+    """
+
     leaves: Sequence[Leaf]
     operands: Sequence[Any]
     call: Callable[[Any], list[Any]]
+    is_varying: bool
 
     def node(
         self, node: Node, known: dict[int, Any], constants: dict[Step, Any], needed: Any
@@ -274,11 +287,8 @@ class _Emission:
                 return constants[x.step][x.index]
             if isinstance(x, Ref):
                 return known[x.number]
-            # An array that a branch uses becomes an operand of `lax.cond`, which `vmap`
-            # makes vary over the manual axes that the test varies over, while the branch
-            # was traced with one that does not. A constant of a function stays in it.
             is_array = isinstance(x, np.ndarray | jax.Array)
-            return jax.jit(lambda: x)() if is_array and node is not self.root else x
+            return jax.jit(lambda: x)() if is_array and self.is_varying else x
 
         for step in node.steps or ():
             results = step.call(*map(value, step.operands))
@@ -298,7 +308,8 @@ class _Emission:
                 if after.calls:
                     here = test if answer else jnp.logical_not(test)
                     here = here if needed is None else jnp.logical_and(needed, here)
-                return self.node(after, dict(known), dict(constants), here)
+                shared = {} if self.is_varying else dict(constants)
+                return self.node(after, dict(known), shared, here)
 
             return follow
 

@@ -733,3 +733,12 @@ def test_three_nested_loops_are_inferred_in_seconds():
         """,
         limit=60,
     )
+
+
+def test_a_ref_is_indexed_by_numbers():
+    def body(x):
+        ref = jax.new_ref(jnp.zeros(3))
+        ref[0] = 5.0
+        return ref[...] * x
+
+    assert_close(jax.jit(py_func(body))(2.0), jnp.array([10.0, 0, 0]))

@@ -169,14 +169,14 @@ def test_staged_branches_in_shard_map(mode):
             return jax.grad(lambda x: jnp.sin(x * w))(x)
 
         def body(x, w):
+            table = jnp.linspace(0, 1, 100)
+            x = x + 0 * (x * table).sum()
             if x > 0:
-                return x * w * table[2] + slope(x, w)
+                return (x * table).sum() / 50 * w * table[2] + slope(x, w)
             y = jax.lax.scan(lambda c, t: (c * t + jnp.sin(w), None), x, np.arange(3.0))[0]
             if w > 100:
                 return jnp.float32(3)
-            return jax.nn.softplus(y)
-
-        table = jnp.linspace(0, 1, 100)
+            return jax.nn.softplus(y * table[-1]) + 0 * (x * table).sum()
 
         def plain(x, w):
             other = jax.nn.softplus(5 * jnp.sin(w) + x * 0)
@@ -197,6 +197,7 @@ def test_staged_branches_in_shard_map(mode):
             lambda f: jax.grad(f, (0, 1)),
             lambda f: lambda x, w: jax.jvp(f, (x, w), (x, w * 2)),
             lambda f: jax.hessian(f, (0, 1)),
+            lambda f: lambda x, w: jax.vmap(f, (0, None))(x * pair, w),
             lambda f: lambda x, w: jax.vmap(jax.grad(f, (0, 1)), (0, None))(x * pair, w),
             lambda f: jax.grad(lambda x, w: jax.vmap(f)(x * pair, w * pair).sum(), (0, 1)),
             lambda f: jax.jacfwd(

@@ -192,7 +192,8 @@ class AbstractTrace(_compat.OneKey):
         return answer
 
     def stage_value(self, val: Any) -> Any:
-        return val
+        is_array = isinstance(val, np.ndarray | jax.Array)
+        return val if is_array else _compat.eval_trace.stage_value(val)
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         params = {name: self._frozen(value) for name, value in params.items()}
