@@ -12,6 +12,7 @@ the failure is known as the last one of that thread.
 from __future__ import annotations
 
 import dis
+import functools
 import itertools
 import os
 import re
@@ -150,9 +151,6 @@ def _read(error: BaseException, text: str) -> str:
     return _MARKER.sub("", text)
 
 
-_compat.read_runtime_errors(_read)
-
-
 def failure_of(error: BaseException) -> Failure | None:
     """The failure that JAX has made `error` of."""
     if type(error) not in (jax.errors.JaxRuntimeError, ValueError):
@@ -181,7 +179,11 @@ def has_surfaced_before(error: BaseException) -> bool:
     return failure is not None and failure.surfaced > 1
 
 
-_compat.forget_tokens_of(has_surfaced_before)
+@functools.cache
+def watch() -> None:
+    """Read JAX's errors from now on, once in a process: that a program of ours needs it."""
+    _compat.read_runtime_errors(_read)
+    _compat.forget_tokens_of(has_surfaced_before)
 
 
 def original_of(error: BaseException) -> BaseException | None:

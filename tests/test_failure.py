@@ -712,3 +712,26 @@ def test_debuggers_and_profilers_follow_bodies_to_xlas_threads():
     assert not lines and not calls
     """
     run_on(2, program)
+
+
+def test_importing_changes_no_error_of_programs_without_our_calls():
+    """Those that JAX makes are read from the first program on that calls a body."""
+    run_program(
+        """
+        import jax, jax.numpy as jnp
+        error = jax.errors.JaxRuntimeError
+        before = error.__init__, dict(vars(error))
+        import jpyfunc
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        f = jpyfunc.py_func(lambda x: 1 / 0, Tout=scalar)
+        jax.make_jaxpr(jax.grad(f))(1.0)
+        assert (error.__init__, dict(vars(error))) == before
+        try:
+            jax.jit(f)(1.0).block_until_ready()
+        except error as raised:
+            assert "ZeroDivisionError" in str(raised) and "<py_func" not in str(raised)
+        else:
+            raise AssertionError("nothing was raised")
+        """,
+        limit=60,
+    )

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
+from jpyfunc._failures import watch
 from jpyfunc._flight import note_devices
 from jpyfunc._host.call import REPORT, HostCall
 from jpyfunc._primitive.failure import checked
@@ -31,6 +32,7 @@ def _py_func_lowering(
     """
     _check_supported(ctx, params)
     note_devices(_compat.devices_of(ctx))
+    watch()
     whole = _whole_on_all_devices(ctx)
     avals_out = list(ctx.avals_out)
     if whole is not None:
