@@ -678,6 +678,24 @@ def test_draws_are_made_for_each_element(draw, transform):
     assert len({*first.ravel().tolist(), *again.ravel().tolist()}) == 12
 
 
+def test_draws_of_another_thread(transform):
+    """A batch that meets some runs one by one, without a warning, and the next as ever."""
+    waiting = [threading.Thread(target=random.random)]
+
+    def body(x):
+        while waiting:
+            thread = waiting.pop()
+            thread.start()
+            thread.join()
+        return x * 2 if x > 2 else x
+
+    program = transform(jax.vmap(by_branch(body)))
+    for runs in (9, 2):
+        got, ran = runs_of(program, xs)
+        assert_close(got, jnp.where(xs > 2, xs * 2, xs))
+        assert ran == runs
+
+
 def test_draws_of_a_generator_that_the_user_put_in_place():
     def draws(x):
         return x * np.random.random()

@@ -284,11 +284,14 @@ def _by_branch(elements: _Elements) -> None:
         which, why = ANY, f"numbers are drawn from {drawn}"
         elements.restart()
         elements_counted(counted)
+        before = generators()
     if why:
         note_why(why)
         # As it would have been from the start, the first exception included, of which
         # nothing is to be remembered.
         elements.run_each(np.sort(np.concatenate([part.rows for part in parts])))
+        if drawn and not drawn_since(before):
+            return  # it was another thread
         _remember(elements, which, why)
     if drawn:
         _warn_of_draws(elements, drawn)

@@ -136,11 +136,11 @@ class Branches(Running):
         return [*results]
 
     def _note(self, operation: Operation, operands: Any, results: list[Any]) -> None:
-        if self._nbytes < MAX_LOG:
-            entry = (operation, [*map(_unchanging, operands)], results)
-            self._log.append(entry)
+        # What has no room ends the log: the run that takes it over goes on from there.
+        self._nbytes += _nbytes((operation, operands, results))
+        if self._nbytes <= MAX_LOG:
+            self._log.append((operation, [*map(_unchanging, operands)], results))
             self._done += 1
-            self._nbytes += _nbytes(entry)
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive is _compat.stop_gradient_p:
