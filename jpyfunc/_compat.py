@@ -386,6 +386,23 @@ def copied_jaxpr(jaxpr: Any) -> Any:
     return jaxpr.replace()
 
 
+@weakref_lru_cache
+def holds_numpy(jaxpr: Any) -> bool:
+    """Whether there are arrays of NumPy in a jaxpr: it never gets one that it has not."""
+    inner = jaxpr if type(jaxpr) is Jaxpr else jaxpr.jaxpr
+    atoms = [*inner.outvars, *(x for eqn in inner.eqns for x in eqn.invars)]
+    values = [*getattr(jaxpr, "consts", []), *(x.val for x in atoms if type(x) is Literal)]
+    params = [x for eqn in inner.eqns for x in eqn.params.values()]
+    return any(isinstance(x, np.ndarray) for x in values) or any(map(_has_numpy, params))
+
+
+def _has_numpy(parameter: Any) -> bool:
+    if type(parameter) in (tuple, list):
+        return any(map(_has_numpy, parameter))
+    is_array = isinstance(parameter, np.ndarray)
+    return is_array or (is_jaxpr(parameter) and holds_numpy(parameter))
+
+
 def owned(value: Any, own: Any) -> Any:
     """`value`, with copies in the place of the NumPy arrays in it: their owner may write.
 

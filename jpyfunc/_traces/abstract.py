@@ -147,16 +147,21 @@ class AbstractTrace(_compat.OneKey):
         """
         if isinstance(value, np.ndarray):
             memory = value.__array_interface__["data"][0], value.strides
-            key: Any = (memory, value.shape, value.dtype, getattr(value, "weak_type", None))
+            weak = getattr(value, "weak_type", None)
+            key: Any = (memory, value.shape, value.dtype, weak)
             _, copy = self._owned.get(key, (None, None))
             if copy is not None and copy.tobytes() == value.tobytes():
                 return copy
         elif _compat.is_jaxpr(value):
             key = id(value)
+            if not _compat.holds_numpy(value):
+                return value
             if key in self._owned:
                 return self._owned[key][1]
-        else:
+        elif type(value) in (tuple, list):
             return _compat.owned(value, self._frozen)
+        else:
+            return value
         self._owned[key] = value, _compat.owned(value, self._frozen)
         return self._owned[key][1]
 
@@ -199,9 +204,10 @@ class AbstractTrace(_compat.OneKey):
         params = {name: self._frozen(value) for name, value in params.items()}
         avals = [jax.typeof(t) for t in tracers]
         outs, effects = primitive.abstract_eval(*avals, **params)
+        calls = is_host_call(primitive, params)
         if effects:
             self.refuse(f"an operation has an effect ({primitive.name})")
-        elif is_host_call(primitive, params):
+        elif calls:
             self.refuse("it calls Python itself")  # maybe not for all elements of a batch
         outs = outs if primitive.multiple_results else [outs]
         jaxpr = params.get("jaxpr")
@@ -216,7 +222,7 @@ class AbstractTrace(_compat.OneKey):
                 return results if primitive.multiple_results else [results]
 
             inner = sum(map(_size, jaxprs_in_params(params)))
-            is_pure = not effects and not is_host_call(primitive, params)
+            is_pure = not effects and not calls
             results = self._note(what, call, tracers, outs, inner or 1, is_pure)
         return results if primitive.multiple_results else results[0]
 
