@@ -8,6 +8,7 @@ from typing import Any
 
 from jpyfunc import _compat
 from jpyfunc._body.derived import Batch, Body, recorded_of
+from jpyfunc._body.primal import Primal
 from jpyfunc._host import kept
 from jpyfunc._host.batches import evaluate_batch
 from jpyfunc._host.derivatives import call
@@ -35,6 +36,8 @@ def evaluate_with(
     body: Body, operands: Sequence[Any], device: _compat.Device, run: Run
 ) -> list[Any]:
     """`evaluate` where `run` calls the body and may time it."""
+    if isinstance(body, Primal):  # the most common, and at no tape
+        return run(body.title, call, body, operands, device)
     if isinstance(body, Batch):
         results = evaluate_batch(body, operands, device, run)
     else:
