@@ -25,6 +25,7 @@ jpyfunc.set_tape_limit(2**26)
 
 
 def pytest_unconfigure():
+    jax.config.update("jax_enable_compilation_cache", False)  # the end compiles, too
     _compiled.cleanup()
 
 

@@ -509,6 +509,17 @@ def test_a_call_on_a_reduction_of_all_that_is_returned(made, logging):
     )
 
 
+@pytest.mark.xfail(
+    raises=jax.errors.JaxRuntimeError,
+    reason="XLA's CPU compiler forgets the root of a program that it fuses into its only "
+    "user; where this passes, _xla_bugs.sample_of_returned may go",
+)
+def test_the_bare_fault_that_this_works_around():
+    """JAX's own callback in the place of ours."""
+    program = jax.jit(lambda x: returning(x @ x, lambda v: jax.debug.callback(print, v)))
+    program.lower(jnp.ones((600, 600))).compile()
+
+
 def test_what_that_takes_is_little():
     """An element of what is reduced and might be returned, once for each."""
     log = py_func(lambda value: None, Tout=[], stateful=True)
