@@ -8,7 +8,8 @@ from programs import xla_flags
 
 # Many tests compile the same small programs. Of each process, because JAX's cache may give
 # one what another has half written; a thread that gets that warns and compiles. Programs
-# that a test starts alone may have it, too.
+# that a test starts alone may have it, too. It goes when the process has ended, and with
+# it what that compiles to wait for programs in flight.
 _compiled = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -22,11 +23,6 @@ import jpyfunc
 
 # What tests leave behind would otherwise make each garbage collection a long one.
 jpyfunc.set_tape_limit(2**26)
-
-
-def pytest_unconfigure():
-    jax.config.update("jax_enable_compilation_cache", False)  # the end compiles, too
-    _compiled.cleanup()
 
 
 def pytest_collection_modifyitems(items):
