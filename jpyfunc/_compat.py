@@ -367,7 +367,7 @@ def is_eager() -> bool:
 
 def is_jaxpr(value: Any) -> bool:
     """Whether `value` is a jaxpr, closed or not: one type as of JAX 0.12."""
-    return isinstance(value, ClosedJaxpr | Jaxpr)
+    return isinstance(value, (ClosedJaxpr, Jaxpr))
 
 
 def is_stateful(jaxpr: Any) -> bool:
@@ -391,12 +391,13 @@ def holds_numpy(jaxpr: Any) -> bool:
     atoms = [*inner.outvars, *(x for eqn in inner.eqns for x in eqn.invars)]
     values = [*getattr(jaxpr, "consts", []), *(x.val for x in atoms if type(x) is Literal)]
     params = [x for eqn in inner.eqns for x in eqn.params.values()]
-    return any(isinstance(x, np.ndarray) for x in values) or any(map(_has_numpy, params))
+    return any(isinstance(x, np.ndarray) for x in values) or any(map(has_numpy, params))
 
 
-def _has_numpy(parameter: Any) -> bool:
+def has_numpy(parameter: Any) -> bool:
+    """Whether there are arrays of NumPy in a parameter of a primitive."""
     if type(parameter) in (tuple, list):
-        return any(map(_has_numpy, parameter))
+        return any(map(has_numpy, parameter))
     is_array = isinstance(parameter, np.ndarray)
     return is_array or (is_jaxpr(parameter) and holds_numpy(parameter))
 

@@ -201,7 +201,8 @@ class AbstractTrace(_compat.OneKey):
         return val if is_array else _compat.eval_trace.stage_value(val)
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
-        params = {name: self._frozen(value) for name, value in params.items()}
+        if any(map(_compat.has_numpy, params.values())):
+            params = {name: self._frozen(value) for name, value in params.items()}
         avals = [jax.typeof(t) for t in tracers]
         outs, effects = primitive.abstract_eval(*avals, **params)
         calls = is_host_call(primitive, params)
@@ -365,6 +366,7 @@ def _content(jaxpr: Any) -> Any:
     return operands, eqns, results, [*getattr(jaxpr, "consts", [])]
 
 
+@_compat.weakref_lru_cache
 def _size(jaxpr: Any) -> int:
     """How many operations there are in a jaxpr, those in its functions counted each."""
     return sum(sum(map(_size, jaxprs_in_params(eqn.params))) or 1 for eqn in jaxpr.eqns)

@@ -507,6 +507,7 @@ def apply_shard_map(
     return structure[0].update(results)
 
 
+@_compat.weakref_lru_cache
 def calls_host(jaxpr: Any) -> bool:
     """Whether a jaxpr has an effect, or calls the host."""
     return bool(jaxpr.effects) or any(
