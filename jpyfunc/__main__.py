@@ -19,7 +19,8 @@ import jaxlib.version
 import numpy as np
 
 import jpyfunc
-from jpyfunc import Graph, Session, gradients, placeholder, py_func, raise_original
+import jpyfunc.tf1 as tf
+from jpyfunc import py_func, raise_original
 
 # Of float32, through a handful of operations and a logarithm.
 TOLERANCE = 1e-5
@@ -81,12 +82,12 @@ def run_checks() -> list[Check]:
 
 
 def _run_session() -> list[Any]:
-    with Graph().as_default():
-        x = placeholder(jnp.float32)
-        m = placeholder(jnp.float32)
+    with tf.Graph().as_default():
+        x = tf.placeholder(jnp.float32)
+        m = tf.placeholder(jnp.float32)
         y = py_func(func=log_huber, inp=[x, m], Tout=jnp.float32)
-        dy_dx = gradients(y, x)[0]
-        with Session() as sess:
+        dy_dx = tf.gradients(y, x)[0]
+        with tf.Session() as sess:
             return sess.run([y, dy_dx], feed_dict={x: 1.0, m: 2.0})
 
 

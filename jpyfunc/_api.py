@@ -591,6 +591,12 @@ class PyFunc:
         """A copy for a node of a graph: an exception in its body gets `note`."""
         return self._with_func(noting(self._func, note))
 
+    def with_template(self, template: Template) -> PyFunc:
+        """A copy that declares its results as `template` does."""
+        copied = self._with_func(self._func)
+        copied._template = template
+        return copied
+
     def keeping_first(self) -> PyFunc:
         """A copy of one without arguments, which infers from a result, and returns that."""
         return self._with_func(_KeepsFirst(self._func))

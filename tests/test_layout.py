@@ -56,7 +56,7 @@ def test_imports_run_downwards(path):
         if parts[0] != "jpyfunc" or unit(path) == "__init__":
             continue
         used = next(
-            (u for u in ("/".join(parts[1:3]), *parts[1:2]) if u in order), "__init__"
+            (u for n in (4, 3, 2) if (u := "/".join(parts[1:n])) in order), "__init__"
         )
         if unit(path) == "__main__" and used == "__init__":
             continue  # a user's program

@@ -84,6 +84,7 @@ def test_bodies_go_with_the_programs_that_call_them():
         """
         import functools, gc, weakref, jax, jax.numpy as jnp, numpy as np
         import jpyfunc as jpf
+        import jpyfunc.tf1 as tf
 
         S, x3 = jax.ShapeDtypeStruct((), jnp.float32), jnp.ones(3)
 
@@ -104,10 +105,10 @@ def test_bodies_go_with_the_programs_that_call_them():
             return held, held.method
 
         def by_session(f):
-            with jpf.Graph().as_default(), jpf.Session() as session:
-                x = jpf.placeholder(jnp.float32, ())
+            with tf.Graph().as_default(), tf.Session() as session:
+                x = tf.placeholder(jnp.float32, ())
                 y = jpf.py_func(f, [x], S)
-                session.run([y, jpf.gradients(y, x)[0]], {x: 1.0})
+                session.run([y, tf.gradients(y, x)[0]], {x: 1.0})
 
         programs = {
             "jit": lambda f: jax.jit(lambda x: jpf.py_func(f, [x], S))(1.0),

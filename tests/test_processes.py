@@ -6,7 +6,7 @@ import pytest
 from programs import run_processes, run_program, xla_flags
 
 SETUP = """
-import jax.numpy as jnp, numpy as np, jpyfunc
+import jax.numpy as jnp, numpy as np, jpyfunc, jpyfunc.tf1 as tf
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jpyfunc import UnsupportedError, numpy_func, profile, py_func, raise_original
 
@@ -114,8 +114,8 @@ refused("Call it under jax.jit", h, x)
 holds = py_func(lambda y: y * x, Tout=same)
 refused("over several processes, as a global", jax.jit(holds), x)
 
-t = jpyfunc.placeholder(jnp.float32, data.shape)
-with jpyfunc.Session() as session:
+t = tf.placeholder(jnp.float32, data.shape)
+with tf.Session() as session:
     fetched = session.run(jpyfunc.py_func(plain, [t], jnp.float32), {t: data})
 np.testing.assert_allclose(fetched, plain(data), rtol=1e-5)
 """

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jpyfunc
+import jpyfunc.tf1 as tf
 from jpyfunc import _compat, numpy_func, py_func, raise_original
 
 Struct = jax.ShapeDtypeStruct
@@ -595,11 +596,11 @@ class TestTransferGuard:
             transfers(x)
 
     def test_sessions(self):
-        with jpyfunc.Graph().as_default():
-            t = jpyfunc.placeholder(jnp.float32, ())
+        with tf.Graph().as_default():
+            t = tf.placeholder(jnp.float32, ())
             y = jpyfunc.py_func(self.body, [t], jnp.float32)
-            fetches = [y, jpyfunc.gradients(y, t)[0]]
-            with jpyfunc.Session() as session, jax.transfer_guard("disallow"):
+            fetches = [y, tf.gradients(y, t)[0]]
+            with tf.Session() as session, jax.transfer_guard("disallow"):
                 for feed in (2.0, np.float32(2), self.two):
                     got = session.run(fetches, {t: feed})
                     want = [2 * np.sin(2), np.sin(2) + 2 * np.cos(2)]

@@ -110,7 +110,7 @@ class Template:
             for i, (value, leaf) in enumerate(zip(values, self.leaves, strict=True))
         ]
 
-    def replace_shapes(self, shapes: Sequence[Shape]) -> Template:
+    def replace_shapes(self, shapes: Sequence[Shape | None]) -> Template:
         """The same template with other shapes, one per leaf."""
         return Template(
             self.tree,

@@ -31,6 +31,7 @@ import numpy as np
 import scipy.linalg
 
 import jpyfunc as jpf
+import jpyfunc.tf1 as tf
 
 HERE = Path(__file__).parent
 SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
@@ -400,11 +401,11 @@ def session_row() -> Row:
     def direct():
         return [np.asarray(y) for y in jitted(1.0, 2.0)]
 
-    with jpf.Graph().as_default():
-        x, m = jpf.placeholder(jnp.float32, ()), jpf.placeholder(jnp.float32, ())
-        y = jpf.lift(function)(x, m)
-        fetches, feeds = [y, jpf.gradients(y, x)[0]], {x: 1.0, m: 2.0}
-        with jpf.Session() as session:
+    with tf.Graph().as_default():
+        x, m = tf.placeholder(jnp.float32, ()), tf.placeholder(jnp.float32, ())
+        y = tf.lift(function)(x, m)
+        fetches, feeds = [y, tf.gradients(y, x)[0]], {x: 1.0, m: 2.0}
+        with tf.Session() as session:
             mine, theirs = interleave(lambda: session.run(fetches, feeds), direct)
     added = statistics.median(a - b for a, b in zip(mine, theirs, strict=True))
     return Row(

@@ -9,19 +9,47 @@ import pytest
 from programs import run_program
 
 import jpyfunc as jpf
+import jpyfunc.tf1 as tf
 
 close = np.testing.assert_allclose
+
+DOCUMENTED = """
+def log_huber(x, m):
+  if tf.abs(x) <= m:
+    return x**2
+  return m**2 * (1 - 2 * tf.log(m) + tf.log(x**2))
+
+x = tf.placeholder(tf.float32)
+m = tf.placeholder(tf.float32)
+
+y = tf.contrib.eager.py_func(func=log_huber, inp=[x, m], Tout=tf.float32)
+dy_dx = tf.gradients(y, x)[0]
+
+with tf.Session() as sess:
+  # The session executes `log_huber` eagerly. Given the feed values below,
+  # it will take the first branch, so `y` evaluates to 1.0 and
+  # `dy_dx` evaluates to 2.0.
+  y, dy_dx = sess.run([y, dy_dx], feed_dict={x: 1.0, m: 2.0})
+"""
 
 
 @pytest.fixture(autouse=True)
 def sess():
-    with jpf.Graph().as_default(), jpf.Session() as sess:
+    with tf.Graph().as_default(), tf.Session() as sess:
         yield sess
+
+
+def test_the_example_of_its_documentation():
+    out = run_program(
+        f"import jpyfunc.tf1 as tf\n{DOCUMENTED}\nprint(y, dy_dx, type(y), type(dy_dx))",
+        limit=60,
+    )
+    assert out == "1.0 2.0 <class 'numpy.float32'> <class 'numpy.float32'>\n"
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
 def test_matmul(sess, dtype):
-    a = jpf.constant([[1, 2], [3, 4]], dtype)
+    a = tf.constant([[1, 2], [3, 4]], dtype)
     x = jpf.py_func(jnp.matmul, [a, a], dtype)
     got = sess.run(x)
     assert got.dtype == dtype
@@ -33,7 +61,7 @@ def test_list_result(sess):
         return [x * 2, x * 3]
 
     two, three = jpf.py_func(
-        doubled_and_tripled, [jpf.constant([1.0, 2.0])], [jnp.float32] * 2
+        doubled_and_tripled, [tf.constant([1.0, 2.0])], [jnp.float32] * 2
     )
     got = sess.run([two, three])
     np.testing.assert_array_equal(got, [[2, 4], [3, 6]])
@@ -45,20 +73,20 @@ def test_no_result(sess):
     def no_return_value(x):
         seen.append(int(x))
 
-    assert sess.run(jpf.py_func(no_return_value, [jpf.constant(3)], [])) is None
+    assert sess.run(jpf.py_func(no_return_value, [tf.constant(3)], [])) is None
     assert seen == [3]
 
 
 def test_no_arguments_but_a_tensor_downstream(sess):
     five = jpf.py_func(lambda: jnp.float32(5), [], jnp.float32)
-    assert sess.run(jpf.constant(2.0) * five) == 10.0
+    assert sess.run(tf.constant(2.0) * five) == 10.0
 
 
 def test_inside_a_compiled_function(sess):
     f = jpf.py_func(lambda x: x * 2 if x > 0 else x * 3, Tout=jnp.float32)
     compiled = jax.jit(lambda x: f(x) + f(-x))
-    x = jpf.placeholder(jnp.float32)
-    assert sess.run(jpf.lift(compiled)(x), {x: 2.0}) == 4.0 - 6.0
+    x = tf.placeholder(jnp.float32)
+    assert sess.run(tf.lift(compiled)(x), {x: 2.0}) == 4.0 - 6.0
 
 
 def _inner_frame(kind):
@@ -74,7 +102,7 @@ def test_exceptions_keep_type_and_inner_frames(sess, kind, tout):
         _inner_frame(kind)
         return x
 
-    y = jpf.py_func(outer_frame, [jpf.constant(1.0)], tout)
+    y = jpf.py_func(outer_frame, [tf.constant(1.0)], tout)
     with pytest.raises(kind, match="text of the error") as error:
         sess.run(y)
     text = "".join(traceback.format_exception(error.value))
@@ -85,26 +113,26 @@ def test_exceptions_keep_type_and_inner_frames(sess, kind, tout):
 
 @pytest.mark.parametrize("at", [1.0, 3.0])
 def test_gradient_with_two_outputs(sess, at):
-    x, y = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32)
+    x, y = tf.placeholder(jnp.float32), tf.placeholder(jnp.float32)
     product, ratio = jpf.py_func(lambda x, y: (x * y, x / y), [x, y], (jnp.float32,) * 2)
     feed = {x: at, y: 2.0}
-    close(sess.run(jpf.gradients(product, [x, y]), feed), [2, at])
-    close(sess.run(jpf.gradients(ratio, [x, y]), feed), [1 / 2, -at / 4])
-    close(sess.run(jpf.gradients([product, ratio], [x, y]), feed), [2.5, at - at / 4])
+    close(sess.run(tf.gradients(product, [x, y]), feed), [2, at])
+    close(sess.run(tf.gradients(ratio, [x, y]), feed), [1 / 2, -at / 4])
+    close(sess.run(tf.gradients([product, ratio], [x, y]), feed), [2.5, at - at / 4])
 
 
 def test_gradient_with_several_arguments(sess):
-    x, y = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32)
+    x, y = tf.placeholder(jnp.float32), tf.placeholder(jnp.float32)
     z = jpf.py_func(lambda x, y: x**2 * y, [x, y], jnp.float32)
-    close(sess.run(jpf.gradients(z, [x, y]), {x: 3.0, y: 5.0}), [30, 9])
+    close(sess.run(tf.gradients(z, [x, y]), {x: 3.0, y: 5.0}), [30, 9])
 
 
 def test_gradient_of_a_matrix_product(sess):
     a = np.array([[1, 2], [3, 4]], np.float32)
-    x = jpf.placeholder(jnp.float32, [2, 2])
+    x = tf.placeholder(jnp.float32, [2, 2])
     y = jpf.py_func(lambda x: x @ x, [x], jnp.float32)
     ones = np.ones((2, 2))
-    close(sess.run(jpf.gradients(y, x)[0], {x: a}), ones @ a.T + a.T @ ones)
+    close(sess.run(tf.gradients(y, x)[0], {x: a}), ones @ a.T + a.T @ ones)
 
 
 @pytest.mark.parametrize(("x", "m"), [(1.0, 2.0), (-1.5, 2.0), (3.0, 2.0), (-5.0, 1.5)])
@@ -118,10 +146,10 @@ def test_log_huber(sess, x, m):
     value = x**2 if inside else m**2 * (1 - 2 * np.log(m) + np.log(x**2))
     slope = 2 * x if inside else 2 * m**2 / x
     bend = 2.0 if inside else -2 * m**2 / x**2
-    tx, tm = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32)
+    tx, tm = tf.placeholder(jnp.float32), tf.placeholder(jnp.float32)
     y = jpf.py_func(log_huber, [tx, tm], jnp.float32)
-    (dy,) = jpf.gradients(y, tx)
-    (d2y,) = jpf.gradients(dy, tx)
+    (dy,) = tf.gradients(y, tx)
+    (d2y,) = tf.gradients(dy, tx)
     close(sess.run([y, dy, d2y], {tx: x, tm: m}), [value, slope, bend], rtol=1e-5)
 
 
@@ -129,7 +157,7 @@ def test_no_placement_is_forced(sess):
     # Left to JAX: what is fed on a device runs there.
     device = jax.devices()[-1]
     fed = jax.device_put(jnp.float32(2), device)
-    x = jpf.placeholder(jnp.float32)
+    x = tf.placeholder(jnp.float32)
     y = jpf.py_func(lambda x: x * 2, [x], jnp.float32) + 1
     assert sess.run(y, {x: fed}) == 5.0
 
@@ -138,7 +166,7 @@ def test_no_arguments_is_a_node_that_runs_each_time(sess):
     """`py_func(lambda: next(batches), [], dtype)`, and no batch is lost by inference."""
     batches = iter([np.full(3, i, np.float32) for i in range(9)])
     batch = jpf.py_func(lambda: next(batches), [], jnp.float32)
-    total = jpf.numpy.sum(batch * 2)
+    total = tf.numpy.sum(batch * 2)
     for i in (0, 1, 2):
         np.testing.assert_array_equal(sess.run(batch), [i, i, i])
     assert sess.run(total) == 18.0  # another program, which is inferred anew
@@ -152,7 +180,7 @@ def test_constant_arguments_are_a_node(sess):
     y = jpf.py_func(
         lambda x: (runs.append(1), x + 1)[1], [2.0], jax.ShapeDtypeStruct((), "f")
     )
-    assert isinstance(y, jpf.Tensor)
+    assert isinstance(y, tf.Tensor)
     assert not runs
     assert [sess.run(y), sess.run(y)] == [3.0, 3.0]
     assert len(runs) == 2
@@ -165,7 +193,7 @@ def test_inside_a_body_or_a_transform_it_is_a_call(sess):
     assert jax.jit(lambda x: x * inner())(2.0) == 10.0
     assert jax.grad(outer)(2.0) == 5.0
     with jax.disable_jit():
-        assert sess.run(outer(jpf.constant(3.0))) == 15.0
+        assert sess.run(outer(tf.constant(3.0))) == 15.0
     each = jpf.py_func(lambda x: x * inner(), Tout=jnp.float32, vmap_method="sequential")
     np.testing.assert_array_equal(jax.vmap(each)(jnp.arange(3.0)), [0, 5, 10])
 
@@ -173,8 +201,8 @@ def test_inside_a_body_or_a_transform_it_is_a_call(sess):
 def test_outside_an_explicit_graph_it_is_a_call():
     out = run_program(
         """
-        import jax.numpy as jnp, jpyfunc as jpf
-        session = jpf.InteractiveSession()
+        import jax.numpy as jnp, jpyfunc as jpf, jpyfunc.tf1 as tf
+        session = tf.InteractiveSession()
         print(jpf.py_func(lambda: jnp.float32(5), [], jnp.float32) + 1)
         session.close()
         print(jpf.py_func(lambda: jnp.float32(6), [], jnp.float32) + 1)

@@ -1,15 +1,15 @@
-"""All of `jax.numpy`, over graph tensors: `jpyfunc.numpy.sin(t)` is a node.
+"""All of `jax.numpy`, over graph tensors: `tf.numpy.sin(t)` is a node.
 
-Every function is that of `jax.numpy`, lifted as `jpyfunc.lift` does it; called without
+Every function is that of `jax.numpy`, lifted as `tf.lift` does it; called without
 a tensor among its arguments, it is that function. Dtypes and constants are those of
 `jax.numpy`, and `linalg` and `fft` are lifted likewise.
 
 Example:
     >>> import jax.numpy as jnp
-    >>> import jpyfunc as jpf
-    >>> x = jpf.placeholder(jnp.float32, [2, 2])
-    >>> with jpf.Session() as sess:
-    ...     print(sess.run(jpf.numpy.linalg.det(x), {x: [[2, 0], [0, 3]]}))
+    >>> import jpyfunc.tf1 as tf
+    >>> x = tf.placeholder(jnp.float32, [2, 2])
+    >>> with tf.Session() as sess:
+    ...     print(sess.run(tf.numpy.linalg.det(x), {x: [[2, 0], [0, 3]]}))
     6.0
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import jax.numpy
 
-from jpyfunc._session.ops import lift
+from jpyfunc.tf1._lift import lift
 
 
 class _Lifted(types.ModuleType):

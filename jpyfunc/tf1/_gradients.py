@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpyfunc._session.apply import common_graph
-from jpyfunc._session.nodes import Operation, Tensor
-from jpyfunc._session.values import convert, fits
+from jpyfunc.tf1._apply import common_graph
+from jpyfunc.tf1._nodes import Operation, Tensor
+from jpyfunc.tf1._values import convert, fits
 
 
 def gradients(
@@ -48,12 +48,12 @@ def gradients(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> import jpyfunc as jpf
-        >>> x = jpf.placeholder(jnp.float32)
+        >>> import jpyfunc.tf1 as tf
+        >>> x = tf.placeholder(jnp.float32)
         >>> cube = x**3
-        >>> (slope,) = jpf.gradients(cube, x)
-        >>> (bend,) = jpf.gradients(slope, x)
-        >>> with jpf.Session() as sess:
+        >>> (slope,) = tf.gradients(cube, x)
+        >>> (bend,) = tf.gradients(slope, x)
+        >>> with tf.Session() as sess:
         ...     print(*sess.run([slope, bend], {x: 2.0}))
         12.0 12.0
 

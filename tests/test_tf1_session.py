@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jpyfunc as jpf
+import jpyfunc.tf1 as tf
 
 Pair = collections.namedtuple("Pair", "first second")
 SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
@@ -20,13 +21,13 @@ SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 
 @pytest.fixture(autouse=True)
 def graph():
-    with jpf.Graph().as_default() as graph:
+    with tf.Graph().as_default() as graph:
         yield graph
 
 
 @pytest.fixture
 def sess(graph):
-    with jpf.Session() as sess:
+    with tf.Session() as sess:
         yield sess
 
 
@@ -37,11 +38,11 @@ def log_huber(x, m):
 
 
 def test_the_seed_program():
-    x = jpf.placeholder(jnp.float32)
-    m = jpf.placeholder(jnp.float32)
+    x = tf.placeholder(jnp.float32)
+    m = tf.placeholder(jnp.float32)
     y = jpf.py_func(func=log_huber, inp=[x, m], Tout=jnp.float32)
-    dy_dx = jpf.gradients(y, x)[0]
-    with jpf.Session() as sess:
+    dy_dx = tf.gradients(y, x)[0]
+    with tf.Session() as sess:
         inside = sess.run([y, dy_dx], feed_dict={x: 1.0, m: 2.0})
         outside = sess.run([y, dy_dx], feed_dict={x: 3.0, m: 2.0})
     assert inside == [1.0, 2.0]
@@ -50,7 +51,7 @@ def test_the_seed_program():
 
 class TestFetches:
     def test_any_nesting_keeps_its_structure(self, sess):
-        a, b = jpf.constant(1.0), jpf.constant([2, 3])
+        a, b = tf.constant(1.0), tf.constant([2, 3])
         fetches = {"x": [a, (b, a.name)], "y": Pair(a.op, b), "z": []}
         result = sess.run(fetches)
         assert result["x"][0] == 1.0
@@ -62,7 +63,7 @@ class TestFetches:
         assert result["z"] == []
 
     def test_the_same_fetches_in_another_structure(self, sess):
-        a, b = jpf.constant(1.0), jpf.constant(2.0)
+        a, b = tf.constant(1.0), tf.constant(2.0)
         for fetches, want in (
             ([a, b], [1.0, 2.0]),
             ((a, b), (1.0, 2.0)),
@@ -78,7 +79,7 @@ class TestFetches:
 
     def test_results_are_numpy_and_may_be_written_to(self, sess):
         scalar, array, half = sess.run(
-            [jpf.constant(1.0), jpf.constant([1, 2]), jpf.constant([1], jnp.bfloat16)]
+            [tf.constant(1.0), tf.constant([1, 2]), tf.constant([1], jnp.bfloat16)]
         )
         assert type(scalar) is np.float32
         assert type(array) is np.ndarray
@@ -87,8 +88,8 @@ class TestFetches:
         assert half.dtype == jnp.bfloat16
 
     def test_a_prng_key_stays_one(self, sess):
-        key = jpf.lift(jax.random.key)(jpf.constant(3))
-        draw = jpf.lift(jax.random.normal)(key)
+        key = tf.lift(jax.random.key)(tf.constant(3))
+        draw = tf.lift(jax.random.normal)(key)
         got, value = sess.run([key, draw])
         assert jnp.issubdtype(got.dtype, jax.dtypes.prng_key)
         assert value == jax.random.normal(jax.random.key(3))
@@ -98,12 +99,12 @@ class TestFetches:
     def test_operation_runs_and_gives_none(self, sess):
         seen = []
         pure = jpf.py_func(
-            lambda x: (seen.append(float(x)), x)[1], [jpf.constant(2.0)], SCALAR
+            lambda x: (seen.append(float(x)), x)[1], [tf.constant(2.0)], SCALAR
         )
         assert sess.run(pure.op) is None
         assert seen == [2.0]
-        silent = jpf.py_func(lambda x: seen.append(float(x)), [jpf.constant(3.0)], [])
-        assert isinstance(silent, jpf.Operation)
+        silent = jpf.py_func(lambda x: seen.append(float(x)), [tf.constant(3.0)], [])
+        assert isinstance(silent, tf.Operation)
         silent.run()
         assert sess.run([silent, silent.name]) == [None, None]
         assert seen == [2.0, 3.0, 3.0]
@@ -118,14 +119,14 @@ class TestFetches:
             sess.run("nothing:0")
 
     def test_another_graph(self, sess, graph):
-        with jpf.Graph().as_default() as other:
-            t = jpf.constant(1.0, name="stranger")
+        with tf.Graph().as_default() as other:
+            t = tf.constant(1.0, name="stranger")
         with pytest.raises(ValueError, match="fetch 'stranger:0'") as error:
             sess.run(t)
         assert repr(graph) in str(error.value)
         assert repr(other) in str(error.value)
         with pytest.raises(ValueError, match="feed_dict key 'stranger:0'"):
-            sess.run(jpf.constant(1.0), {t: 1.0})
+            sess.run(tf.constant(1.0), {t: 1.0})
 
 
 class TestFeeds:
@@ -148,8 +149,8 @@ class TestFeeds:
         ],
     )
     def test_same_kind_converts(self, sess, dtype, value):
-        x = jpf.placeholder(dtype)
-        got = sess.run(jpf.lift(lambda x: x)(x), {x: value})
+        x = tf.placeholder(dtype)
+        got = sess.run(tf.lift(lambda x: x)(x), {x: value})
         assert got.dtype == dtype
         np.testing.assert_array_equal(got, np.asarray(value).astype(dtype))
 
@@ -169,33 +170,33 @@ class TestFeeds:
         ],
     )
     def test_another_kind_is_refused(self, sess, dtype, value, error):
-        x = jpf.placeholder(dtype, name="x")
+        x = tf.placeholder(dtype, name="x")
         with pytest.raises(error, match="feed of 'x:0': expected"):
             sess.run(x, {x: value})
 
     def test_a_tensor_is_no_value(self, sess):
-        x = jpf.placeholder(jnp.float32, name="x")
+        x = tf.placeholder(jnp.float32, name="x")
         with pytest.raises(TypeError, match="feed of 'x:0': expected a value, got <Tensor"):
-            sess.run(x, {x: jpf.constant(1.0)})
+            sess.run(x, {x: tf.constant(1.0)})
 
     @pytest.mark.parametrize("value", [np.zeros((2, 2)), 1.0, jnp.zeros((3, 1)), [1, 2, 3]])
     def test_another_shape_is_refused(self, sess, value):
-        x = jpf.placeholder(jnp.float32, [None, 3], name="x")
+        x = tf.placeholder(jnp.float32, [None, 3], name="x")
         with pytest.raises(ValueError, match=r"'x:0': expected shape \(None, 3\), got \("):
             sess.run(x, {x: value})
         assert sess.run(x, {x: np.zeros((5, 3))}).shape == (5, 3)
 
     def test_unfed_placeholder(self, sess):
-        x = jpf.placeholder(jnp.float32, name="x")
+        x = tf.placeholder(jnp.float32, name="x")
         text = "You must feed a value for placeholder 'x' with dtype float32"
         for fetch in (x, x + 1, x.op):
             with pytest.raises(ValueError, match=text):
                 sess.run(fetch)
-        assert sess.run(jpf.constant(1.0) * 2) == 2.0  # x is not needed
+        assert sess.run(tf.constant(1.0) * 2) == 2.0  # x is not needed
 
     def test_intermediate_tensors_and_constants(self, sess):
-        x = jpf.placeholder(jnp.float32)
-        c = jpf.constant(10.0)
+        x = tf.placeholder(jnp.float32)
+        c = tf.constant(10.0)
         h = x * 2
         y = h + c
         assert sess.run(y, {h: 5.0}) == 15.0
@@ -205,8 +206,8 @@ class TestFeeds:
 
     def test_by_name_in_any_order(self, sess):
         x, m = (
-            jpf.placeholder(jnp.float32, name="x"),
-            jpf.placeholder(jnp.float32, name="m"),
+            tf.placeholder(jnp.float32, name="x"),
+            tf.placeholder(jnp.float32, name="m"),
         )
         y = x - 2 * m
         assert sess.run(y, {"x:0": 5.0, "m:0": 1.0}) == 3.0
@@ -215,7 +216,7 @@ class TestFeeds:
             sess.run(y, {x: 1.0, "x:0": 2.0, m: 0.0})
 
     def test_what_is_no_key(self, sess):
-        x = jpf.placeholder(jnp.float32)
+        x = tf.placeholder(jnp.float32)
         with pytest.raises(TypeError, match="feed_dict key 3: expected a graph tensor"):
             sess.run(x, {3: 1.0})
         with pytest.raises(TypeError, match="expected feed_dict to be a dict"):
@@ -227,7 +228,7 @@ class TestWhatRuns:
         def fail(x):
             raise AssertionError
 
-        x = jpf.placeholder(jnp.float32)
+        x = tf.placeholder(jnp.float32)
         bad = jpf.py_func(fail, [x], SCALAR, stateful=True)
         assert sess.run(x + 1, {x: 1.0}) == 2.0
         assert sess.run(bad * 2, {x: 1.0, bad: 3.0}) == 6.0  # its result is fed
@@ -242,12 +243,12 @@ class TestWhatRuns:
             seen.append(float(jax.lax.stop_gradient(x)))
             return x**3
 
-        func = count if kind == "node" else jpf.lift(lambda x: count(x) * 1.0)
-        x = jpf.placeholder(jnp.float32)
+        func = count if kind == "node" else tf.lift(lambda x: count(x) * 1.0)
+        x = tf.placeholder(jnp.float32)
         y = func(x)
-        (first,) = jpf.gradients(y * y, x)
-        (second,) = jpf.gradients(first, x)
-        (third,) = jpf.gradients(second, x)
+        (first,) = tf.gradients(y * y, x)
+        (second,) = tf.gradients(first, x)
+        (third,) = tf.gradients(second, x)
         expected = [2.0**3, 6 * 2.0**5, 30 * 2.0**4, 120 * 2.0**3]
         np.testing.assert_allclose(sess.run([y, first, second, third], {x: 2.0}), expected)
         assert seen == [2.0]
@@ -265,9 +266,9 @@ class TestWhatRuns:
         def draw(x):
             return x * jnp.float32(rng.normal())
 
-        x = jpf.placeholder(jnp.float32)
+        x = tf.placeholder(jnp.float32)
         y = jpf.py_func(draw, [x], SCALAR, stateful=True)
-        z, dz_dy = y * y, jpf.gradients(y * y, y)[0]
+        z, dz_dy = y * y, tf.gradients(y * y, y)[0]
         value, slope = sess.run([z, dz_dy], {x: 1.0})
         np.testing.assert_allclose(slope, 2 * np.sign(slope) * np.sqrt(value), rtol=1e-6)
 
@@ -278,10 +279,10 @@ class TestWhatRuns:
             traces.append(1)
             return jnp.sin(x) * m
 
-        x = jpf.placeholder(jnp.float32)
-        m = jpf.placeholder(jnp.float32)
-        y = jpf.lift(traced)(x, m)
-        dy_dx = jpf.gradients(y, x)[0]
+        x = tf.placeholder(jnp.float32)
+        m = tf.placeholder(jnp.float32)
+        y = tf.lift(traced)(x, m)
+        dy_dx = tf.gradients(y, x)[0]
         sess.run([y, dy_dx], {x: 1.0, m: 2.0})
         traces.clear()
         weak = jnp.asarray(8.0)
@@ -313,9 +314,9 @@ class TestFailure:
                 raise BodyError("negative", float(jax.lax.stop_gradient(x)))
             return x
 
-        x = jpf.placeholder(jnp.float32)
+        x = tf.placeholder(jnp.float32)
         y = jpf.py_func(check, [x], SCALAR, name="checked", ordered=ordered)
-        dy_dx = jpf.gradients(y, x)
+        dy_dx = tf.gradients(y, x)
         for fetches in (y, y.op, [y, dy_dx], y):
             with pytest.raises(BodyError) as error:
                 sess.run(fetches, {x: -1.0})
@@ -335,7 +336,7 @@ class TestFailure:
                 raise ValueError("negative")
             return x
 
-        x = jpf.placeholder(jnp.float32)
+        x = tf.placeholder(jnp.float32)
         y = jpf.py_func(check, [x], SCALAR, **options)
         sess.run(y, {x: 1.0})
         large = jnp.ones((1500, 1500))
@@ -353,7 +354,7 @@ class TestFailure:
         def fail(x):
             raise KeyError("lost")
 
-        x = jpf.placeholder(jnp.float32)
+        x = tf.placeholder(jnp.float32)
         with pytest.raises(KeyError, match="lost"):
             sess.run(jpf.py_func(fail, [x], jnp.float32), {x: 1.0})
 
@@ -363,22 +364,22 @@ class TestFailure:
         def fail(x):
             raise error
 
-        y = jpf.py_func(fail, [jpf.constant(1.0)], SCALAR)
+        y = jpf.py_func(fail, [tf.constant(1.0)], SCALAR)
         for _ in range(2):
             with pytest.raises(ValueError, match="the same"):
                 sess.run(y)
         assert error.__notes__ == ["in graph operation 'PyFunc'"]
 
     def test_shapes_that_only_a_run_knows(self, sess):
-        x, y = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32)
-        product = jpf.numpy.matmul(x, y)
+        x, y = tf.placeholder(jnp.float32), tf.placeholder(jnp.float32)
+        product = tf.numpy.matmul(x, y)
         with pytest.raises(TypeError) as error:
             sess.run(product, {x: np.ones((2, 3)), y: np.ones((2, 3))})
         assert "in graph operation 'matmul'" in error.value.__notes__
 
     def test_closed(self, graph):
-        t = jpf.constant(1.0)
-        with jpf.Session() as sess:
+        t = tf.constant(1.0)
+        with tf.Session() as sess:
             call = sess.make_callable(t)
             assert call() == 1.0
         for use in (
@@ -392,8 +393,8 @@ class TestFailure:
         sess.close()
 
     def test_no_graph(self):
-        with pytest.raises(TypeError, match=r"graph to be a jpyfunc\.Graph"):
-            jpf.Session("graph")
+        with pytest.raises(TypeError, match=r"graph to be a tf\.Graph"):
+            tf.Session("graph")
 
 
 class TestThreads:
@@ -403,9 +404,9 @@ class TestThreads:
                 raise ValueError(float(jax.lax.stop_gradient(x)))
             return jnp.sqrt(x)
 
-        x = jpf.placeholder(jnp.float32)
+        x = tf.placeholder(jnp.float32)
         y = jpf.py_func(check, [x], SCALAR)
-        dy_dx = jpf.gradients(y, x)[0]
+        dy_dx = tf.gradients(y, x)[0]
         start = threading.Barrier(8)
 
         def work(thread):
@@ -432,7 +433,7 @@ class TestThreads:
             traces.append(1)
             return x + 1
 
-        y = jpf.lift(traced)(jpf.constant(1.0))
+        y = tf.lift(traced)(tf.constant(1.0))
         for _ in range(50):  # so that it takes a while to make a program
             y = y + 1
         start = threading.Barrier(8)
@@ -446,7 +447,7 @@ class TestThreads:
         try:
             for _ in range(3):
                 traces.clear()
-                with jpf.Session(graph) as session, ThreadPoolExecutor(8) as pool:
+                with tf.Session(graph) as session, ThreadPoolExecutor(8) as pool:
                     assert list(pool.map(first_run, [session] * 8)) == [52.0] * 8
                 assert len(traces) == 1
         finally:
@@ -454,52 +455,52 @@ class TestThreads:
 
     def test_defaults_are_the_threads_own(self, sess, graph):
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(jpf.get_default_session).result() is None
-            assert pool.submit(jpf.get_default_graph).result() is not graph
+            assert pool.submit(tf.get_default_session).result() is None
+            assert pool.submit(tf.get_default_graph).result() is not graph
 
 
 class TestDefaultSession:
     def test_eval_and_run(self, graph):
-        x = jpf.placeholder(jnp.float32)
+        x = tf.placeholder(jnp.float32)
         y = x + 1
         with pytest.raises(ValueError, match="no default session"):
             y.eval({x: 1.0})
         with pytest.raises(ValueError, match="no default session"):
             y.op.run({x: 1.0})
-        with jpf.Session() as outer:
+        with tf.Session() as outer:
             assert y.eval({x: 1.0}) == 2.0
-            with jpf.Session() as inner:
-                assert jpf.get_default_session() is inner
-            assert jpf.get_default_session() is outer
+            with tf.Session() as inner:
+                assert tf.get_default_session() is inner
+            assert tf.get_default_session() is outer
             assert y.op.run({x: 1.0}) is None
-        assert y.eval({x: 2.0}, session=jpf.Session()) == 3.0
+        assert y.eval({x: 2.0}, session=tf.Session()) == 3.0
 
     def test_a_session_makes_its_graph_the_default(self):
-        graph = jpf.Graph()
-        with jpf.Session(graph) as sess:
-            t = jpf.constant(4.0)
+        graph = tf.Graph()
+        with tf.Session(graph) as sess:
+            t = tf.constant(4.0)
             assert t.graph is graph is sess.graph
             assert t.eval() == 4.0
 
     def test_interactive(self, graph):
-        first = jpf.InteractiveSession()
-        second = jpf.InteractiveSession(jpf.Graph())
-        assert jpf.get_default_session() is second
+        first = tf.InteractiveSession()
+        second = tf.InteractiveSession(tf.Graph())
+        assert tf.get_default_session() is second
         first.close()
-        assert jpf.get_default_session() is second
-        assert jpf.get_default_graph() is second.graph
-        assert jpf.constant(2.0).eval() == 2.0
+        assert tf.get_default_session() is second
+        assert tf.get_default_graph() is second.graph
+        assert tf.constant(2.0).eval() == 2.0
         second.close()
         second.close()
-        assert jpf.get_default_session() is None
-        assert jpf.get_default_graph() is graph
-        with jpf.InteractiveSession() as sess:
-            assert jpf.get_default_session() is sess
-        assert jpf.get_default_session() is None
+        assert tf.get_default_session() is None
+        assert tf.get_default_graph() is graph
+        with tf.InteractiveSession() as sess:
+            assert tf.get_default_session() is sess
+        assert tf.get_default_session() is None
 
 
 def test_make_callable(sess):
-    x, m = jpf.placeholder(jnp.float32), jpf.placeholder(jnp.float32, name="m")
+    x, m = tf.placeholder(jnp.float32), tf.placeholder(jnp.float32, name="m")
     call = sess.make_callable({"y": x - m}, [x, "m:0"])
     assert call(3.0, 1) == {"y": 2.0}
     for values in ((3.0,), (3.0, 1, 2)):
@@ -512,15 +513,15 @@ def test_make_callable(sess):
 
 
 def test_without_jit(sess):
-    x = jpf.placeholder(jnp.float32)
-    slope = jpf.gradients(jpf.py_func(lambda x: x**3, [x], jnp.float32), x)[0]
+    x = tf.placeholder(jnp.float32)
+    slope = tf.gradients(jpf.py_func(lambda x: x**3, [x], jnp.float32), x)[0]
     with jax.disable_jit():
-        assert sess.run([slope, *jpf.gradients(slope, x)], {x: 2.0}) == [12.0, 12.0]
+        assert sess.run([slope, *tf.gradients(slope, x)], {x: 2.0}) == [12.0, 12.0]
 
 
 def test_64_bit():
-    with jax.enable_x64(True), jpf.Session() as sess:
-        x = jpf.placeholder(jnp.float64)
+    with jax.enable_x64(True), tf.Session() as sess:
+        x = tf.placeholder(jnp.float64)
         value = sess.run(x / 3, {x: 1})
     assert value.dtype == np.float64
     assert value == 1 / 3
@@ -537,10 +538,10 @@ def test_a_regression_is_learned(sess):
             return jnp.mean(residual**2)
         return jnp.mean(residual)
 
-    w, b = jpf.placeholder(jnp.float32, [2]), jpf.placeholder(jnp.float32, [])
-    x, y = jpf.placeholder(jnp.float32, [None, 2]), jpf.placeholder(jnp.float32, [None])
+    w, b = tf.placeholder(jnp.float32, [2]), tf.placeholder(jnp.float32, [])
+    x, y = tf.placeholder(jnp.float32, [None, 2]), tf.placeholder(jnp.float32, [None])
     cost = jpf.py_func(loss, [w, b, x, y], jnp.float32)
-    step = jpf.gradients(cost, [w, b])
+    step = tf.gradients(cost, [w, b])
     weights, bias = np.zeros(2, np.float32), np.float32(0)
     for _ in range(200):
         value, (dw, db) = sess.run(
@@ -556,7 +557,7 @@ def test_a_regression_is_learned(sess):
 class TestLargeGraph:
     def test_nodes_outside_the_fetches_cost_a_run_nothing(self, sess, graph):
         """In calls of Python functions, which do not depend on the machine."""
-        x = jpf.placeholder(jnp.float32, [])
+        x = tf.placeholder(jnp.float32, [])
         y = x + 1
 
         def calls(function):
@@ -594,18 +595,18 @@ class TestLargeGraph:
         assert calls(run) <= alone
 
     def test_a_long_chain_and_its_gradient_do_not_recurse(self, sess):
-        x = jpf.placeholder(jnp.float32, [])
+        x = tf.placeholder(jnp.float32, [])
         y = x
         for _ in range(2000):
             y = y * 1.001
-        slope = jpf.gradients(y, x)[0]
+        slope = tf.gradients(y, x)[0]
         np.testing.assert_allclose(sess.run([y, slope], {x: 1.0}), 1.001**2000, rtol=1e-3)
 
     def test_nothing_of_a_graph_outlives_it(self):
-        with jpf.Graph().as_default() as graph, jpf.Session() as sess:
-            x = jpf.placeholder(jnp.float32)
+        with tf.Graph().as_default() as graph, tf.Session() as sess:
+            x = tf.placeholder(jnp.float32)
             y = jpf.py_func(log_huber, [x, 2.0], jnp.float32)
-            sess.run([y, jpf.gradients(y, x)], {x: 1.0})
+            sess.run([y, tf.gradients(y, x)], {x: 1.0})
         alive = weakref.ref(graph)
         del graph, sess, x, y
         jax.clear_caches()
@@ -615,8 +616,8 @@ class TestLargeGraph:
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
 def test_a_session_in_a_transform_says_where_it_runs(transform):
-    x = jpf.placeholder(jnp.float32)
-    with jpf.Session() as session:
+    x = tf.placeholder(jnp.float32)
+    with tf.Session() as session:
         program = transform(lambda v: session.run(x * 2, {x: v}))
         with pytest.raises(TypeError, match=r"Session\.run: .* runs outside of jax\.jit"):
             program(jnp.ones(3) if transform is jax.vmap else 1.0)

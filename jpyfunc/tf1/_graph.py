@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jpyfunc._session.apply import Spec, apply_py_func
-from jpyfunc._session.nodes import Operation, Tensor
-from jpyfunc._session.stacks import remove_last, stacks
 from jpyfunc._symbol import building
+from jpyfunc.tf1._apply import Spec, apply_py_func
+from jpyfunc.tf1._nodes import Operation, Tensor
+from jpyfunc.tf1._stacks import remove_last, stacks
 
 _NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*")
 
@@ -21,13 +21,13 @@ class Graph:
     Building one is for a single thread at a time; running it is not so limited.
 
     Example:
-        >>> import jpyfunc as jpf
-        >>> graph = jpf.Graph()
+        >>> import jpyfunc.tf1 as tf
+        >>> graph = tf.Graph()
         >>> with graph.as_default():
-        ...     y = jpf.constant(2.0, name="x") + 1
+        ...     y = tf.constant(2.0, name="x") + 1
         >>> print([op.name for op in graph.get_operations()])
         ['x', 'add']
-        >>> print(jpf.Session(graph).run(y))
+        >>> print(tf.Session(graph).run(y))
         3.0
 
     Source: `tf.Graph`.
@@ -168,9 +168,9 @@ def get_default_graph() -> Graph:
     """The graph that new nodes go to on this thread.
 
     Example:
-        >>> import jpyfunc as jpf
-        >>> with jpf.Graph().as_default() as graph:
-        ...     print(jpf.get_default_graph() is graph)
+        >>> import jpyfunc.tf1 as tf
+        >>> with tf.Graph().as_default() as graph:
+        ...     print(tf.get_default_graph() is graph)
         True
 
     Source: `tf.get_default_graph` of TensorFlow 1.
@@ -185,9 +185,9 @@ def reset_default_graph() -> None:
         RuntimeError: inside `with graph.as_default():` or a session's `with`.
 
     Example:
-        >>> import jpyfunc as jpf
-        >>> jpf.reset_default_graph()
-        >>> print(jpf.get_default_graph().get_operations())
+        >>> import jpyfunc.tf1 as tf
+        >>> tf.reset_default_graph()
+        >>> print(tf.get_default_graph().get_operations())
         []
 
     Source: `tf.reset_default_graph` of TensorFlow 1.
@@ -215,9 +215,9 @@ def name_scope(name: str) -> contextlib.AbstractContextManager[str]:
         ValueError: not a name that a graph can have.
 
     Example:
-        >>> import jpyfunc as jpf
-        >>> with jpf.Graph().as_default(), jpf.name_scope("layer"):
-        ...     print(jpf.constant(1.0, name="bias").name)
+        >>> import jpyfunc.tf1 as tf
+        >>> with tf.Graph().as_default(), tf.name_scope("layer"):
+        ...     print(tf.constant(1.0, name="bias").name)
         layer/bias:0
 
     Source: `tf.name_scope` of TensorFlow 1.

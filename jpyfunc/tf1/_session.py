@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from jpyfunc._session.execute import Plan, execute, wait
-from jpyfunc._session.graph import Graph, get_default_graph
-from jpyfunc._session.lower import lower
-from jpyfunc._session.nodes import Operation, Tensor
-from jpyfunc._session.stacks import remove_last, stacks
-from jpyfunc._session.values import to_numpy
 from jpyfunc._symbol import building
+from jpyfunc.tf1._execute import Plan, execute, wait
+from jpyfunc.tf1._graph import Graph, get_default_graph
+from jpyfunc.tf1._lower import lower
+from jpyfunc.tf1._nodes import Operation, Tensor
+from jpyfunc.tf1._stacks import remove_last, stacks
+from jpyfunc.tf1._values import to_numpy
 
 
 class Session:
@@ -26,8 +27,8 @@ class Session:
 
     There are no variables, control dependencies or summaries: state is JAX's business,
     and a training loop feeds its parameters to every run. Effects are those of a
-    stateful `py_func`, which runs exactly once in a run that needs it and not at all
-    in one that does not; its derivatives run its body again.
+    stateful `py_func`, which runs exactly once in a run that needs it, for its value and
+    all derivatives together, and not at all in one that does not.
 
     A session may be run from several threads at once. Used as a context manager, it
     and its graph are the default ones, and leaving closes it.
@@ -36,29 +37,19 @@ class Session:
         graph: what to run; by default the default graph.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> import jpyfunc as jpf
-        >>> def log_huber(x, m):
-        ...     if jnp.abs(x) <= m:
-        ...         return x**2
-        ...     return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
-        >>> x = jpf.placeholder(jnp.float32)
-        >>> m = jpf.placeholder(jnp.float32)
-        >>> y = jpf.py_func(func=log_huber, inp=[x, m], Tout=jnp.float32)
-        >>> dy_dx = jpf.gradients(y, x)[0]
-        >>> with jpf.Session() as sess:
-        ...     y, dy_dx = sess.run([y, dy_dx], feed_dict={x: 1.0, m: 2.0})
-        >>> print(y, dy_dx)
-        1.0 2.0
+        >>> import jpyfunc.tf1 as tf
+        >>> x = tf.placeholder(tf.float32, name="x")
+        >>> y = tf.square(x)
+        >>> with tf.Session() as sess:
+        ...     print(sess.run([y, "x:0"], feed_dict={x: 3.0}))
+        [np.float32(9.0), np.float32(3.0)]
 
     Source: `tf.Session` of TensorFlow 1.
     """
 
     def __init__(self, graph: Graph | None = None) -> None:
         if graph is not None and not isinstance(graph, Graph):
-            raise TypeError(
-                f"Session: expected graph to be a jpyfunc.Graph, got {graph!r}."
-            )
+            raise TypeError(f"Session: expected graph to be a tf.Graph, got {graph!r}.")
         self._graph = get_default_graph() if graph is None else graph
         self._plans: dict[Any, Plan] = {}
         self._programs: dict[Any, Callable[..., list[Any]]] = {}
@@ -129,9 +120,9 @@ class Session:
 
         Example:
             >>> import jax.numpy as jnp
-            >>> import jpyfunc as jpf
-            >>> x = jpf.placeholder(jnp.float32)
-            >>> with jpf.Session() as sess:
+            >>> import jpyfunc.tf1 as tf
+            >>> x = tf.placeholder(jnp.float32)
+            >>> with tf.Session() as sess:
             ...     square = sess.make_callable(x * x, [x])
             ...     print(square(3.0))
             9.0
@@ -178,7 +169,7 @@ class Session:
         if self._closed:
             raise RuntimeError(
                 "This session is closed, by close() or on leaving its `with`. Make a new "
-                "one: jpyfunc.Session()."
+                "one: tf.Session()."
             )
 
     def _make_plan(self, key: Any, fetches: Any, feeds: list[Any]) -> Plan:
@@ -218,14 +209,16 @@ class Session:
                 raise ValueError(f"{what} {error.args[0]}") from None
         if not isinstance(item, kinds):
             expected = " or ".join(f"{kind.__name__.lower()}" for kind in kinds)
+            is_array = isinstance(item, jax.Array | np.ndarray)
+            hint = " Write tf.constant(array) for a tensor of it." if is_array else ""
             raise TypeError(
                 f"{what} {item!r}: expected a graph {expected}, or the name of one, got "
-                f"{type(item).__name__}."
+                f"{type(item).__name__}.{hint}"
             )
         if item.graph is not self._graph:
             raise ValueError(
                 f"{what} {item.name!r} is of {item.graph!r}, and this session runs "
-                f"{self._graph!r}; write jpyfunc.Session(graph=...) with the other."
+                f"{self._graph!r}; write tf.Session(graph=...) with the other."
             )
         return item
 
@@ -239,9 +232,9 @@ class InteractiveSession(Session):
         graph: what to run; by default the default graph.
 
     Example:
-        >>> import jpyfunc as jpf
-        >>> sess = jpf.InteractiveSession()
-        >>> print((jpf.constant(2) * 3).eval())
+        >>> import jpyfunc.tf1 as tf
+        >>> sess = tf.InteractiveSession()
+        >>> print((tf.constant(2) * 3).eval())
         6
         >>> sess.close()
 

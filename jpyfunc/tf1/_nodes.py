@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jpyfunc._session.apply import Spec, apply_py_func
-from jpyfunc._session.operators import Operators
-from jpyfunc._session.stacks import session_for
+from jpyfunc.tf1._apply import Spec, apply_py_func
+from jpyfunc.tf1._operators import Operators
+from jpyfunc.tf1._stacks import session_for
+from jpyfunc.tf1._values import TensorShape, fits, parse_shape
 
 
 class Tensor(Operators):
     """A result of an operation of a graph: a value that a session will compute.
 
-    It has Python's operators, `@`, `abs` and indexing, and is taken by `jpyfunc.lift`,
-    `jpyfunc.numpy` and every function wrapped by `py_func` and `numpy_func`.
+    It has Python's operators, `@`, `abs` and indexing, and is taken by `tf.lift`,
+    `tf.numpy` and every function wrapped by `py_func` and `numpy_func`.
 
     Attributes:
         op: the operation that computes it.
@@ -30,7 +31,8 @@ class Tensor(Operators):
     def __init__(self, op: Operation, index: int, spec: Spec, level: int = 0) -> None:
         self.op = op
         self.index = index
-        self.dtype, self.shape = spec
+        self.dtype, shape = spec
+        self.shape = None if shape is None else TensorShape(shape)
         self.level = level
 
     @property
@@ -42,6 +44,50 @@ class Tensor(Operators):
     def graph(self) -> Any:
         """The graph it belongs to."""
         return self.op.graph
+
+    def get_shape(self) -> TensorShape | None:
+        """Its `shape`, a tuple with `as_list()` and `ndims`; None if that is unknown.
+
+        Example:
+            >>> import jpyfunc.tf1 as tf
+            >>> x = tf.placeholder(tf.float32, [None, 3])
+            >>> print(x.get_shape().as_list())
+            [None, 3]
+        """
+        return self.shape
+
+    def set_shape(self, shape: Any) -> None:
+        """Say what is known of the shape, in addition to what is known already.
+
+        That is how a program declares the shape that `tf.py_func` returns. Nodes made
+        before it are left as they are. A run checks it.
+
+        Args:
+            shape: a list of sizes, with None for those that may be any; or None.
+
+        Raises:
+            TypeError: `shape` is no list of sizes.
+            ValueError: it contradicts what is known.
+
+        Example:
+            >>> import jpyfunc.tf1 as tf
+            >>> y = tf.py_func(lambda x: x[::-1].copy(), [tf.constant([1, 2])], tf.int32)
+            >>> y.set_shape([2])
+            >>> with tf.Session() as sess:
+            ...     print(sess.run(y))
+            [2 1]
+        """
+        where = f"set_shape of {self.name!r}"
+        sizes = parse_shape(shape, where)
+        if not fits(sizes, self.shape):
+            raise ValueError(
+                f"{where}: expected a shape that agrees with {self.shape}, got {sizes}."
+            )
+        if sizes is not None:
+            known = self.shape or (None,) * len(sizes)
+            self.shape = TensorShape(
+                a if b is None else b for a, b in zip(sizes, known, strict=True)
+            )
 
     def call_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a node of a wrapped function in the graph."""
@@ -61,9 +107,9 @@ class Tensor(Operators):
             ValueError: there is no session.
 
         Example:
-            >>> import jpyfunc as jpf
-            >>> with jpf.Session():
-            ...     print(jpf.constant([1, 2]).eval())
+            >>> import jpyfunc.tf1 as tf
+            >>> with tf.Session():
+            ...     print(tf.constant([1, 2]).eval())
             [1 2]
         """
         return session_for(session, f"{self.name!r}.eval").run(self, feed_dict)
@@ -140,9 +186,9 @@ class Operation:
             ValueError: there is no session.
 
         Example:
-            >>> import jpyfunc as jpf
-            >>> show = jpf.py_func(lambda x: print(x), [jpf.constant(3)], Tout=[])
-            >>> with jpf.Session():
+            >>> import jpyfunc.tf1 as tf
+            >>> show = tf.py_func(lambda x: print(x), [tf.constant(3)], Tout=[])
+            >>> with tf.Session():
             ...     show.run()
             3
         """

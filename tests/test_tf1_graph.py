@@ -1,4 +1,4 @@
-"""Graphs: nodes, names and operators; `lift`, `jpyfunc.numpy` and `py_func` on tensors."""
+"""Graphs: nodes, names and operators; `lift`, `tf.numpy` and `py_func` on tensors."""
 
 import operator
 import threading
@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 
 import jpyfunc as jpf
+import jpyfunc.tf1 as tf
 
 F32 = jnp.float32
 
 
 @pytest.fixture
 def graph():
-    with jpf.Graph().as_default() as graph:
+    with tf.Graph().as_default() as graph:
         yield graph
 
 
 @pytest.fixture
 def sess(graph):
-    with jpf.Session() as sess:
+    with tf.Session() as sess:
         yield sess
 
 
@@ -32,10 +33,10 @@ def same(got, want):
 
 class TestNames:
     def test_are_unique_and_found_again(self, graph):
-        x, y = jpf.placeholder(F32), jpf.placeholder(F32)
+        x, y = tf.placeholder(F32), tf.placeholder(F32)
         assert (x.name, y.name) == ("Placeholder:0", "Placeholder_1:0")
-        jpf.placeholder(F32, name="Placeholder_2")
-        z = jpf.placeholder(F32)
+        tf.placeholder(F32, name="Placeholder_2")
+        z = tf.placeholder(F32)
         assert z.op.name == "Placeholder_3"
         first = jpf.py_func(lambda x: x, [x], F32)
         second = jpf.py_func(lambda x: (x, x), [x], [F32, F32], name="pair")
@@ -48,14 +49,14 @@ class TestNames:
         assert len(graph.get_operations()) == 7
 
     def test_scopes(self, graph):
-        with jpf.name_scope("a") as outer:
+        with tf.name_scope("a") as outer:
             assert outer == "a/"
-            with jpf.name_scope("b"):
-                assert jpf.constant(1).name == "a/b/Const:0"
-            assert (jpf.constant(1) + 1).name == "a/add:0"
-        with jpf.name_scope("a"):
-            assert jpf.constant(1).name == "a_1/Const:0"
-        assert jpf.constant(1).name == "Const:0"
+            with tf.name_scope("b"):
+                assert tf.constant(1).name == "a/b/Const:0"
+            assert (tf.constant(1) + 1).name == "a/add:0"
+        with tf.name_scope("a"):
+            assert tf.constant(1).name == "a_1/Const:0"
+        assert tf.constant(1).name == "Const:0"
 
     @pytest.mark.parametrize("name", ["a b", "/a", "_a", "a:0", "", 3])
     def test_that_cannot_be_one(self, graph, name):
@@ -63,7 +64,7 @@ class TestNames:
             graph.unique_name(name)
 
     def test_lookups_that_fail(self, graph):
-        jpf.constant(1, name="x")
+        tf.constant(1, name="x")
         with pytest.raises(ValueError, match="such as 'add:0', got 'x'; write 'x:0'"):
             graph.get_tensor_by_name("x")
         with pytest.raises(KeyError, match="has no operation of that name"):
@@ -72,7 +73,7 @@ class TestNames:
             graph.get_tensor_by_name("x:1")
 
     def test_text_of_nodes(self, graph):
-        x = jpf.placeholder(F32, [None, 2], name="x")
+        x = tf.placeholder(F32, [None, 2], name="x")
         assert repr(x) == "<Tensor 'x:0' shape=(None, 2) dtype=float32>"
         assert repr(x.op) == "<Operation 'x'>"
         assert (x.op.inputs, x.op.outputs) == ((), (x,))
@@ -80,21 +81,21 @@ class TestNames:
 
 class TestDefaultGraph:
     def test_nests_and_is_the_threads_own(self, graph):
-        with jpf.Graph().as_default() as inner:
-            assert jpf.get_default_graph() is inner
-            assert jpf.constant(1).graph is inner
-        assert jpf.get_default_graph() is graph
+        with tf.Graph().as_default() as inner:
+            assert tf.get_default_graph() is inner
+            assert tf.constant(1).graph is inner
+        assert tf.get_default_graph() is graph
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(jpf.get_default_graph).result() is not graph
+            assert pool.submit(tf.get_default_graph).result() is not graph
 
     def test_reset(self):
         def work():
-            jpf.reset_default_graph()
-            old = jpf.constant(1).graph
-            jpf.reset_default_graph()
+            tf.reset_default_graph()
+            old = tf.constant(1).graph
+            tf.reset_default_graph()
             return (
-                old is not jpf.get_default_graph(),
-                jpf.get_default_graph().get_operations(),
+                old is not tf.get_default_graph(),
+                tf.get_default_graph().get_operations(),
             )
 
         with ThreadPoolExecutor(1) as pool:
@@ -102,15 +103,15 @@ class TestDefaultGraph:
 
     def test_reset_inside_another(self, graph):
         with pytest.raises(RuntimeError, match="reset_default_graph"):
-            jpf.reset_default_graph()
+            tf.reset_default_graph()
 
     def test_tensors_of_two_graphs(self, graph):
-        x = jpf.placeholder(F32, name="x")
-        with jpf.Graph().as_default() as other:
-            y = jpf.placeholder(F32, name="y")
+        x = tf.placeholder(F32, name="x")
+        with tf.Graph().as_default() as other:
+            y = tf.placeholder(F32, name="y")
         for mix in (
             lambda: x + y,
-            lambda: jpf.numpy.stack([x, y]),
+            lambda: tf.numpy.stack([x, y]),
             lambda: jpf.py_func(lambda x, y: x, [x, y], F32),
         ):
             with pytest.raises(ValueError, match=r"'x:0'.*'y:0'") as error:
@@ -121,44 +122,44 @@ class TestDefaultGraph:
 
 class TestSources:
     def test_placeholder(self, graph):
-        assert jpf.placeholder(float).dtype == jnp.float32
-        assert jpf.placeholder(F32, []).shape == ()
-        assert jpf.placeholder(F32).shape is None
+        assert tf.placeholder(float).dtype == jnp.float32
+        assert tf.placeholder(F32, []).shape == ()
+        assert tf.placeholder(F32).shape is None
         with pytest.raises(TypeError, match="placeholder 'Placeholder': expected a dtype"):
-            jpf.placeholder("floating")
+            tf.placeholder("floating")
         with pytest.raises(
             TypeError, match=r"expected shape to be.*got 3; write shape=\[\]"
         ):
-            jpf.placeholder(F32, 3)
+            tf.placeholder(F32, 3)
         with pytest.raises(ValueError, match=r"float64 needs 64-bit types.*jnp\.float32"):
-            jpf.placeholder(jnp.float64)
+            tf.placeholder(jnp.float64)
 
     def test_constant(self, sess):
-        filled = jpf.constant(2, jnp.float32, shape=[2, 2], name="two")
+        filled = tf.constant(2, jnp.float32, shape=[2, 2], name="two")
         assert (filled.name, filled.shape, filled.dtype) == ("two:0", (2, 2), jnp.float32)
-        shaped = jpf.constant([1, 2, 3, 4], shape=(2, 2))
+        shaped = tf.constant([1, 2, 3, 4], shape=(2, 2))
         same(sess.run([filled, shaped]), [np.full((2, 2), 2), [[1, 2], [3, 4]]])
         with pytest.raises(
             ValueError, match="constant 'Const': expected a scalar or as many"
         ):
-            jpf.constant([1, 2], shape=[3])
+            tf.constant([1, 2], shape=[3])
         with pytest.raises(TypeError, match="'Const': expected int32, got float64"):
-            jpf.constant(1.5, jnp.int32)
+            tf.constant(1.5, jnp.int32)
         with pytest.raises(TypeError, match="'Const': expected a value, got <Tensor"):
-            jpf.constant(filled)
+            tf.constant(filled)
 
     def test_placeholder_with_default(self, sess):
-        base = jpf.placeholder(F32)
-        t = jpf.placeholder_with_default([1.0, 2.0], [None], name="t")
-        derived = jpf.placeholder_with_default(base * 2, None)
+        base = tf.placeholder(F32)
+        t = tf.placeholder_with_default([1.0, 2.0], [None], name="t")
+        derived = tf.placeholder_with_default(base * 2, None)
         assert t.name == "t:0"
         same(sess.run([t, derived], {base: 3.0}), [[1, 2], 6])
         same(sess.run([t * 2, derived], {t: [1, 2, 3], derived: 0}), [[2, 4, 6], 0])
         with pytest.raises(ValueError, match=r"expected shape \(None,\), got \(1, 2\)"):
             sess.run(t, {t: [[1.0, 2.0]]})
         with pytest.raises(ValueError, match="expected a default of shape"):
-            jpf.placeholder_with_default(1.0, [2])
-        same(sess.run(jpf.gradients(derived * 5, base), {base: 1.0}), [10])
+            tf.placeholder_with_default(1.0, [2])
+        same(sess.run(tf.gradients(derived * 5, base), {base: 1.0}), [10])
 
 
 BINARY = [
@@ -173,7 +174,7 @@ class TestOperators:
     def test_binary_with_tensors_scalars_and_arrays(self, sess, op):
         dtype = jnp.int32 if op in BITWISE else F32
         a, b = jnp.asarray([[5, 2], [3, 4]], dtype), jnp.asarray([[2, 2], [1, 3]], dtype)
-        x, y = jpf.placeholder(dtype), jpf.placeholder(dtype)
+        x, y = tf.placeholder(dtype), tf.placeholder(dtype)
         pairs = [(op(x, y), op(a, b)), (op(x, b), op(a, b)), (op(a, y), op(a, b))]
         pairs.append((op(np.asarray(a), y), op(a, b)))
         if op is not operator.matmul:
@@ -184,17 +185,17 @@ class TestOperators:
 
     def test_unary_and_indexing(self, sess):
         a = jnp.arange(-3.0, 3.0).reshape(2, 3)
-        x, i = jpf.placeholder(F32), jpf.placeholder(jnp.int32)
+        x, i = tf.placeholder(F32), tf.placeholder(jnp.int32)
         made = [-x, +x, abs(x), x[1], x[:, ::2], x[..., None], x[i], x[0, i], ~i]
         want = [-a, +a, abs(a), a[1], a[:, ::2], a[..., None], a[1], a[0, 1], -2]
         same(sess.run(made, {x: a, i: 1}), want)
 
     def test_scalars_stay_weak(self, sess):
-        x = jpf.placeholder(jnp.bfloat16)
+        x = tf.placeholder(jnp.bfloat16)
         assert sess.run(x * 2.5 + 1, {x: 2}).dtype == jnp.bfloat16
 
     def test_equality_is_identity(self, graph):
-        x, y = jpf.placeholder(F32), jpf.placeholder(F32)
+        x, y = tf.placeholder(F32), tf.placeholder(F32)
         assert x == x
         assert x != y
         assert len({x: 1, y: 2}) == 2
@@ -216,7 +217,7 @@ class TestOperators:
         ],
     )
     def test_what_needs_a_value(self, graph, use, what):
-        x = jpf.placeholder(F32, name="x")
+        x = tf.placeholder(F32, name="x")
         with pytest.raises(TypeError, match=f"{what} of graph tensor 'x:0'.*py_func.*run"):
             use(x)
 
@@ -226,8 +227,8 @@ class TestLift:
         def func(pair, scale=1.0, *, flags):
             return {"sum": pair[0] + pair[1]["b"] * scale, "flags": (flags["on"], [scale])}
 
-        x, y = jpf.placeholder(F32, [2]), jpf.placeholder(F32, [2])
-        out = jpf.lift(func)((x, {"b": y}), 3.0, flags={"on": True})
+        x, y = tf.placeholder(F32, [2]), tf.placeholder(F32, [2])
+        out = tf.lift(func)((x, {"b": y}), 3.0, flags={"on": True})
         assert out["sum"].shape == (2,)
         same(
             sess.run(out, {x: [1, 2], y: [3, 4]}),
@@ -235,35 +236,35 @@ class TestLift:
         )
 
     def test_without_a_tensor_it_is_the_function(self, graph):
-        assert isinstance(jpf.lift(jnp.sin)(1.0), jax.Array)
+        assert isinstance(tf.lift(jnp.sin)(1.0), jax.Array)
         assert graph.get_operations() == []
 
     def test_shapes_known_and_guessed(self, graph):
-        x, m = jpf.placeholder(F32, [4, 3]), jpf.placeholder(F32, [None, 3])
-        any_shape = jpf.placeholder(F32)
-        assert jpf.numpy.dot(x, np.ones(3, np.float32)).shape == (4,)
-        product = jpf.numpy.dot(m, np.ones((3, 2), np.float32))
+        x, m = tf.placeholder(F32, [4, 3]), tf.placeholder(F32, [None, 3])
+        any_shape = tf.placeholder(F32)
+        assert tf.numpy.dot(x, np.ones(3, np.float32)).shape == (4,)
+        product = tf.numpy.dot(m, np.ones((3, 2), np.float32))
         assert (product.shape, product.dtype) == (None, jnp.float32)
-        assert len(jpf.numpy.linalg.qr(any_shape)) == 2
+        assert len(tf.numpy.linalg.qr(any_shape)) == 2
         assert (any_shape > 1).dtype == jnp.bool_
 
     def test_errors_come_when_building_where_shapes_are_known(self, graph):
-        x = jpf.placeholder(F32, [4, 3], name="x")
+        x = tf.placeholder(F32, [4, 3], name="x")
         with pytest.raises(TypeError) as error:
             x @ x
         assert "while adding 'matmul'" in error.value.__notes__[-1]
 
     def test_a_body_that_needs_values_is_for_py_func(self, graph):
         with pytest.raises(jax.errors.ConcretizationTypeError) as error:
-            jpf.lift(lambda x: x if x > 0 else -x)(jpf.placeholder(F32))
+            tf.lift(lambda x: x if x > 0 else -x)(tf.placeholder(F32))
         assert any("py_func" in note for note in error.value.__notes__)
 
     def test_a_structure_that_was_guessed_wrong(self, sess):
-        x = jpf.placeholder(F32)
-        sizes = jpf.numpy.shape(x)
+        x = tf.placeholder(F32)
+        sizes = tf.numpy.shape(x)
         with pytest.raises(AttributeError):
             sess.run(sizes.no_such_attribute)
-        pair = jpf.lift(lambda x: tuple(x) if x.ndim else (x,))(x)
+        pair = tf.lift(lambda x: tuple(x) if x.ndim else (x,))(x)
         with pytest.raises(TypeError, match="expected results in the structure"):
             sess.run(pair, {x: [1.0, 2.0]})
 
@@ -271,7 +272,7 @@ class TestLift:
 class TestNumpy:
     def test_a_sample_of_all_of_it(self, sess):
         a = np.array([[2.0, 1.0], [1.0, 3.0]], np.float32)
-        x = jpf.placeholder(F32, [2, 2])
+        x = tf.placeholder(F32, [2, 2])
 
         def build(xp, x):
             return [
@@ -281,16 +282,16 @@ class TestNumpy:
                 xp.clip(x, min=1.5), xp.add(x, 1), xp.float32, xp.pi, xp.zeros(2),
             ]  # fmt: skip
 
-        got, want = build(jpf.numpy, x), build(jnp, a)
+        got, want = build(tf.numpy, x), build(jnp, a)
         assert got[-3:-1] == want[-3:-1]
         same(sess.run(got[:-3], {x: a}), want[:-3])
 
     def test_names(self, graph):
-        assert set(dir(jpf.numpy)) >= {"sin", "linalg", "float32"}
-        assert "det" in dir(jpf.numpy.linalg)
-        assert jpf.numpy.sin(jpf.constant(1.0)).name == "sin:0"
+        assert set(dir(tf.numpy)) >= {"sin", "linalg", "float32"}
+        assert "det" in dir(tf.numpy.linalg)
+        assert tf.numpy.sin(tf.constant(1.0)).name == "sin:0"
         with pytest.raises(AttributeError, match="nothing_of_the_kind"):
-            _ = jpf.numpy.nothing_of_the_kind
+            _ = tf.numpy.nothing_of_the_kind
 
 
 class TestPyFunc:
@@ -299,7 +300,7 @@ class TestPyFunc:
         def func(pair, scale, *, mode, extra=None):
             return {"total": sum(pair) * scale, "mode": [len(mode) + extra["n"]]}
 
-        x, n = jpf.placeholder(F32), jpf.placeholder(jnp.int32)
+        x, n = tf.placeholder(F32), tf.placeholder(jnp.int32)
         out = func((x, np.float32(2)), 3.0, mode="ab", extra={"n": n})
         assert out["total"].dtype == jnp.float32
         same(sess.run(out, {x: 1.0, n: 5}), {"total": 9, "mode": [7]})
@@ -307,7 +308,7 @@ class TestPyFunc:
         assert sess.run(constant) == 9
 
     def test_a_single_tensor_as_inp(self, sess):
-        x = jpf.placeholder(F32)
+        x = tf.placeholder(F32)
         assert sess.run(jpf.py_func(lambda x: x + 1, x, F32), {x: 1.0}) == 2.0
 
     def test_methods(self, sess):
@@ -318,12 +319,12 @@ class TestPyFunc:
             def apply(self, x):
                 return x + self.bias
 
-        x = jpf.placeholder(F32)
+        x = tf.placeholder(F32)
         assert sess.run(Model().apply(x), {x: 1.0}) == 4.0
 
     def test_tout_left_out_or_callable(self, sess):
-        x = jpf.placeholder(F32, [3])
-        free = jpf.placeholder(F32)
+        x = tf.placeholder(F32, [3])
+        free = tf.placeholder(F32)
 
         def halves(x):
             if x.sum() > 0:
@@ -343,12 +344,12 @@ class TestPyFunc:
             return [r for r in x[:, :7, :11].reshape(77, 5)]
 
         with pytest.raises(TypeError, match=r"'rows'.*how many results.*'x:0'.*Give Tout"):
-            jpf.py_func(rows, [jpf.placeholder(F32, name="x")])
-        assert len(jpf.py_func(rows, [jpf.placeholder(F32, [5, 7, 11])])) == 77
+            jpf.py_func(rows, [tf.placeholder(F32, name="x")])
+        assert len(jpf.py_func(rows, [tf.placeholder(F32, [5, 7, 11])])) == 77
 
     def test_no_results(self, sess):
         seen = []
-        x = jpf.placeholder(F32)
+        x = tf.placeholder(F32)
         op = jpf.py_func(lambda x: seen.append(float(x)), [x], [], name="log")
         assert repr(op) == "<Operation 'log'>"
         op.run({x: 2.0})
@@ -357,7 +358,7 @@ class TestPyFunc:
 
     def test_ordered_ones_run_in_the_order_of_the_graph(self, sess):
         seen = []
-        x = jpf.placeholder(F32)
+        x = tf.placeholder(F32)
         ops = [
             jpf.py_func(lambda x, i=i: seen.append(i), [x], [], ordered=True)
             for i in range(5)
@@ -370,7 +371,7 @@ class TestPyFunc:
             assert type(x) is np.ndarray
             return np.sort(x)
 
-        x = jpf.placeholder(F32)
+        x = tf.placeholder(F32)
         y = jpf.numpy_func(body, [x], jax.ShapeDtypeStruct((3,), F32))
         same(sess.run(y, {x: [3, 1, 2]}), [1, 2, 3])
 
@@ -381,12 +382,12 @@ class TestPyFunc:
             kinds.append((type(x), threading.current_thread()))
             return x
 
-        x = jpf.placeholder(F32)
+        x = tf.placeholder(F32)
         sess.run(jpf.py_func(body, [x], jax.ShapeDtypeStruct((), F32)), {x: 1.0})
         assert all(issubclass(kind, jax.Array) for kind, _ in kinds)
 
     def test_a_body_that_closes_over_a_tensor(self, sess):
-        x, other = jpf.placeholder(F32), jpf.placeholder(F32, name="other")
+        x, other = tf.placeholder(F32), tf.placeholder(F32, name="other")
         y = jpf.py_func(lambda x: jnp.sum(np.asarray(other)) + x, [x], F32)
         with pytest.raises(TypeError, match="graph tensor 'other:0'"):
             sess.run(y, {x: 1.0, other: 2.0})

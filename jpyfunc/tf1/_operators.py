@@ -6,8 +6,8 @@ import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jpyfunc._session.apply import apply
 from jpyfunc._symbol import Symbol
+from jpyfunc.tf1._apply import apply
 
 
 def _binary(func: Callable[[Any, Any], Any], name: str) -> Any:
@@ -45,7 +45,7 @@ def _refused(what: str) -> Any:
 class Operators(Symbol):
     """Mixin with the operators of `jax.Array`, except that `==` and `!=` compare identity.
 
-    Tensors are keys of feed dictionaries; `jpyfunc.numpy.equal` compares values.
+    Tensors are keys of feed dictionaries; `tf.numpy.equal` compares values.
     """
 
     __slots__ = ()

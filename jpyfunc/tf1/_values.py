@@ -15,6 +15,42 @@ from jpyfunc._symbol import Symbol
 Shape = tuple[int | None, ...]
 
 
+class TensorShape(Shape):
+    """The sizes of a tensor, with None for one that may be any.
+
+    Source: `tf.TensorShape` of TensorFlow 1.
+    """
+
+    __slots__ = ()
+
+    @property
+    def ndims(self) -> int:
+        """How many sizes there are."""
+        return len(self)
+
+    def as_list(self) -> list[int | None]:
+        """The sizes as a list."""
+        return list(self)
+
+
+def parse_shape(shape: Any, where: str) -> TensorShape | None:
+    """A shape as users write it: None, or a list of sizes.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if shape is None:
+        return None
+    if not isinstance(shape, list | tuple) or not all(
+        n is None or isinstance(n, int | np.integer) for n in shape
+    ):
+        raise TypeError(
+            f"{where}: expected shape to be None or a list of sizes, with None for one "
+            f"that may be any, got {shape!r}; write shape=[] for a scalar."
+        )
+    return TensorShape(n if n is None else int(n) for n in shape)
+
+
 def fits(shape: Shape | None, expected: Shape | None) -> bool:
     """Whether a shape, in which all may be unknown, can be one that is expected."""
     if shape is None or expected is None:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jpyfunc._errors import InferenceError
-from jpyfunc._session.nodes import Operation, Tensor
-from jpyfunc._session.pullback import Compute, with_pullback
 from jpyfunc._symbol import add_note, not_building
+from jpyfunc.tf1._nodes import Operation, Tensor
+from jpyfunc.tf1._pullback import Compute, with_pullback
+from jpyfunc.tf1._values import fits
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,6 +68,12 @@ def lower(
             except Exception as error:
                 add_note(error, f"in graph operation {op.name!r}")
                 raise
+            for t, value in zip(op.outputs, results, strict=False):
+                if t.shape is not None and not fits(value.shape, t.shape):
+                    raise ValueError(
+                        f"tensor {t.name!r}: expected shape {t.shape}, as set_shape says, "
+                        f"got {value.shape}."
+                    )
             ran[op] = results
             for t, value in zip(op.results, results, strict=False):
                 known.setdefault(t, value)

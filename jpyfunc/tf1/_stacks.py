@@ -31,11 +31,11 @@ def get_default_session() -> Any:
         that is not closed; None without one.
 
     Example:
-        >>> import jpyfunc as jpf
-        >>> with jpf.Session() as sess:
-        ...     print(jpf.get_default_session() is sess)
+        >>> import jpyfunc.tf1 as tf
+        >>> with tf.Session() as sess:
+        ...     print(tf.get_default_session() is sess)
         True
-        >>> print(jpf.get_default_session())
+        >>> print(tf.get_default_session())
         None
 
     Source: `tf.get_default_session` of TensorFlow 1.
@@ -52,7 +52,7 @@ def session_for(session: Any, what: str) -> Any:
     session = get_default_session() if session is None else session
     if session is None:
         raise ValueError(
-            f"{what}: there is no default session. Write `with jpf.Session() as sess:` "
+            f"{what}: there is no default session. Write `with tf.Session() as sess:` "
             "around it, or pass session=."
         )
     return session

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpyfunc._errors import InferenceError
 from jpyfunc._symbol import Symbol, add_note
 
 Spec = tuple[Any, tuple[int | None, ...] | None]  # dtype and shape, None if unknown
@@ -42,17 +43,21 @@ def apply(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
     # What works for no shape that was tried is taken to have one result, as nearly all
     # of jax.numpy has; the node checks that when it runs.
     tree, specs = found or (jax.tree.structure(0), [(None, None)])
-    return _add_call(common_graph(inputs), call, inputs, tree, specs, name)
+    op = _add_call(common_graph(inputs), call, inputs, tree, specs, name)
+    return _results(op, tree)
 
 
 def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
     """Make a node of a wrapped function, with tensors in the structure of its `Tout`.
 
+    A shape that `Tout` leaves open is the one that the tensor has when the node is
+    lowered, by `set_shape`; where it has none either, it is inferred.
+
     Args:
         func: the wrapped function.
         args: positional arguments, pytrees.
         kwargs: keyword arguments, pytrees.
-        graph: where the node goes if there is no tensor among them.
+        graph: where the node goes if no argument is a tensor.
 
     Returns:
         The tensors; the operation itself if there are none, as in TensorFlow.
@@ -66,22 +71,48 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
     name = graph.unique_name(func.node_name or "PyFunc")
     if not jax.tree.leaves((args, kwargs)):
         func = func.keeping_first()
-    call = close_over(func.for_node(f"in graph operation {name!r}"), args, kwargs)
+    func = func.for_node(f"in graph operation {name!r}")
     template = func.template
     if template is not None:
         tree = template.tree
         specs = [(leaf.dtype, leaf.shape) for leaf in template.leaves]
+
+        def call(values: Sequence[Any]) -> Any:
+            shapes = [t.shape if is_known(t.shape) else None for t in op.outputs]
+            declared = func.with_template(template.replace_shapes(shapes))
+            try:
+                return close_over(declared, args, kwargs)(values)
+            except InferenceError as error:
+                raise _without_shape(error, op.outputs) from error.__cause__
+
     else:
+        call = close_over(func, args, kwargs)
         found = infer(call, inputs)
         if found is None:
             unknown = next(t for t in inputs if not is_known(t.shape))
             raise TypeError(
                 f"{func!r}, graph operation {name!r}: how many results it has cannot be "
-                f"told while the shape of {unknown.name!r} is unknown. Give Tout, "
-                "jnp.float32 for one result, say, or give the placeholders shapes."
+                f"told while the shape of {unknown.name!r} is unknown. Give Tout, for "
+                "example jnp.float32 for one result, or give the placeholders shapes."
             )
         tree, specs = found
-    return _add_call(graph, call, inputs, tree, specs, name, unique=True)
+    op = _add_call(graph, call, inputs, tree, specs, name, unique=True)
+    return _results(op, tree)
+
+
+def _without_shape(error: InferenceError, tensors: Sequence[Any]) -> InferenceError:
+    """The error of a node whose shapes neither `Tout` nor `set_shape` says."""
+    first, *others = (repr(t.name) for t in tensors if not is_known(t.shape))
+    names = f"tensors {', '.join([first, *others])}" if others else f"tensor {first}"
+    return InferenceError(
+        f"The shape of {names} is unknown. Write y.set_shape([]) for a scalar y, for "
+        f"example, or an exact Tout. {error}"
+    )
+
+
+def _results(op: Any, tree: Any) -> Any:
+    """The tensors of a node in the structure of `tree`; without any, the node."""
+    return jax.tree.unflatten(tree, op.outputs) if op.outputs else op
 
 
 def _add_call(
@@ -104,9 +135,6 @@ def _add_call(
         specs: one per result.
         name: of the node.
         unique: whether `name` has been made unique already.
-
-    Returns:
-        The results' tensors in the structure of `tree`; without any, the operation.
     """
 
     def compute(values: Sequence[Any]) -> list[Any]:
@@ -119,8 +147,7 @@ def _add_call(
             )
         return [jnp.asarray(result) for result in results]
 
-    op = graph.create_operation(name, inputs, compute, specs, unique=unique)
-    return jax.tree.unflatten(tree, op.outputs) if op.outputs else op
+    return graph.create_operation(name, inputs, compute, specs, unique=unique)
 
 
 def tensors_in(args: Any, kwargs: Any) -> list[Any]:

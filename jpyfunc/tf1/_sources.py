@@ -1,21 +1,18 @@
-"""What a graph starts from, placeholders and constants, and `lift`, what it grows by."""
+"""Tensors that depend on no others: placeholders and constants."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jpyfunc._body.tout import is_dtype, is_key_dtype, parse
-from jpyfunc._session.apply import apply
-from jpyfunc._session.graph import get_default_graph
-from jpyfunc._session.nodes import Tensor
-from jpyfunc._session.values import Shape, convert, fits
-from jpyfunc._symbol import Symbol
+from jpyfunc.tf1._graph import get_default_graph
+from jpyfunc.tf1._nodes import Tensor
+from jpyfunc.tf1._values import convert, fits, parse_shape
 
 
 def placeholder(
@@ -37,17 +34,17 @@ def placeholder(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> import jpyfunc as jpf
-        >>> x = jpf.placeholder(jnp.float32, shape=[None, 2])
-        >>> total = jpf.numpy.sum(x, axis=0)
-        >>> with jpf.Session() as sess:
+        >>> import jpyfunc.tf1 as tf
+        >>> x = tf.placeholder(jnp.float32, shape=[None, 2])
+        >>> total = tf.numpy.sum(x, axis=0)
+        >>> with tf.Session() as sess:
         ...     print(sess.run(total, {x: [[1, 2], [3, 4], [5, 6]]}))
         [ 9. 12.]
 
     Source: `tf.placeholder` of TensorFlow 1.
     """
     where = f"placeholder {name or 'Placeholder'!r}"
-    spec = (_dtype(dtype, where), _shape(shape, where))
+    spec = (_dtype(dtype, where), parse_shape(shape, where))
     return _add(name or "Placeholder", [], None, spec)
 
 
@@ -73,9 +70,9 @@ def constant(
         ValueError: its size is not that of `shape`.
 
     Example:
-        >>> import jpyfunc as jpf
-        >>> with jpf.Session() as sess:
-        ...     print(sess.run(jpf.constant(7, shape=[2, 2])))
+        >>> import jpyfunc.tf1 as tf
+        >>> with tf.Session() as sess:
+        ...     print(sess.run(tf.constant(7, shape=[2, 2])))
         [[7 7]
          [7 7]]
 
@@ -115,9 +112,9 @@ def placeholder_with_default(
         ValueError: `value` is not of that shape.
 
     Example:
-        >>> import jpyfunc as jpf
-        >>> rate = jpf.placeholder_with_default(0.1, shape=[])
-        >>> with jpf.Session() as sess:
+        >>> import jpyfunc.tf1 as tf
+        >>> rate = tf.placeholder_with_default(0.1, shape=[])
+        >>> with tf.Session() as sess:
         ...     print(sess.run(rate), sess.run(rate, {rate: 0.5}))
         0.1 0.5
 
@@ -126,7 +123,7 @@ def placeholder_with_default(
     name = name or "PlaceholderWithDefault"
     if not isinstance(value, Tensor):
         value = constant(value, name=f"{name}/default")
-    shape = _shape(shape, f"placeholder_with_default {name!r}")
+    shape = parse_shape(shape, f"placeholder_with_default {name!r}")
     if not fits(value.shape, shape):
         raise ValueError(
             f"placeholder_with_default {name!r}: expected a default of shape "
@@ -135,43 +132,6 @@ def placeholder_with_default(
         )
     spec = (value.dtype, shape)
     return value.graph.create_operation(name, [value], list, [spec]).outputs[0]
-
-
-def lift(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function of JAX accept graph tensors, and then return graph tensors.
-
-    Args:
-        func: a function that `jax.jit` could compile, from pytrees to pytrees of
-            arrays. One that needs values, in an `if` say, is for `py_func`.
-
-    Returns:
-        The function. Arguments may mix tensors with concrete values, which are then
-        part of the graph. Without a tensor among them, it is simply called.
-
-    Raises:
-        TypeError: on the call, `func` cannot be traced.
-        ValueError: on the call, tensors of two graphs.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> import jpyfunc as jpf
-        >>> x = jpf.placeholder(jnp.float32, [3])
-        >>> y = jpf.lift(jax.nn.softmax)(x)
-        >>> with jpf.Session() as sess:
-        ...     print(sess.run(y, {x: [0, 0, 0]}).sum())
-        1.0
-    """
-    own = getattr(func, "__name__", "")
-    name = own if own.isidentifier() and own.isascii() else type(func).__name__
-    name = name.lstrip("_") or "lift"
-
-    @functools.wraps(func, updated=())
-    def lifted(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(x, Symbol) for x in jax.tree.leaves((args, kwargs))):
-            return apply(func, args, kwargs, name)
-        return func(*args, **kwargs)
-
-    return lifted
 
 
 def _add(name: str, inputs: list[Tensor], compute: Any, spec: Any) -> Tensor:
@@ -191,16 +151,3 @@ def _dtype(dtype: Any, where: str) -> Any:
             f"jnp.{available}, or build and run it under jax.enable_x64(True)."
         )
     return leaf.dtype
-
-
-def _shape(shape: Any, where: str) -> Shape | None:
-    if shape is None:
-        return None
-    if not isinstance(shape, list | tuple) or not all(
-        n is None or isinstance(n, int) for n in shape
-    ):
-        raise TypeError(
-            f"{where}: expected shape to be None or a list of sizes, with None for one "
-            f"that may be any, got {shape!r}; write shape=[] for a scalar."
-        )
-    return tuple(shape)

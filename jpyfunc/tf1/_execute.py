@@ -10,8 +10,8 @@ import jax
 
 from jpyfunc import _compat
 from jpyfunc._failures import failures, original_of
-from jpyfunc._session.nodes import Tensor
-from jpyfunc._session.values import convert, fits
+from jpyfunc.tf1._nodes import Tensor
+from jpyfunc.tf1._values import convert, fits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def execute(plan: Plan, values: Iterable[Any]) -> Any:
             raise TypeError(
                 "Session.run: expected feeds that are values, got one that JAX traces: a "
                 "session runs outside of jax.jit, jax.grad and jax.vmap. In these, call "
-                "the functions that the graph is made of; jpyfunc.gradients "
+                "the functions that the graph is made of; tf.gradients "
                 "differentiates a graph."
             ) from None
         except (jax.errors.JaxRuntimeError, ValueError) as error:
