@@ -391,3 +391,84 @@ class TestPyFunc:
         y = jpf.py_func(lambda x: jnp.sum(np.asarray(other)) + x, [x], F32)
         with pytest.raises(TypeError, match="graph tensor 'other:0'"):
             sess.run(y, {x: 1.0, other: 2.0})
+
+
+class TestShapes:
+    def test_what_is_said_is_merged(self, graph):
+        x = tf.placeholder(F32, name="x")
+        assert x.get_shape() is None
+        x.set_shape(None)
+        assert x.shape is None
+        x.set_shape([None, 3])
+        assert x.get_shape().as_list() == [None, 3]
+        assert x.get_shape().ndims == 2
+        x.set_shape((2, None))
+        assert x.shape == (2, 3)
+        for conflict in ([3, 3], [2], [2, 3, None]):
+            with pytest.raises(ValueError, match=r"set_shape of 'x:0': .*\(2, 3\), got"):
+                x.set_shape(conflict)
+        with pytest.raises(
+            TypeError, match="set_shape of 'x:0': expected shape to be None"
+        ):
+            x.set_shape(3)
+        assert x.shape == (2, 3)
+        assert (x + 1).shape == (2, 3)
+
+    def test_a_fed_value_must_have_it(self, sess):
+        x = tf.placeholder(F32, name="x")
+        y = x * 2
+        assert sess.run(y, {x: [1, 2]}).shape == (2,)
+        x.set_shape([3])
+        with pytest.raises(ValueError, match=r"feed of 'x:0': expected shape \(3,\), got"):
+            sess.run(y, {x: [1, 2]})
+
+    def test_a_computed_value_must_have_it(self, sess):
+        x = tf.placeholder(F32)
+        y = tf.abs(x)
+        y.set_shape([None, 2])
+        same(sess.run(y, {x: [[1, -2]]}), [[1, 2]])
+        with pytest.raises(ValueError, match=r"'abs:0': expected shape \(None, 2\).*got"):
+            sess.run(y, {x: [[1, 2, 3]]})
+
+    @pytest.mark.parametrize("tout", [tf.float32, [tf.float32, tf.int32]])
+    def test_of_what_numpy_returns(self, sess, tout):
+        def body(x):
+            x = np.array(x)
+            ranks = np.argsort(x)
+            return x[ranks] if tout is tf.float32 else [x[ranks], ranks]
+
+        x = tf.placeholder(F32, [3])
+        made = tf.py_func(body, [x], tout, name="sorted")
+        results = made if isinstance(made, list) else [made]
+        for fetch in (made, tf.reduce_sum(results[0])):
+            with pytest.raises(jpf.InferenceError, match=r"'sorted:0'.*y\.set_shape\("):
+                sess.run(fetch, {x: [3, 1, 2]})
+        for t in results:
+            t.set_shape([None])
+        with pytest.raises(jpf.InferenceError, match=r"'sorted:0'.*exact Tout"):
+            sess.run(made, {x: [3, 1, 2]})
+        for t in results:
+            t.set_shape(x.get_shape())
+        got = sess.run(results, {x: [3, 1, 2]})
+        same(got, [[1, 2, 3], [1, 2, 0]][: len(got)])
+
+    def test_of_what_numpy_returns_is_checked(self, sess):
+        x = tf.placeholder(F32)
+        y = tf.py_func(np.sort, [x], F32)
+        y.set_shape([3])
+        with pytest.raises(jpf.ResultError, match=r"expected shape \(3,\), got \(2,\)"):
+            sess.run(y, {x: [2, 1]})
+        same(sess.run(y, {x: [3, 2, 1]}), [1, 2, 3])
+
+    def test_a_body_that_fails_without_data_says_it_too(self, sess):
+        def body(x):
+            if not isinstance(x, np.ndarray):
+                raise AttributeError("no array")
+            return x
+
+        y = tf.py_func(body, [tf.constant([1.0, 2.0])], F32, name="strict")
+        with pytest.raises(AttributeError, match="no array") as error:
+            sess.run(y)
+        assert any("'strict:0'" in n and "set_shape" in n for n in error.value.__notes__)
+        y.set_shape([2])
+        same(sess.run(y), [1, 2])

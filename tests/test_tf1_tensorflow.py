@@ -210,3 +210,69 @@ def test_outside_an_explicit_graph_it_is_a_call():
         limit=60,
     )
     assert out.split() == ["6.0", "7.0"]
+
+
+class TestNumpyPyFunc:
+    def test_gets_numpy_and_runs_once_per_run(self, sess):
+        seen = []
+
+        def body(x):
+            seen.append(type(x))
+            return np.sinh(x)
+
+        x = tf.placeholder(tf.float32)
+        y = tf.py_func(body, [x], tf.float32)
+        y.set_shape([2])
+        for _ in range(2):
+            seen.clear()
+            close(sess.run([y, y * 2], {x: [1, 2]})[1], 2 * np.sinh([1, 2]), rtol=1e-6)
+            assert seen == [np.ndarray]
+        seen.clear()
+        sess.run(x, {x: 1.0})
+        assert not seen
+
+    def test_the_operation_of_what_returns_nothing(self, sess):
+        seen = []
+        operation = tf.py_func(lambda x: seen.append(x.tolist()), [tf.constant([3])], [])
+        assert isinstance(operation, tf.Operation)
+        assert sess.run(operation) is None
+        assert seen == [[3]]
+
+    def test_a_list_of_dtypes_gives_a_list(self):
+        made = tf.py_func(lambda x: (x, x), [tf.constant(1.0)], (tf.float32, tf.float32))
+        assert isinstance(made, list)
+        assert [t.dtype for t in made] == [tf.float32] * 2
+        assert isinstance(tf.py_func(np.sin, [1.0], tf.float32, True, "named"), tf.Tensor)
+        assert tf.get_default_graph().get_tensor_by_name("named:0").dtype == tf.float32
+
+    def test_has_no_gradient_and_says_so(self, sess):
+        x = tf.placeholder(tf.float32, [])
+        y = tf.py_func(np.sin, [x], tf.float32)
+        y.set_shape([])
+        with pytest.raises(jpf.NotDifferentiableError):
+            sess.run(tf.gradients(y, x), {x: 1.0})
+
+    def test_in_a_body_it_is_a_call(self, sess):
+        def body(x):
+            return tf.py_func(np.sort, [x], jax.ShapeDtypeStruct((2,), tf.float32)) + x
+
+        x = tf.placeholder(tf.float32, [2])
+        y = tf.contrib.eager.py_func(body, [x], jax.ShapeDtypeStruct((2,), tf.float32))
+        np.testing.assert_array_equal(sess.run(y, {x: [2, 1]}), [3, 3])
+
+
+@pytest.mark.parametrize("name", ["py_func", "contrib.eager.py_func"])
+def test_without_tensors_or_a_with_it_is_a_node_of_the_default_graph(name):
+    """Were it called at once, each run would get the first batch again."""
+    out = run_program(
+        f"""
+        import numpy as np, jpyfunc.tf1 as tf
+        batches = iter(range(9))
+        batch = tf.{name}(lambda: np.float32(next(batches)), [], tf.float32)
+        double = batch * 2
+        session = tf.Session()
+        print(*[session.run(double) for _ in range(3)], session.run([batch, double]))
+        """,
+        limit=60,
+    )
+    assert out.split() == ["0.0", "2.0", "4.0", "[np.float32(3.0),", "np.float32(6.0)]"]

@@ -7,6 +7,8 @@ where they get tensors, and are JAX's where they get arrays, in the body of a
 all of `jax.numpy`.
 """
 
+from typing import NoReturn
+
 from jpyfunc.tf1 import contrib as contrib
 from jpyfunc.tf1 import math as math
 from jpyfunc.tf1 import nn as nn
@@ -163,3 +165,10 @@ from jpyfunc.tf1.math import tan as tan
 from jpyfunc.tf1.math import tanh as tanh
 from jpyfunc.tf1.math import tensordot as tensordot
 from jpyfunc.tf1.math import truediv as truediv
+
+
+def __getattr__(name: str) -> NoReturn:
+    raise AttributeError(
+        f"jpyfunc.tf1 has no {name!r}. tf.numpy has all of jax.numpy, and tf.lift(func) "
+        "makes a function of JAX accept tensors; state, such as variables, is fed."
+    )

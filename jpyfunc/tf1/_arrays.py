@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpyfunc.tf1._lift import over_tensors
 from jpyfunc.tf1.math import as_axes
@@ -118,19 +119,19 @@ def linspace(start: Any, stop: Any, num: int, name: str | None = None) -> Any:
 @over_tensors
 def shape(input: Any, name: str | None = None, out_type: Any = jnp.int32) -> Any:
     """Return the shape as an array of integers."""
-    return jnp.asarray(jnp.shape(input), out_type)
+    return jnp.asarray(np.shape(input), out_type)
 
 
 @over_tensors
 def size(input: Any, name: str | None = None, out_type: Any = jnp.int32) -> Any:
     """Return the number of elements."""
-    return jnp.asarray(jnp.size(input), out_type)
+    return jnp.asarray(np.size(input), out_type)
 
 
 @over_tensors
 def rank(input: Any, name: str | None = None) -> Any:
     """Return the number of axes."""
-    return jnp.asarray(jnp.ndim(input), jnp.int32)
+    return jnp.asarray(np.ndim(input), jnp.int32)
 
 
 @over_tensors
@@ -239,7 +240,7 @@ def split(
 ) -> Any:
     """Split an array along an axis to a list of equal parts, or of parts of given sizes."""
     array = jnp.asarray(value)
-    if jnp.ndim(num_or_size_splits) == 0:
+    if isinstance(num_or_size_splits, int | np.integer):
         return jnp.split(array, num_or_size_splits, axis)
     sizes = [*map(int, num_or_size_splits)]
     if sum(sizes) != array.shape[axis] or min(sizes) < 0:
@@ -257,6 +258,15 @@ def slice(input_: Any, begin: Any, size: Any, name: str | None = None) -> Any:
         whole if length == -1 else start + length
         for start, length, whole in zip(begin, size, array.shape, strict=True)
     ]
+    # lax.slice clips eagerly what it refuses under jit.
+    if not all(
+        0 <= start <= end <= whole
+        for start, end, whole in zip(begin, ends, array.shape, strict=True)
+    ):
+        raise ValueError(
+            f"slice: expected begin and size within shape {array.shape}, got {begin} and "
+            f"{size}."
+        )
     return jax.lax.slice(array, [*map(int, begin)], [*map(int, ends)])
 
 
@@ -293,7 +303,8 @@ def where(condition: Any, x: Any = None, y: Any = None, name: str | None = None)
     condition = jnp.asarray(condition)
     if x is None and y is None:
         return jnp.argwhere(condition)
-    axes = max(jnp.ndim(x), jnp.ndim(y))
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    axes = max(x.ndim, y.ndim)
     if condition.ndim == 1 and axes > 1:
         condition = condition.reshape(-1, *(1,) * (axes - 1))
     return jnp.where(condition, x, y)
@@ -323,4 +334,4 @@ def one_hot(
 @over_tensors
 def meshgrid(*args: Any, indexing: str = "xy", name: str | None = None) -> Any:
     """Repeat vectors to arrays of one shape, one axis per vector."""
-    return [*jnp.meshgrid(*args, indexing=indexing)]
+    return jnp.meshgrid(*map(jnp.asarray, args), indexing=indexing)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpyfunc.tf1._lift import over_tensors
 
@@ -132,10 +133,10 @@ def add_n(inputs: Any, name: str | None = None) -> Any:
     """Add the arrays of a list, which all have one shape."""
     first, *others = inputs
     for x in others:
-        if jnp.shape(x) != jnp.shape(first):
+        if np.shape(x) != np.shape(first):
             raise ValueError(
                 "add_n: expected arrays of one shape, got "
-                f"{jnp.shape(first)} and {jnp.shape(x)}."
+                f"{np.shape(first)} and {np.shape(x)}."
             )
         first = jnp.add(first, x)
     return jnp.asarray(first)
@@ -205,7 +206,7 @@ def _reduction(tf_name: str, func: Callable[..., Any], doc: str) -> Callable[...
 
 def as_axes(axis: Any) -> Any:
     """An axis, or a list of axes, as `jax.numpy` takes it."""
-    return axis if axis is None or jnp.ndim(axis) == 0 else tuple(map(int, axis))
+    return axis if axis is None or np.ndim(axis) == 0 else tuple(map(int, axis))
 
 
 def own_dtype(x: Any) -> Any:

@@ -107,9 +107,10 @@ def bias_add(
     value: Any, bias: Any, data_format: str | None = None, name: str | None = None
 ) -> Any:
     """Add a vector along the last axis, or of `"NCHW"` along the second."""
+    value, bias = jnp.asarray(value), jnp.asarray(bias)
     if data_format == "NCHW":
-        return value + jnp.reshape(bias, (-1, *(1,) * (jnp.ndim(value) - 2)))
-    return jnp.add(value, bias)
+        bias = bias.reshape(-1, *(1,) * (value.ndim - 2))
+    return value + bias
 
 
 @over_tensors
