@@ -365,6 +365,15 @@ def is_eager() -> bool:
     return _core.trace_ctx.trace is eval_trace
 
 
+def is_of_trace_of(value: Any, tracer: Any) -> bool:
+    """Whether `value` is a tracer of the trace that `tracer` is of.
+
+    Inside `jax.vjp(f, x)`, whether a value may depend on `x`: JAX leaves what does not to
+    the trace around it. It has no public question for that.
+    """
+    return getattr(value, "_trace", None) is tracer._trace
+
+
 def is_jaxpr(value: Any) -> bool:
     """Whether `value` is a jaxpr, closed or not: one type as of JAX 0.12."""
     return isinstance(value, (ClosedJaxpr, Jaxpr))

@@ -260,6 +260,36 @@ class TestWhatRuns:
         sess.run(x * 2, {x: 3.0})
         assert seen == []
 
+    @pytest.mark.parametrize("kind", ["node", "lifted"])
+    @pytest.mark.parametrize("path", [(0, 0), (1, 1), (0, 1), (1, 1, 1), (0, 1, 0)])
+    def test_stateful_of_two_tensors_runs_once_for_any_derivative(self, sess, kind, path):
+        """The one that a derivative is not taken by is among the residuals, too."""
+        seen = []
+
+        def plain(x, m):
+            return jnp.sin(x) * m**3 + x**3 * m
+
+        @jpf.py_func(Tout=SCALAR, stateful=True)
+        def count(x, m):
+            seen.append(1)
+            return plain(x, m)
+
+        def around(func):
+            return lambda x, m: func(jnp.sin(x), jnp.cos(m)) * 2.0
+
+        x, m = tf.placeholder(jnp.float32, []), tf.placeholder(jnp.float32, [])
+        tensors = [(count if kind == "node" else tf.lift(around(count)))(x, m)]
+        functions = [plain if kind == "node" else around(plain)]
+        for i in path:
+            tensors += tf.gradients(tensors[-1], [x, m][i])
+            functions.append(jax.grad(functions[-1], i))
+        want = [f(0.7, 1.3) for f in functions]
+        feed = {x: 0.7, m: 1.3}
+        np.testing.assert_allclose(sess.run(tensors, feed), want, rtol=1e-4)
+        assert seen == [1]
+        np.testing.assert_allclose(sess.run(tensors[-1], feed), want[-1], rtol=1e-4)
+        assert seen == [1, 1]
+
     def test_the_gradient_is_of_the_value_that_is_returned(self, sess):
         rng = np.random.default_rng(0)
 

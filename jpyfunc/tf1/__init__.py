@@ -7,7 +7,7 @@ where they get tensors, and are JAX's where they get arrays, in the body of a
 all of `jax.numpy`.
 """
 
-from typing import NoReturn
+from typing import NoReturn as _NoReturn
 
 from jpyfunc.tf1 import contrib as contrib
 from jpyfunc.tf1 import math as math
@@ -167,7 +167,7 @@ from jpyfunc.tf1.math import tensordot as tensordot
 from jpyfunc.tf1.math import truediv as truediv
 
 
-def __getattr__(name: str) -> NoReturn:
+def __getattr__(name: str) -> _NoReturn:
     raise AttributeError(
         f"jpyfunc.tf1 has no {name!r}. tf.numpy has all of jax.numpy, and tf.lift(func) "
         "makes a function of JAX accept tensors; state, such as variables, is fed."

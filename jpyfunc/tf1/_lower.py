@@ -50,6 +50,13 @@ def lower(
             level = levels[pullback.op].setdefault(pullback.level, _Level())
             level.wrt.update(op.pull[0])
             level.of.update(op.pull[1])
+    for asked in levels.values():
+        # What a level is taken with respect to, those below it are, too: a pullback is
+        # told which of its leaves depend on that by the level above it.
+        wrt: set[int] = set()
+        for number in sorted(asked, reverse=True):
+            asked[number].wrt |= wrt
+            wrt = asked[number].wrt
     steps = [
         (op, _with_pullbacks(needed[op], levels[op]))
         for op in sorted(needed, key=lambda op: op.id)

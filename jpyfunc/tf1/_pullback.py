@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
+from jpyfunc import _compat
+
 Compute = Callable[[Sequence[Any]], list[Any]]
 Indices = tuple[int, ...]
 
@@ -42,6 +44,8 @@ class Pullback:
         of: indices of results.
         inputs: the aval of each of `wrt` that is an array, None for the others.
         results: tangent avals of the leaves that have one, for each of `of`.
+        active: which of its own leaves depend on an input that a higher level is taken
+            with respect to; None if there is no higher level.
     """
 
     vjp: Any
@@ -49,6 +53,9 @@ class Pullback:
     of: Indices = dataclasses.field(metadata={"static": True})
     inputs: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
     results: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    active: tuple[bool, ...] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     def pull(self, of: Indices, cotangents: Sequence[Any], wrt: Indices) -> list[Any]:
         """Apply it.
@@ -90,7 +97,7 @@ def with_pullback(compute: Compute, wrt: Indices, of: Indices) -> Compute:
             values = list(inputs)
             for i, part, new in zip(wrt, parts, leaves, strict=True):
                 values[i] = part.replace(new)
-            results = compute(values)
+            results = [_activated(x, leaves) for x in compute(values)]
             return [_Leaves(results[i]).tangible for i in of], results
 
         primals = [part.tangible for part in parts]
@@ -111,13 +118,35 @@ def with_pullback(compute: Compute, wrt: Indices, of: Indices) -> Compute:
     return extended
 
 
+def _activated(result: Any, primals: Sequence[list[Any]]) -> Any:
+    """A result of a lower level which, if it is a pullback, knows what it depends on.
+
+    Residuals hold the inputs of a stateful call. A cotangent of one that nobody
+    differentiates would ask for a derivative that its tape does not have.
+    """
+    if not isinstance(result, Pullback) or result.active is not None:
+        return result
+    # Levels above are taken with respect to no more than this one: see `lower`.
+    tracers = [x for group in primals for x in group]
+    return dataclasses.replace(
+        result,
+        active=tuple(
+            bool(tracers) and _compat.is_of_trace_of(leaf, tracers[0])
+            for leaf in jax.tree.leaves(result)
+        ),
+    )
+
+
 class _Leaves:
     """The leaves of a value, among which those that have a tangent can be replaced."""
 
     def __init__(self, value: Any) -> None:
         self._leaves, self._tree = jax.tree.flatten(value)
+        active = getattr(value, "active", None) or [True] * len(self._leaves)
         self._positions = [
-            i for i, x in enumerate(self._leaves) if jnp.issubdtype(x.dtype, jnp.inexact)
+            i
+            for i, x in enumerate(self._leaves)
+            if active[i] and jnp.issubdtype(x.dtype, jnp.inexact)
         ]
 
     @property

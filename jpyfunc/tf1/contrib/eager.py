@@ -50,4 +50,4 @@ def py_func(
 
     Source: `tf.contrib.eager.py_func` of TensorFlow 1.
     """
-    return add_call(jpyfunc._api.py_func, func, inp, Tout, name, stateful=False)
+    return add_call(jpyfunc._api.py_func, func, inp, Tout, name, stateful=True)
