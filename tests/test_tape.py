@@ -412,6 +412,9 @@ BODIES = {
     "gelu": lambda x: jax.nn.gelu(x) * jax.nn.silu(x),
     "custom_jvp": lambda x: with_aux(x, x * 2)[0] * with_aux(x, 1.0)[1],
     "custom_vjp": lambda x: custom(x) * x,
+    "vmap_of_custom": lambda x: jax.vmap(lambda y: custom(y) * with_aux(y, x)[0])(
+        jnp.stack([x, 2 * x])
+    ).sum(),
     "rule_of_its_own": lambda x: of_its_own(x) ** 2 * x,
     "rule_without_residuals": lambda x: jax.jit(straight_through)(x) ** 2 * x,
     "grad": lambda x: jax.grad(lambda y: jnp.sin(y) * y * x)(x),

@@ -198,7 +198,17 @@ class Tape(Running):
             )
         except Uncacheable:
             bound = {"subfuns": functions, **params}
-            return self.apply(Loose(lambda *xs: primitive.bind(*xs, **bound)), operands)
+
+            def call(*xs: Any) -> list[Any]:
+                # A tape that is differentiated again calls it once more, and JAX takes a
+                # store that is filled for an error (`jax.vmap` in the body makes some).
+                before = [store for each in functions for store in _compat.taken(each)]
+                try:
+                    return primitive.bind(*xs, **bound)
+                finally:
+                    _compat.fill(before)
+
+            return self.apply(Loose(call), operands)
         results = self.apply(operation, operands)
         for rule in functions[1:]:
             operation.stores.extend(_compat.taken(rule))
