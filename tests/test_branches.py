@@ -789,9 +789,27 @@ def test_what_a_body_keeps_of_a_batch_is_no_array_afterwards(use, take, transfor
     x = jnp.array([0.0, 1.0])
     jax.block_until_ready(transform(jax.vmap(take(by_branch(keeping))))(x))
     (h,) = kept
-    with pytest.raises(TypeError, match=r"'keeping'.*Return it .*\"sequential\""):
+    with (
+        pytest.raises(TypeError, match=r"'keeping'.*Return it .*\"sequential\""),
+        jpyfunc.raise_original(),
+    ):
         jax.block_until_ready(USES[use](h))
     assert re.fullmatch(r"Batched\(float32\[\], {0: 0.0, 1: 0.76159\d+}\)", str(h))
+
+
+@pytest.mark.parametrize("take", [lambda f: f, jax.grad], ids=["forward", "grad"])
+def test_a_body_that_puts_another_array_in_the_place_of_what_it_kept(take, transform):
+    class Layer:
+        def __call__(self, x):
+            self.last = x * x
+            return self.last * 2 if x > 2 else self.last
+
+    layer, ys = py_func(Layer(), Tout=SCALAR), 2 * xs
+    program = transform(jax.vmap(take(layer)))
+    plain = take(lambda x: jnp.where(x > 2, 2 * x * x, x * x))
+    for x in (xs, ys):
+        assert_close(program(x), jax.vmap(plain)(x))
+    assert_close(transform(take(layer))(xs[0]), plain(xs[0]))
 
 
 def computes_elsewhere(x):

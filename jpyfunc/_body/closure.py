@@ -75,14 +75,13 @@ def refuse_traced_leaf(leaf: Any, where: str) -> None:
 def _traced(value: Any) -> Iterator[tuple[str, Any]]:
     """What `value` holds that a transform traces.
 
-    Raises:
-        TypeError: it holds what stood for many elements of a batch that is over.
+    What a body has left in it in a run that is over is no value any more, or its own: a
+    body may leave it there, and put another in its place. If it is used, that is refused.
     """
     for path, item in held(value, with_globals=False):
         value = value_if_over(item)
-        if is_batched(value):
-            value.check_runs()
-        if isinstance(value, Tracer) and not is_abstract(item):
+        is_left = is_abstract(item) or (is_batched(value) and not value.is_running)
+        if isinstance(value, Tracer) and not is_left:
             yield path, item
 
 

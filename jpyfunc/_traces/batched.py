@@ -156,6 +156,11 @@ class Batched(Tracer):
         batch = running_batch()
         return batch, data_of(self.on(batch.part))[: len(batch.part.rows)]
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the run that it is of goes on, on this thread."""
+        return self._trace in getattr(_local, "running", ())
+
     def check_runs(self) -> None:
         """Refuse a use outside of a run."""
         if running_batch() is None:
