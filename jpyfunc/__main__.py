@@ -64,7 +64,7 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """Run the example, JAX style and Session style."""
+    """Run the example, in the style of JAX and in that of TensorFlow 1."""
     f = py_func(log_huber, Tout=jax.ShapeDtypeStruct((), jnp.float32))
     xs = np.linspace(0.5, 4.0, 7, dtype=np.float32)
     near, far = closed_form(1.0, 2.0), closed_form(3.0, 2.0)
@@ -83,9 +83,9 @@ def run_checks() -> list[Check]:
 
 def _run_session() -> list[Any]:
     with tf.Graph().as_default():
-        x = tf.placeholder(jnp.float32)
-        m = tf.placeholder(jnp.float32)
-        y = py_func(func=log_huber, inp=[x, m], Tout=jnp.float32)
+        x = tf.placeholder(tf.float32)
+        m = tf.placeholder(tf.float32)
+        y = tf.contrib.eager.py_func(func=log_huber, inp=[x, m], Tout=tf.float32)
         dy_dx = tf.gradients(y, x)[0]
         with tf.Session() as sess:
             return sess.run([y, dy_dx], feed_dict={x: 1.0, m: 2.0})

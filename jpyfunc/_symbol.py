@@ -1,4 +1,4 @@
-"""What `py_func` knows of graphs: how to tell a graph's value, and to leave it the call."""
+"""Graph tensors as `py_func` knows them: a call on one is left to its graph."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class _Building(threading.local):
         self.graphs: list[Any] = []
 
 
-# What a thread builds in `with` blocks: there, calls without tensors are nodes, too.
+# The graphs of a thread's `with` blocks, in which calls without tensors are nodes, too.
 building = _Building()
 
 
 class not_building:  # noqa: N801 - a context manager
-    """Lets calls without tensors be calls: a graph runs, or a body does."""
+    """Make calls without tensors calls, not nodes, while a graph or a body runs."""
 
     def __enter__(self) -> None:
         self._graphs, building.graphs = building.graphs, []
@@ -38,7 +38,7 @@ class Symbol:
 
 
 def noting(func: Callable[..., Any], note: str) -> Callable[..., Any]:
-    """`func`, with `note` added to an exception that leaves it."""
+    """Return `func`, with `note` added to an exception that leaves it."""
 
     @functools.wraps(func, updated=())
     def noted(*args: Any, **kwargs: Any) -> Any:

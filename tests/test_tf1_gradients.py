@@ -94,7 +94,7 @@ def test_grad_ys(sess):
 def test_grad_ys_that_do_not_fit(sess):
     x, free = tf.placeholder(jnp.float32, [3], name="x"), tf.placeholder(jnp.float32)
     with pytest.raises(
-        ValueError, match="expected one of grad_ys for each of ys, 1 in all"
+        ValueError, match="expected one of grad_ys for each of ys, 1 in total"
     ):
         tf.gradients(x, x, grad_ys=[None, None])
     with pytest.raises(

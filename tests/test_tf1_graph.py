@@ -1,4 +1,4 @@
-"""Graphs: nodes, names and operators; `lift`, `tf.numpy` and `py_func` on tensors."""
+"""Graphs: nodes, names, shapes, operators; `lift`, `tf.numpy`, `py_func` on tensors."""
 
 import operator
 import threading
@@ -131,7 +131,7 @@ class TestSources:
             TypeError, match=r"expected shape to be.*got 3; write shape=\[\]"
         ):
             tf.placeholder(F32, 3)
-        with pytest.raises(ValueError, match=r"float64 needs 64-bit types.*jnp\.float32"):
+        with pytest.raises(ValueError, match=r"float64 needs 64-bit types.*tf\.float32"):
             tf.placeholder(jnp.float64)
 
     def test_constant(self, sess):

@@ -1,4 +1,4 @@
-"""From a call on graph tensors to a node: which function of its inputs it computes."""
+"""Calls on graph tensors: the node that a call makes, and what it computes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jpyfunc._symbol import Symbol, add_note
 Spec = tuple[Any, tuple[int | None, ...] | None]  # dtype and shape, None if unknown
 
 _NEEDS_VALUES = (
-    "A function on graph tensors is traced. If it needs their values, wrap it with "
-    "jpyfunc.py_func."
+    "A function of graph tensors is traced. If it needs their values, call it with "
+    "tf.contrib.eager.py_func."
 )
 
 
@@ -40,8 +40,8 @@ def apply(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
     except Exception as error:
         add_note(error, f"while adding {name!r} of {inputs} to the graph")
         raise
-    # What works for no shape that was tried is taken to have one result, as nearly all
-    # of jax.numpy has; the node checks that when it runs.
+    # A call that works for none of the shapes tried is assumed to have one result, as
+    # nearly all of jax.numpy has; the node checks that when it runs.
     tree, specs = found or (jax.tree.structure(0), [(None, None)])
     op = _add_call(common_graph(inputs), call, inputs, tree, specs, name)
     return _results(op, tree)
@@ -77,7 +77,7 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
         tree = template.tree
         specs = [(leaf.dtype, leaf.shape) for leaf in template.leaves]
 
-        def call(values: Sequence[Any]) -> Any:
+        def declared_call(values: Sequence[Any]) -> Any:
             shapes = [t.shape if is_known(t.shape) else None for t in op.outputs]
             declared = func.with_template(template.replace_shapes(shapes))
             try:
@@ -85,6 +85,7 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
             except InferenceError as error:
                 raise _without_shape(error, op.outputs) from error.__cause__
 
+        call = declared_call
     else:
         call = close_over(func, args, kwargs)
         found = infer(call, inputs)
@@ -93,7 +94,7 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
             raise TypeError(
                 f"{func!r}, graph operation {name!r}: how many results it has cannot be "
                 f"told while the shape of {unknown.name!r} is unknown. Give Tout, for "
-                "example jnp.float32 for one result, or give the placeholders shapes."
+                "example tf.float32 for one result, or give the placeholders shapes."
             )
         tree, specs = found
     op = _add_call(graph, call, inputs, tree, specs, name, unique=True)
@@ -101,7 +102,7 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
 
 
 def _without_shape(error: InferenceError, tensors: Sequence[Any]) -> InferenceError:
-    """The error of a node whose shapes neither `Tout` nor `set_shape` says."""
+    """Make the error of a node whose shapes neither `Tout` nor `set_shape` gives."""
     first, *others = (repr(t.name) for t in tensors if not is_known(t.shape))
     names = f"tensors {', '.join([first, *others])}" if others else f"tensor {first}"
     return InferenceError(
@@ -111,7 +112,7 @@ def _without_shape(error: InferenceError, tensors: Sequence[Any]) -> InferenceEr
 
 
 def _results(op: Any, tree: Any) -> Any:
-    """The tensors of a node in the structure of `tree`; without any, the node."""
+    """Return the tensors of a node in the structure of `tree`; without any, the node."""
     return jax.tree.unflatten(tree, op.outputs) if op.outputs else op
 
 
@@ -143,7 +144,7 @@ def _add_call(
             raise TypeError(
                 f"expected results in the structure {tree}, as inferred when the graph "
                 f"was built, got {got}. Give the placeholders that it depends on their "
-                "shapes, or for a py_func, give Tout."
+                "shapes or, for a py_func, give Tout."
             )
         return [jnp.asarray(result) for result in results]
 
@@ -151,14 +152,14 @@ def _add_call(
 
 
 def tensors_in(args: Any, kwargs: Any) -> list[Any]:
-    """The tensors among the arguments of a call."""
+    """Find the tensors among the arguments of a call."""
     return [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Symbol)]
 
 
 def close_over(
     func: Callable[..., Any], args: Any, kwargs: Any
 ) -> Callable[[Sequence[Any]], Any]:
-    """A call as a function of the values of its tensors alone."""
+    """Return a call as a function of the values of its tensors alone."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Symbol)]
 
@@ -173,7 +174,7 @@ def close_over(
 
 
 def common_graph(tensors: Iterable[Any]) -> Any:
-    """The graph of tensors that are combined.
+    """Return the graph of tensors that are combined.
 
     Raises:
         ValueError: they are of two graphs.
@@ -192,13 +193,13 @@ def common_graph(tensors: Iterable[Any]) -> Any:
 def infer(
     call: Callable[[Sequence[Any]], Any], inputs: Sequence[Any]
 ) -> tuple[Any, list[Spec]] | None:
-    """The structure and the specs of a call's results.
+    """Infer the structure, dtypes and shapes of a call's results.
 
-    Where a shape is unknown, shapes that it may have are tried, for the structure and
-    the dtypes, which hardly ever depend on it.
+    Where a shape is unknown, it tries shapes, for the structure and the dtypes alone, which
+    rarely depend on them.
 
     Returns:
-        None if the call works for none of those that were tried.
+        None if the call works for none of the shapes tried.
     """
     known = all(is_known(t.shape) for t in inputs)
     typed = all(t.dtype is not None for t in inputs)
@@ -220,7 +221,7 @@ def infer(
 
 
 def is_known(shape: tuple[int | None, ...] | None) -> bool:
-    """Whether every size in a shape is known."""
+    """Tell whether every size in a shape is known."""
     return shape is not None and None not in shape
 
 
@@ -231,7 +232,7 @@ def _guesses(inputs: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def _structs(inputs: Sequence[Any], size: int, rank: int) -> list[Any]:
-    """Abstract values, with `size` and `rank` for what is unknown."""
+    """Make abstract values, with `size` and `rank` for what is unknown."""
     return [
         jax.ShapeDtypeStruct(
             (size,) * rank

@@ -1,4 +1,4 @@
-"""Running a compiled program: values in, results out, a body's exception as itself."""
+"""Execution of a compiled program: feeds in, fetches out, a body's exception as itself."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Plan:
     Attributes:
         program: the compiled program, shared by all plans for the same nodes.
         feeds: the tensors that are fed, in the order in which values come.
-        order: which of these values each argument of `program` is.
-        reads: for each fetch, its place among the results of `program` and what to
-            make of them.
+        order: for each argument of `program`, the index of its feed.
+        reads: for each fetch, its index among the results of `program` and how to
+            convert that result.
         tree: structure of the fetches.
     """
 
@@ -35,7 +35,7 @@ class Plan:
 
 
 def execute(plan: Plan, values: Iterable[Any]) -> Any:
-    """Run a compiled program, and raise what a body raised as itself."""
+    """Run a compiled program, and raise the original exception if a body fails."""
     arguments = [_fed(t, value) for t, value in zip(plan.feeds, values, strict=True)]
     # Feeds and fetches are NumPy's: a transfer that the user has asked for.
     with failures, _compat.allowed_transfers():
@@ -59,7 +59,7 @@ def execute(plan: Plan, values: Iterable[Any]) -> Any:
 
 
 def _fed(tensor: Tensor, value: Any) -> Any:
-    """`value` as an argument of the program."""
+    """Convert a fed value to an argument of the program."""
     dtype = tensor.dtype
     if type(value) is float and dtype is not None and dtype.kind == "f":
         if not tensor.shape:
@@ -75,5 +75,5 @@ def _fed(tensor: Tensor, value: Any) -> Any:
 
 
 def wait(arrays: Any) -> None:
-    """The value of an operation: None, when it has run."""
+    """Wait until an operation has run; its value is None."""
     jax.block_until_ready(arrays)

@@ -1,4 +1,4 @@
-"""`gradients`: adds to a graph the nodes that pull cotangents back through it."""
+"""`gradients`: nodes that pull cotangents back through a graph."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def gradients(
     stop_gradients: Any = None,
     unconnected_gradients: str = "none",
 ) -> list[Tensor | None]:
-    """Tensors of the derivatives of the sum of `ys` with respect to each of `xs`.
+    """Differentiate the sum of `ys` with respect to each of `xs`.
 
-    They are nodes like others, through which gradients can be taken again. A complex
-    tensor's gradient follows the convention of `jax.grad`.
+    The gradients are nodes like others, and can be differentiated again. Gradients with
+    respect to complex tensors follow the convention of `jax.grad`.
 
     Args:
         ys: tensor or list of tensors, whose elements are summed over.
@@ -34,22 +34,21 @@ def gradients(
         grad_ys: cotangents, one per tensor of `ys`: tensors or arrays of its shape, or
             None for ones.
         name: scope of the new nodes; by default `gradients`.
-        stop_gradients: tensor or list of tensors that are taken to be constant.
-        unconnected_gradients: what to return for a tensor of which no tensor of `ys`
-            is a function: `"none"` for None, `"zero"` for zeros.
+        stop_gradients: tensor or list of tensors to hold constant.
+        unconnected_gradients: what to return for a tensor that no tensor of `ys`
+            depends on: `"none"` for None, `"zero"` for zeros.
 
     Returns:
         A list with one tensor per tensor of `xs`, of its shape and dtype.
 
     Raises:
-        TypeError: what is no tensor; a complex tensor of `ys` without `grad_ys`.
+        TypeError: not a tensor; a complex tensor of `ys` without `grad_ys`.
         ValueError: tensors of two graphs; `grad_ys` of another length or shape;
             another value of `unconnected_gradients`.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> import jpyfunc.tf1 as tf
-        >>> x = tf.placeholder(jnp.float32)
+        >>> x = tf.placeholder(tf.float32)
         >>> cube = x**3
         >>> (slope,) = tf.gradients(cube, x)
         >>> (bend,) = tf.gradients(slope, x)
@@ -71,7 +70,7 @@ def gradients(
     seeds = [None] * len(ys) if grad_ys is None else _list(grad_ys)
     if len(seeds) != len(ys):
         raise ValueError(
-            f"gradients: expected one of grad_ys for each of ys, {len(ys)} in all, got "
+            f"gradients: expected one of grad_ys for each of ys, {len(ys)} in total, got "
             f"{len(seeds)}; write None for ones."
         )
     if not (ys and xs):
@@ -103,7 +102,7 @@ class _Sweep:
         self._stops = stops
         self._cotangents: dict[Tensor, list[Tensor]] = {}
         self.reached = {x for x in xs if _is_differentiable(x)}
-        # An operation comes after those that it depends on, so ids sort them.
+        # An operation is made after those that it depends on, so ids sort them.
         first = min(x.op.id for x in xs)
         self._path: list[tuple[Operation, list[Tensor]]] = []
         for op in sorted(_ancestors(ys, first), key=lambda op: op.id):
@@ -118,7 +117,7 @@ class _Sweep:
         self._cotangents.setdefault(tensor, []).append(cotangent)
 
     def total(self, tensor: Tensor) -> Tensor | None:
-        """The cotangent of `tensor`, None if there is none."""
+        """Return the cotangent of `tensor`, None if there is none."""
         parts = self._cotangents.get(tensor)
         if parts is None:
             return None
@@ -161,7 +160,7 @@ class _Sweep:
 
 
 def _ancestors(tensors: Sequence[Tensor], first: int) -> set[Operation]:
-    """The operations, from number `first` on, that `tensors` depend on."""
+    """Find the operations, from number `first` on, that `tensors` depend on."""
     stack = [t.op for t in tensors]
     found: set[Operation] = set()
     while stack:
@@ -177,11 +176,11 @@ def _is_differentiable(tensor: Tensor) -> bool:
 
 
 def _seed(graph: Any, y: Tensor, seed: Any) -> Tensor:
-    """The cotangent of `y`, as given, or else ones."""
+    """Return the cotangent of `y`: as given, or else ones."""
     if seed is None:
         if y.dtype is not None and jnp.issubdtype(y.dtype, jnp.complexfloating):
             raise TypeError(
-                f"gradients: {y!r} is complex, so that ones are no obvious choice; give "
+                f"gradients: {y!r} is complex, so ones are not an obvious cotangent; give "
                 "grad_ys."
             )
         return _like(graph, "ones_like", y, jnp.ones_like)
@@ -205,7 +204,7 @@ def _seed(graph: Any, y: Tensor, seed: Any) -> Tensor:
 
 
 def _like(graph: Any, name: str, tensor: Tensor, func: Any) -> Tensor:
-    """A constant of the shape and dtype of `tensor`."""
+    """Make a constant of the shape and dtype of `tensor`."""
     spec = (tensor.dtype, tensor.shape)
     return graph.create_operation(
         name, [tensor], lambda values: [func(values[0])], [spec], differentiable=False
@@ -213,7 +212,7 @@ def _like(graph: Any, name: str, tensor: Tensor, func: Any) -> Tensor:
 
 
 def _add_n(values: Sequence[Any]) -> list[Any]:
-    """The sum of cotangents, which are arrays, or lists of them of a pullback."""
+    """Add cotangents, which are arrays, or lists of arrays if they are of a pullback."""
     add = functools.partial(jax.tree.map, operator.add)
     return [functools.reduce(add, values)]
 

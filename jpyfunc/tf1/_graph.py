@@ -1,4 +1,4 @@
-"""Graphs: which operations there are, under which names, and which graph is default."""
+"""Graphs: their operations and names, and the default graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*")
 class Graph:
     """A graph of operations, filled under `with graph.as_default():`.
 
-    Building one is for a single thread at a time; running it is not so limited.
+    One thread at a time may build it; several may run it.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -51,19 +51,19 @@ class Graph:
             remove_last(building.graphs, self)
 
     def call_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Make a node here of a call without tensors, which each run makes."""
+        """Make a node of a call without tensors, made by each run that needs it."""
         return apply_py_func(func, args, kwargs, self)
 
     def get_operations(self) -> list[Operation]:
-        """All operations, in the order of their creation."""
+        """List all operations, in the order of their creation."""
         return list(self._operations)
 
     def get_tensor_by_name(self, name: str) -> Tensor:
-        """The tensor called `name`, such as `"Placeholder:0"`.
+        """Find the tensor called `name`, such as `"Placeholder:0"`.
 
         Raises:
             ValueError: `name` is not of that form.
-            KeyError: there is none.
+            KeyError: there is no such name.
         """
         op_name, colon, index = name.rpartition(":")
         if not colon or not index.isdecimal():
@@ -80,10 +80,10 @@ class Graph:
         return outputs[int(index)]
 
     def get_operation_by_name(self, name: str) -> Operation:
-        """The operation called `name`.
+        """Find the operation called `name`.
 
         Raises:
-            KeyError: there is none.
+            KeyError: there is no such name.
         """
         try:
             return self._by_name[name]
@@ -108,10 +108,10 @@ class Graph:
             self._scope = outer
 
     def unique_name(self, name: str) -> str:
-        """`name` in the current scope, numbered if it is taken; it is taken then.
+        """Take `name` in the current scope, with a number if it is taken already.
 
         Raises:
-            ValueError: not a name that a graph can have.
+            ValueError: `name` is not valid.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(
@@ -139,7 +139,7 @@ class Graph:
         differentiable: bool = True,
         pull: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     ) -> Operation:
-        """Add an operation; its attributes tell what the arguments are.
+        """Add an operation.
 
         Args:
             name: its name.
@@ -148,7 +148,7 @@ class Graph:
             specs: dtype and shape of each result.
             unique: whether `name` is one that `unique_name` gave.
             differentiable: whether `gradients` goes through it.
-            pull: what it asks of a pullback.
+            pull: which cotangents it takes of a pullback, see `Operation`.
         """
         name = name if unique else self.unique_name(name)
         number = len(self._operations)
@@ -165,7 +165,7 @@ _global_graph = Graph()
 
 
 def get_default_graph() -> Graph:
-    """The graph that new nodes go to on this thread.
+    """Return the graph that new nodes go to on this thread.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -179,7 +179,7 @@ def get_default_graph() -> Graph:
 
 
 def reset_default_graph() -> None:
-    """Start over with an empty default graph, in a notebook, say.
+    """Start over with an empty default graph, for example in a notebook.
 
     Raises:
         RuntimeError: inside `with graph.as_default():` or a session's `with`.
@@ -195,8 +195,8 @@ def reset_default_graph() -> None:
     global _global_graph
     if stacks.graphs:
         raise RuntimeError(
-            "reset_default_graph: the default graph is one that `with "
-            "graph.as_default():`, a session's `with` or an InteractiveSession has set. "
+            "reset_default_graph: the default graph was set by `with "
+            "graph.as_default():`, a session's `with` or an InteractiveSession. "
             "Leave that first, or close the session."
         )
     _global_graph = Graph()
@@ -212,7 +212,7 @@ def name_scope(name: str) -> contextlib.AbstractContextManager[str]:
         A context manager whose value is the scope's full name.
 
     Raises:
-        ValueError: not a name that a graph can have.
+        ValueError: `name` is not valid.
 
     Example:
         >>> import jpyfunc.tf1 as tf

@@ -1,4 +1,4 @@
-"""From the nodes that a run needs to one function of the values that it is fed."""
+"""Lowering: the nodes that a run needs as one function of its feeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jpyfunc.tf1._values import fits
 
 @dataclasses.dataclass(slots=True)
 class _Level:
-    """What is asked of one pullback: by all nodes together, so that it is made once."""
+    """The inputs and results that nodes use of one pullback, which is made once for all."""
 
     wrt: set[int] = dataclasses.field(default_factory=set)
     of: set[int] = dataclasses.field(default_factory=set)
@@ -27,7 +27,7 @@ class _Level:
 def lower(
     fetches: Sequence[Tensor | Operation], feeds: Sequence[Tensor]
 ) -> Callable[..., list[Any]]:
-    """One function of the feeds' values that computes the fetches and nothing else.
+    """Lower a graph to a function of the feeds that computes the fetches and no more.
 
     Args:
         fetches: what to compute.
@@ -36,7 +36,7 @@ def lower(
     Returns:
         A function of one array per feed, in their order, that `jax.jit` can compile.
         It returns one array per tensor of `fetches`, and per operation the list of its
-        results; of one that has none, an array that is there when it has run.
+        results, or if it has none, an array that is ready when it has run.
 
     Raises:
         ValueError: a placeholder is needed and not fed.
@@ -95,10 +95,10 @@ def lower(
 
 
 def _own(error: InferenceError, op: Operation) -> Exception:
-    """What a body raised on abstract values, whatever those were; else `error`."""
+    """Return what a body itself raised on abstract values, else `error`."""
     cause = error.__cause__
     add_note(error, f"in graph operation {op.name!r}")
-    # On these two, the body asked for a value, and the advice of `error` applies.
+    # These two say that the body needs a value, so the advice of `error` applies.
     needs_value = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
     if not isinstance(cause, Exception) or isinstance(cause, needs_value):
         return error
@@ -137,7 +137,7 @@ def _unfed(tensor: Tensor) -> str:
 
 
 def _with_pullbacks(compute: Compute, levels: dict[int, _Level]) -> Compute:
-    # Whoever needs one level needs all below it: see `_Sweep`.
+    # A node that uses one level uses all below it: see `_Sweep`.
     for number in sorted(levels):
         level = levels[number]
         compute = with_pullback(compute, tuple(sorted(level.wrt)), tuple(sorted(level.of)))

@@ -22,8 +22,8 @@ class Tensor(Operators):
         dtype: NumPy dtype, or None if it is not known before a run.
         shape: tuple of int, with None for a size that may be any; or None, for any
             shape or one that is not known before a run.
-        level: 0, but for the hidden pullbacks of an operation, whose value is none that
-            a session could return.
+        level: 0, except for the hidden pullbacks of an operation, whose values a
+            session cannot return.
     """
 
     __slots__ = ("__weakref__", "dtype", "index", "level", "op", "shape")
@@ -37,7 +37,7 @@ class Tensor(Operators):
 
     @property
     def name(self) -> str:
-        """Name of the operation, a colon, and which result this is of it."""
+        """The name of the operation, a colon, and the index of this result."""
         return f"{self.op.name}:{self.index}"
 
     @property
@@ -46,7 +46,7 @@ class Tensor(Operators):
         return self.op.graph
 
     def get_shape(self) -> TensorShape | None:
-        """Its `shape`, a tuple with `as_list()` and `ndims`; None if that is unknown.
+        """Return `shape`, a tuple with `as_list()` and `ndims`; None if it is unknown.
 
         Example:
             >>> import jpyfunc.tf1 as tf
@@ -57,13 +57,13 @@ class Tensor(Operators):
         return self.shape
 
     def set_shape(self, shape: Any) -> None:
-        """Say what is known of the shape, in addition to what is known already.
+        """Merge what is known of the shape with what is known already.
 
-        That is how a program declares the shape that `tf.py_func` returns. Nodes made
-        before it are left as they are. A run checks it.
+        A program declares the shape of what `tf.py_func` returns this way. Nodes that
+        exist already keep their shapes. A run checks the shape.
 
         Args:
-            shape: a list of sizes, with None for those that may be any; or None.
+            shape: a list of sizes, with None for unknown ones; None for no information.
 
         Raises:
             TypeError: `shape` is no list of sizes.
@@ -126,14 +126,15 @@ class Operation:
     Attributes:
         graph: the graph it belongs to.
         name: unique in the graph.
-        inputs: the tensors that it computes from.
+        inputs: the tensors that it takes.
         outputs: the tensors that it computes.
         id: larger than that of every operation it depends on.
-        compute: from the inputs' values to the outputs'; None for a placeholder.
+        compute: the function from the inputs' values to the outputs'; None for a
+            placeholder.
         differentiable: whether `gradients` goes through it.
         pullbacks: hidden results, see `_pullback`.
-        pull: of a node that applies a pullback, which cotangents it asks of it and
-            which it gives: indices of inputs and of results.
+        pull: for a node that applies a pullback, the indices of the inputs whose
+            cotangents it takes and of the results whose cotangents it gives; else None.
     """
 
     __slots__ = (
@@ -164,11 +165,11 @@ class Operation:
 
     @property
     def results(self) -> list[Tensor]:
-        """Outputs and hidden pullbacks."""
+        """The outputs and the hidden pullbacks."""
         return [*self.outputs, *self.pullbacks]
 
     def pullback(self, level: int) -> Tensor:
-        """The hidden result that is the pullback of all results of lower levels."""
+        """Return the hidden result that is the pullback of all results of lower levels."""
         while len(self.pullbacks) < level:
             index = len(self.outputs) + len(self.pullbacks)
             spec = (None, None)

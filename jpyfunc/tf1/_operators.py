@@ -45,7 +45,7 @@ def _refused(what: str) -> Any:
 class Operators(Symbol):
     """Mixin with the operators of `jax.Array`, except that `==` and `!=` compare identity.
 
-    Tensors are keys of feed dictionaries; `tf.numpy.equal` compares values.
+    Tensors are keys of feed dictionaries; `tf.equal` compares values.
     """
 
     __slots__ = ()

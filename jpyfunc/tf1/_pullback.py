@@ -1,4 +1,4 @@
-r"""Pullbacks as hidden results of operations, so that none is computed twice.
+r"""Pullbacks as hidden results of operations, so that no operation is computed twice.
 
 An operation computes `y = f(x)`. What its first derivative needs is a second result,
 the pullback that `jax.vjp` returns beside `y`, whose residuals are arrays:
@@ -33,10 +33,10 @@ Indices = tuple[int, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pullback:
-    """From cotangents of results `of` to cotangents of inputs `wrt` of one operation.
+    """A function from cotangents of results `of` to cotangents of inputs `wrt`.
 
     The cotangent of an array is an array; that of another pullback, or of a list, is a
-    list, with one array for each of its leaves that has a tangent.
+    list, with one array for each of its leaves that takes a cotangent.
 
     Attributes:
         vjp: what `jax.vjp` returned, on lists of leaves.
@@ -70,7 +70,7 @@ class Pullback:
             [
                 jax.tree.leaves(given[i])[: len(avals)]
                 if i in given
-                # An array of zeros would reach the body, and 0 * inf is no zero.
+                # An array of zeros would reach the body, and 0 * inf is not zero.
                 else [ad.Zero(aval) for aval in avals]
                 for i, avals in zip(self.of, self.results, strict=True)
             ]
@@ -80,7 +80,7 @@ class Pullback:
 
 
 def _restore(aval: Any, cotangent: list[Any]) -> Any:
-    """The cotangent of an input from those of its leaves."""
+    """Make the cotangent of an input from those of its leaves."""
     if aval is None:
         return cotangent
     # An integer whose dtype was not known when the graph was built has no tangent.
@@ -88,7 +88,7 @@ def _restore(aval: Any, cotangent: list[Any]) -> Any:
 
 
 def with_pullback(compute: Compute, wrt: Indices, of: Indices) -> Compute:
-    """`compute` with one more result, its `Pullback`."""
+    """Return `compute` with one more result, its `Pullback`."""
 
     def extended(inputs: Sequence[Any]) -> list[Any]:
         parts = [_Leaves(inputs[i]) for i in wrt]
@@ -119,7 +119,7 @@ def with_pullback(compute: Compute, wrt: Indices, of: Indices) -> Compute:
 
 
 def _activated(result: Any, primals: Sequence[list[Any]]) -> Any:
-    """A result of a lower level which, if it is a pullback, knows what it depends on.
+    """Set `active` of a result of a lower level, if it is a pullback.
 
     Residuals hold the inputs of a stateful call. A cotangent of one that nobody
     differentiates would ask for a derivative that its tape does not have.

@@ -27,7 +27,7 @@ def py_func(
         inp: a list of tensors or arrays.
         Tout: a dtype, or a list of them; `[]` if the function returns nothing. A dtype
             leaves the shape open: `tensor.set_shape` says it, or an exact `Tout` such as
-            `jax.ShapeDtypeStruct((), jnp.float32)`.
+            `jax.ShapeDtypeStruct((), tf.float32)`.
         stateful: whether a run calls it exactly once if it needs it; False says that it
             is a function of its arguments.
         name: name of the operation; by default `PyFunc`.

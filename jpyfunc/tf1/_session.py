@@ -1,4 +1,4 @@
-"""`Session`: which program runs what is asked for, and is kept for the next time."""
+"""`Session`: compiled programs of a graph, one for each set of fetches and feeds."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jpyfunc.tf1._values import to_numpy
 
 
 class Session:
-    """Runs a graph: computes tensors of it, given the values of others.
+    """A session of a graph: it computes tensors, given the values of others.
 
-    What a run needs of the graph is lowered to one function, compiled by `jax.jit`, and
-    kept with the session, so that a run with the same fetches, feeds and shapes of
-    feeds neither traces nor compiles.
+    The part of the graph that a run needs is lowered to one function, which is compiled
+    by `jax.jit` and cached in the session: a run with the same fetches, feeds and shapes
+    of feeds neither traces nor compiles.
 
     There are no variables, control dependencies or summaries: state is JAX's business,
     and a training loop feeds its parameters to every run. Effects are those of a
@@ -67,10 +67,10 @@ class Session:
         Args:
             fetches: a tensor, an operation, the name of one, or any nesting of lists,
                 tuples, dicts and namedtuples of these.
-            feed_dict: values of tensors, by the tensor or its name: of placeholders,
-                and of any other tensor in place of what it would be. Arrays, Python
-                scalars and lists of them, which convert to the tensor's dtype as NumPy's
-                `same_kind` rule allows.
+            feed_dict: a dict from tensors, or their names, to values: of placeholders,
+                or of any other tensor, in place of computing it. Values are arrays,
+                Python scalars or lists of these; they convert to the tensor's dtype as
+                NumPy's `same_kind` rule allows.
 
         Returns:
             The values in the structure of `fetches`: a NumPy array or scalar for a
@@ -78,9 +78,9 @@ class Session:
 
         Raises:
             ValueError: a placeholder that is needed and not fed; a value of another
-                shape; a tensor of another graph, or the name of none.
-            TypeError: a value whose dtype does not convert; a fetch or feed that is
-                none.
+                shape; a tensor of another graph; an unknown name.
+            TypeError: a value whose dtype does not convert; a fetch that is neither
+                tensor nor operation; a feed that is not a tensor.
             RuntimeError: the session is closed.
             BaseException: what the body of a `py_func` raised, as it raised it, with a
                 note that names the operation.
@@ -103,7 +103,7 @@ class Session:
     def make_callable(
         self, fetches: Any, feed_list: Sequence[Any] | None = None
     ) -> Callable[..., Any]:
-        """A function that runs `fetches`, called with the values of `feed_list`.
+        """Return a function of the values of `feed_list` that runs `fetches`.
 
         Args:
             fetches: as for `run`.
@@ -119,9 +119,8 @@ class Session:
             RuntimeError: the session is closed.
 
         Example:
-            >>> import jax.numpy as jnp
             >>> import jpyfunc.tf1 as tf
-            >>> x = tf.placeholder(jnp.float32)
+            >>> x = tf.placeholder(tf.float32)
             >>> with tf.Session() as sess:
             ...     square = sess.make_callable(x * x, [x])
             ...     print(square(3.0))
@@ -199,7 +198,7 @@ class Session:
         return plan
 
     def _element(self, item: Any, what: str, kinds: tuple[type, ...]) -> Any:
-        """The tensor or operation of this graph that `item` is or names."""
+        """Find the tensor or operation of this graph that `item` is or names."""
         if isinstance(item, str):
             graph = self._graph
             find = graph.get_tensor_by_name if ":" in item else graph.get_operation_by_name
@@ -224,7 +223,7 @@ class Session:
 
 
 class InteractiveSession(Session):
-    """A session that is the default one from its making until it is closed.
+    """A session that is the default one from its creation until it is closed.
 
     In a notebook, `tensor.eval(...)` in a later cell then finds it.
 
@@ -250,7 +249,7 @@ class InteractiveSession(Session):
         return self
 
     def close(self) -> None:
-        """Forget the compiled programs, and be the default session no more."""
+        """Forget the compiled programs, and stop being the default session."""
         if not self._closed:
             remove_last(stacks.sessions, self)
             remove_last(stacks.graphs, self._graph)

@@ -1,4 +1,4 @@
-"""Tensors that depend on no others: placeholders and constants."""
+"""Placeholders and constants: tensors that depend on no others."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jpyfunc.tf1._values import convert, fits, parse_shape
 def placeholder(
     dtype: Any, shape: Sequence[int | None] | None = None, name: str | None = None
 ) -> Tensor:
-    """A tensor whose value every run is fed.
+    """Make a tensor whose value is fed to every run.
 
     Args:
-        dtype: of the values fed, such as `jnp.float32`.
+        dtype: of the values fed, such as `tf.float32`.
         shape: of the values fed; None, or None for some of the sizes, allows any.
         name: of its operation; by default `Placeholder`.
 
@@ -29,14 +29,13 @@ def placeholder(
         A tensor of the default graph.
 
     Raises:
-        TypeError: `dtype` is none that JAX has, or `shape` no list of sizes.
-        ValueError: a 64-bit dtype while these are off, or a name that cannot be one.
+        TypeError: `dtype` is not a dtype of JAX, or `shape` not a list of sizes.
+        ValueError: a 64-bit dtype while they are off, or an invalid name.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> import jpyfunc.tf1 as tf
-        >>> x = tf.placeholder(jnp.float32, shape=[None, 2])
-        >>> total = tf.numpy.sum(x, axis=0)
+        >>> x = tf.placeholder(tf.float32, shape=[None, 2])
+        >>> total = tf.reduce_sum(x, axis=0)
         >>> with tf.Session() as sess:
         ...     print(sess.run(total, {x: [[1, 2], [3, 4], [5, 6]]}))
         [ 9. 12.]
@@ -54,19 +53,19 @@ def constant(
     shape: Sequence[int] | None = None,
     name: str | None = None,
 ) -> Tensor:
-    """A tensor with one value, which a run may yet replace by feeding it.
+    """Make a tensor with a constant value, which a feed may replace.
 
     Args:
         value: array, Python scalar or nested list of these.
         dtype: what to convert it to; by default what `jnp.asarray` gives.
-        shape: what to reshape it to, or if it is a scalar, to fill with it.
+        shape: what to reshape it to, or to fill with it if it is a scalar.
         name: of its operation; by default `Const`.
 
     Returns:
         A tensor of the default graph.
 
     Raises:
-        TypeError: `value` is no array, or `dtype` none that JAX has.
+        TypeError: `value` is not an array, or `dtype` not a dtype of JAX.
         ValueError: its size is not that of `shape`.
 
     Example:
@@ -97,7 +96,7 @@ def constant(
 def placeholder_with_default(
     value: Any, shape: Sequence[int | None] | None, name: str | None = None
 ) -> Tensor:
-    """A tensor that has a value unless a run is fed another.
+    """Make a tensor with a default value, which a feed may replace.
 
     Args:
         value: its default: array, Python scalar, nested list or tensor.
@@ -108,7 +107,7 @@ def placeholder_with_default(
         A tensor of the graph of `value`, or else of the default graph.
 
     Raises:
-        TypeError: `value` is no array, or `shape` no list of sizes.
+        TypeError: `value` is not an array, or `shape` not a list of sizes.
         ValueError: `value` is not of that shape.
 
     Example:
@@ -140,7 +139,7 @@ def _add(name: str, inputs: list[Tensor], compute: Any, spec: Any) -> Tensor:
 
 def _dtype(dtype: Any, where: str) -> Any:
     if not is_dtype(dtype):
-        raise TypeError(f"{where}: expected a dtype such as jnp.float32, got {dtype!r}.")
+        raise TypeError(f"{where}: expected a dtype such as tf.float32, got {dtype!r}.")
     (leaf,) = parse(dtype, where).leaves
     if is_key_dtype(leaf.dtype):
         return leaf.dtype
@@ -148,6 +147,6 @@ def _dtype(dtype: Any, where: str) -> Any:
     if available != leaf.dtype:
         raise ValueError(
             f"{where}: {leaf.dtype} needs 64-bit types, and jax_enable_x64 is off; write "
-            f"jnp.{available}, or build and run it under jax.enable_x64(True)."
+            f"tf.{available}, or build and run it under jax.enable_x64(True)."
         )
     return leaf.dtype

@@ -16,7 +16,7 @@ stacks = _Stacks()
 
 
 def remove_last(stack: list[Any], item: Any) -> None:
-    """Take the last occurrence of `item` off a stack, on whose top it need not be."""
+    """Remove the last occurrence of `item` from a stack; it need not be at the top."""
     for i in reversed(range(len(stack))):
         if stack[i] is item:
             del stack[i]
@@ -24,7 +24,7 @@ def remove_last(stack: list[Any], item: Any) -> None:
 
 
 def get_default_session() -> Any:
-    """The session that `Tensor.eval` and `Operation.run` use on this thread.
+    """Return the session that `Tensor.eval` and `Operation.run` use on this thread.
 
     Returns:
         The innermost `Session` entered with `with`, or the last `InteractiveSession`
@@ -44,7 +44,7 @@ def get_default_session() -> Any:
 
 
 def session_for(session: Any, what: str) -> Any:
-    """`session`, or else the default one.
+    """Return `session`, or else the default one.
 
     Raises:
         ValueError: there is none.

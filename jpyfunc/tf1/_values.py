@@ -1,4 +1,4 @@
-"""Values in and out of a graph: what may be fed for a tensor, what a run returns."""
+"""Feeds and fetches: their conversion and their shapes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class TensorShape(Shape):
 
     @property
     def ndims(self) -> int:
-        """How many sizes there are."""
+        """The number of sizes."""
         return len(self)
 
     def as_list(self) -> list[int | None]:
-        """The sizes as a list."""
+        """Return the sizes as a list."""
         return list(self)
 
 
 def parse_shape(shape: Any, where: str) -> TensorShape | None:
-    """A shape as users write it: None, or a list of sizes.
+    """Read a shape as users write it: None, or a list of sizes.
 
     Raises:
         TypeError: it is neither.
@@ -52,7 +52,7 @@ def parse_shape(shape: Any, where: str) -> TensorShape | None:
 
 
 def fits(shape: Shape | None, expected: Shape | None) -> bool:
-    """Whether a shape, in which all may be unknown, can be one that is expected."""
+    """Tell whether two shapes agree in every size that both know."""
     if shape is None or expected is None:
         return True
     return len(shape) == len(expected) and all(
@@ -61,20 +61,20 @@ def fits(shape: Shape | None, expected: Shape | None) -> bool:
 
 
 def convert(value: Any, dtype: Any, shape: Shape | None, where: Callable[[], str]) -> Any:
-    """`value` as an array of a dtype and a shape.
+    """Convert a value to an array of a dtype, and check its shape.
 
     Args:
         value: array, Python scalar or nested list of these.
         dtype: what to convert to, as NumPy's `same_kind` allows; None for any.
-        shape: what it must have; None, or None for some sizes, allows any.
+        shape: the shape that it must have; None, or None for some sizes, allows any.
         where: what it is for, for errors.
 
     Returns:
         A NumPy or JAX array, or a NumPy scalar.
 
     Raises:
-        TypeError: no array, or of a dtype that does not convert.
-        ValueError: of another shape.
+        TypeError: it is not an array, or its dtype does not convert.
+        ValueError: it has another shape, or values that the dtype does not hold.
     """
     if isinstance(value, Symbol):
         raise TypeError(
@@ -118,8 +118,8 @@ def _read(value: Any, where: Callable[[], str]) -> np.ndarray:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{where()}: expected an array, got a {type(value).__name__} that does not "
-            f"make one ({error})."
+            f"{where()}: expected an array, got a {type(value).__name__} that NumPy does "
+            f"not convert to one ({error})."
         ) from error
     if kind_of(array.dtype) is None:
         raise TypeError(
@@ -130,7 +130,7 @@ def _read(value: Any, where: Callable[[], str]) -> np.ndarray:
 
 
 def to_numpy(array: Any) -> Any:
-    """The value of a JAX array as a NumPy array that may be written to, or a scalar."""
+    """Convert a JAX array to a NumPy array that may be written to, or a scalar."""
     if array.ndim == 0:
         return array if is_key_dtype(array.dtype) else np.asarray(array)[()]
     return array if is_key_dtype(array.dtype) else np.array(array)

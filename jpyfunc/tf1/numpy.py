@@ -1,13 +1,12 @@
-"""All of `jax.numpy`, over graph tensors: `tf.numpy.sin(t)` is a node.
+"""All of `jax.numpy` over graph tensors: `tf.numpy.sin(tensor)` is a node.
 
 Every function is that of `jax.numpy`, lifted as `tf.lift` does it; called without
 a tensor among its arguments, it is that function. Dtypes and constants are those of
 `jax.numpy`, and `linalg` and `fft` are lifted likewise.
 
 Example:
-    >>> import jax.numpy as jnp
     >>> import jpyfunc.tf1 as tf
-    >>> x = tf.placeholder(jnp.float32, [2, 2])
+    >>> x = tf.placeholder(tf.float32, [2, 2])
     >>> with tf.Session() as sess:
     ...     print(sess.run(tf.numpy.linalg.det(x), {x: [[2, 0], [0, 3]]}))
     6.0
