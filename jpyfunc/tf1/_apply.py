@@ -83,7 +83,10 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
             try:
                 return close_over(declared, args, kwargs)(values)
             except InferenceError as error:
-                raise _without_shape(error, op.outputs) from error.__cause__
+                unknown = [t.name for t in op.outputs if not is_known(t.shape)]
+                if not unknown:  # a body that is staged fails with every shape known
+                    raise
+                raise _without_shape(error, unknown) from error.__cause__
 
         call = declared_call
     else:
@@ -101,12 +104,11 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
     return _results(op, tree)
 
 
-def _without_shape(error: InferenceError, tensors: Sequence[Any]) -> InferenceError:
-    """Make the error of a node whose shapes neither `Tout` nor `set_shape` gives."""
-    first, *others = (repr(t.name) for t in tensors if not is_known(t.shape))
-    names = f"tensors {', '.join([first, *others])}" if others else f"tensor {first}"
+def _without_shape(error: InferenceError, names: Sequence[str]) -> InferenceError:
+    """Make the error of tensors whose shapes neither `Tout` nor `set_shape` gives."""
+    listed = ", ".join(map(repr, names))
     return InferenceError(
-        f"The shape of {names} is unknown. Write y.set_shape([]) for a scalar y, for "
+        f"The shape of {listed} is unknown. Write y.set_shape([]) for a scalar y, for "
         f"example, or an exact Tout. {error}"
     )
 
