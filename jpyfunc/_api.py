@@ -152,7 +152,7 @@ def py_func(
     Returns:
         The results in the structure of `Tout` (the first form), or the wrapped
         function, or a decorator. With graph tensors among the arguments, and in a
-        `with graph.as_default():` or `with Session():` without, too, the results are
+        `with` of a graph or session of `jpyfunc.tf1` without, too, the results are
         graph tensors; of a body that returns nothing, its `Operation`.
 
     Raises:
