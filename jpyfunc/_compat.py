@@ -311,6 +311,26 @@ def fill(stores: list[tuple[Any, Any]]) -> None:
         store.store(value)
 
 
+class _RefillableStore(_linear_util.Store):
+    """What JAX keeps of one call of a function, where later calls give the same again."""
+
+    __slots__ = ()
+
+    def store(self, val: Any) -> None:
+        self._val = val
+
+
+def let_refill(function: Any) -> None:
+    """Let a function that JAX wrapped be called more than once.
+
+    JAX takes a store that is filled already for an error. It fills those that `jax.vmap`
+    makes for the batch axes of the results of a function with a custom rule.
+    """
+    for store in function.stores:
+        if type(store) is _linear_util.Store:
+            store.__class__ = _RefillableStore
+
+
 def current_trace() -> Any:
     """What operations on this thread go to: a transform's trace, or `eval_trace`."""
     return _core.trace_ctx.trace or eval_trace

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.extend
@@ -483,6 +484,17 @@ def test_gradients_of_what_jax_offers_a_body(body):
         for order, a, b in zip(orders, got(x), want(x), strict=True):
             rtol = 1e-2 if body == "half" else 5e-4
             np.testing.assert_allclose(a, b, rtol, err_msg=order)
+
+
+def test_one_tape_is_differentiated_again_on_many_threads():
+    """The rules of a function under `jax.vmap` fill what JAX keeps of one call."""
+    body = BODIES["vmap_of_custom"]
+    pull = jax.jit(lambda x: jax.vjp(jax.grad(py_func(body, Tout=f32)), x)[1])(0.7)
+    pulled = jax.jit(lambda pull: pull(1.0)[0])
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda _: pulled(pull), range(40)))
+    want = jax.jit(jax.grad(jax.grad(body)))(0.7)
+    np.testing.assert_allclose(got, [want] * 40, rtol=5e-4)
 
 
 @pytest.mark.parametrize("rule", [of_its_own, straight_through])

@@ -197,18 +197,11 @@ class Tape(Running):
                 primitive, functions, operands, params, self._context
             )
         except Uncacheable:
+            # A tape that is differentiated again calls it once more, on any thread.
+            for function in functions:
+                _compat.let_refill(function)
             bound = {"subfuns": functions, **params}
-
-            def call(*xs: Any) -> list[Any]:
-                # A tape that is differentiated again calls it once more, and JAX takes a
-                # store that is filled for an error (`jax.vmap` in the body makes some).
-                before = [store for each in functions for store in _compat.taken(each)]
-                try:
-                    return primitive.bind(*xs, **bound)
-                finally:
-                    _compat.fill(before)
-
-            return self.apply(Loose(call), operands)
+            return self.apply(Loose(lambda *xs: primitive.bind(*xs, **bound)), operands)
         results = self.apply(operation, operands)
         for rule in functions[1:]:
             operation.stores.extend(_compat.taken(rule))
