@@ -615,6 +615,7 @@ NOT_LINEAR = {
     "affine": (lambda v: v + 1, lambda v, c: c),
     "abs": (np.abs, lambda v, c: c * np.sign(v)),
     "relu": (lambda v: np.maximum(v, 0), lambda v, c: c * (v > 0)),
+    "round": (np.round, lambda v, c: c),
     "sort": (np.sort, lambda v, c: c[np.argsort(np.argsort(v))]),
 }
 

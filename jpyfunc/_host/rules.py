@@ -136,8 +136,9 @@ def transpose(body: Transpose, operands: Sequence[Any]) -> list[Any]:
     to A^T c, whatever v its residuals are of. Neither JAX nor the rules say that the
     function is linear, and for one that is not, the result would depend on that v, which
     nobody chose. So f(-2 v) = -2 f(v) is checked for one v, which rounds nothing where a
-    function adds and multiplies. It holds for no affine or bilinear function, and for no
-    `abs` or `sort`; what it cannot tell is a function such as the median.
+    function adds and multiplies. It holds for no affine or bilinear function, for no `abs`
+    or `sort`, and, of the v that is taken, for no `round`; what it cannot tell is a function
+    such as the median.
 
     Args:
         body: the transpose, of the function or of its transpose.
@@ -152,10 +153,11 @@ def transpose(body: Transpose, operands: Sequence[Any]) -> list[Any]:
     primal, count = base.primal, len(operands) - len(body.of)
     known = dict(zip(others(base, body.wrt), operands[:count], strict=True))
     rng = np.random.default_rng(0)
-    points = {
-        i: rng.standard_normal(primal.in_avals[i].shape).astype(primal.in_avals[i].dtype)
-        for i in body.wrt
-    }
+    points = {}
+    for i in body.wrt:
+        aval = primal.in_avals[i]
+        sizes = rng.uniform(1.25, 1.5, aval.shape)  # twice which rounds to 3
+        points[i] = (sizes * rng.choice([-1, 1], aval.shape)).astype(aval.dtype)
     results, residuals = forward(primal, _values(primal, known | points))
     twice = primal(_values(primal, known | {i: -2 * x for i, x in points.items()}))
     for i in body.of:
