@@ -136,9 +136,8 @@ def transpose(body: Transpose, operands: Sequence[Any]) -> list[Any]:
     to A^T c, whatever v its residuals are of. Neither JAX nor the rules say that the
     function is linear, and for one that is not, the result would depend on that v, which
     nobody chose. So f(-2 v) = -2 f(v) is checked for one v, which rounds nothing where a
-    function adds and multiplies. It holds for no affine or bilinear function, for no `abs`
-    or `sort`, and, of the v that is taken, for no `round`; what it cannot tell is a function
-    such as the median.
+    function adds and multiplies. It holds for no affine or bilinear function, and for no
+    `abs`, `sort` or `round`; what it cannot tell is a function such as the median.
 
     Args:
         body: the transpose, of the function or of its transpose.
