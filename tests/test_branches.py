@@ -887,6 +887,80 @@ def test_an_exception_for_nan_is_that_of_the_element(transform):
         assert transform(jax.vmap(by_branch(body)))(x).tolist() == [-1, 2, 4]
 
 
+def swapped(key):
+    key, a, b = jax.random.split(key, 3)
+    return (b, jax.random.fold_in(a, 5)) if jax.random.uniform(key) < 0.4 else (a, b)
+
+
+def swapped_in_all(key):
+    key, a, b = jax.random.split(key, 3)
+    folded, swaps = jax.random.fold_in(a, 5), jax.random.uniform(key) < 0.4
+    return jnp.where(swaps, b, a), jnp.where(swaps, folded, b)
+
+
+def draws(keys):
+    """Draws of all kinds whose results are exact."""
+    a, b = keys
+    numbers = [jax.random.uniform(a, (n,), minval=-3.0, maxval=3.1) for n in (1, 6, 40)]
+    whole = [jax.random.randint(b, (), 0, 1000), jax.random.bernoulli(b, 0.3)]
+    bits = [jax.random.key_data(a), jax.random.bits(b, (3,))]
+    return jnp.concatenate(numbers), jnp.stack(whole), jnp.concatenate(bits)
+
+
+@pytest.mark.parametrize("shape", [(20,), (4, 5), (1000,)])
+def test_random_numbers_have_the_same_bits_however_many_there_are(shape, transform):
+    """Few are drawn in a loop over the keys, and many at once."""
+    keys = jax.random.split(jax.random.key(1), shape)
+    body, of_all = lambda key: draws(swapped(key)), lambda key: draws(swapped_in_all(key))
+    types = jax.eval_shape(of_all, jax.random.key(0))
+
+    def batched(function):
+        for _ in shape:
+            function = jax.vmap(function)
+        return function
+
+    got, runs = runs_of(transform(batched(by_branch(body, Tout=types))), keys)
+    assert runs == 2
+    one_by_one = batched(py_func(body, Tout=types, vmap_method="sequential"))(keys)
+    for x, y, z in zip(got, batched(of_all)(keys), one_by_one, strict=True):
+        assert np.array_equal(x, y)
+        assert np.array_equal(x, z)
+
+
+def test_derivatives_of_bodies_that_draw_few_random_numbers(transform):
+    def body(x, key):
+        a, b = jax.random.split(key)
+        return x * x * jax.random.uniform(a) if jax.random.uniform(b) < 0.5 else x
+
+    def plain(x, key):
+        a, b = jax.random.split(key)
+        many = jax.random.uniform(b) < 0.5
+        return jnp.where(many, x * x * jax.random.uniform(a), x)
+
+    args = jnp.linspace(1.0, 2.0, 20), jax.random.split(jax.random.key(2), 20)
+    for derivative in (jax.value_and_grad, lambda f: jax.grad(jax.grad(f))):
+        got = transform(jax.vmap(derivative(by_branch(body))))(*args)
+        assert_close(got, jax.vmap(derivative(plain))(*args))
+
+
+@pytest.mark.parametrize(
+    ("draw", "count", "loops"),
+    [
+        (jax.random.split, 128, True),
+        (lambda key: jax.random.fold_in(key, 5), 128, True),
+        (lambda key: jax.random.uniform(key, minval=-3.0), 128, True),
+        (jax.random.uniform, 1024, False),
+        (lambda key: jax.random.uniform(key, (64,)), 128, False),
+        (jax.random.normal, 128, False),  # its last bits would be others
+    ],
+)
+def test_few_random_numbers_are_drawn_in_a_loop_which_compiles_faster(draw, count, loops):
+    operation = Operation(lambda key: [draw(key)], [jax.typeof(jax.random.key(0))])
+    keys = jax.random.split(jax.random.key(0), count)
+    jaxpr = jax.make_jaxpr(operation.batched((0,)))(keys)
+    assert (f"length={count}" in str(jaxpr)) == loops
+
+
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_random_numbers_are_those_of_each_key(impl, transform):
     keys = jax.random.split(jax.random.key(0, impl=impl), 5)

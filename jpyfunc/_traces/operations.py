@@ -22,10 +22,17 @@ from jax.extend.core import (
     Literal,
     jaxpr_as_fun,
     jaxprs_in_params,
+    primitives,
     set_current_trace,
 )
 
 from jpyfunc import _compat
+
+# Bytes of an array of all rows. Random numbers of many keys take XLA 0.3 to 0.7 s to
+# compile for CPUs, however many there are. Those of one key take 0.1 to 0.2 s, and so
+# does a loop over keys, which is as fast up to this: `split(key, 3)` of 128 keys takes
+# 16 us in a loop and 36 at once, `uniform` 9 and 13, but of 1,024 keys 36 and 19.
+MAX_LOOP = 3 * 2**10
 
 Indices = tuple[int, ...]
 Axes = tuple[int | None, ...]
@@ -126,7 +133,21 @@ class Operation:
         if self.refusal:
             return None
         self.nbytes = _cost(inner)
-        return jax.jit(function)
+        return jax.jit(self._as_loop(function, axes) if _draws(inner) else function)
+
+    def _as_loop(
+        self, function: Callable[..., list[Any]], axes: Axes
+    ) -> Callable[..., list[Any]]:
+        """`function`, where it is small and on a CPU as a loop over the rows."""
+        one = jax.custom_batching.sequential_vmap(lambda *operands: self.call(*operands))
+        loop = jax.vmap(one, axes)
+
+        def call(*operands: Any) -> list[Any]:
+            if operands[axes.index(0)].shape[0] * self.nbytes > MAX_LOOP:
+                return function(*operands)
+            return jax.lax.platform_dependent(*operands, cpu=loop, default=function)
+
+        return call
 
     @property
     def has_rules(self) -> bool:
@@ -540,6 +561,17 @@ def _is_odd(eqn: Any) -> bool:
     return eqn.primitive.name in odd or any(map(_is_other_key, eqn.invars))
 
 
+def _draws(jaxpr: Any) -> bool:
+    """Whether random numbers are drawn in a jaxpr, and all else in it is exact.
+
+    So a loop over the rows gives the same bits as all at once. Those of a logarithm, or
+    of the error function in normal numbers, depend on how it is vectorized.
+    """
+    if _first(jaxpr, lambda eqn: eqn.primitive not in _EXACT):
+        return False
+    return _first(jaxpr, lambda eqn: eqn.primitive in _RANDOM) is not None
+
+
 def _cost(jaxpr: Any) -> int:
     """The bytes of the largest array that a jaxpr makes, or of one that takes as long."""
     cost = 0
@@ -560,6 +592,29 @@ def _cost(jaxpr: Any) -> int:
         cost = max([cost, *(size * steps for size in sizes)])
     return cost
 
+
+_RANDOM = {
+    primitives.random_bits_p,
+    primitives.random_fold_in_p,
+    primitives.random_seed_p,
+    primitives.random_split_p,
+}
+# What uniform numbers and booleans of `jax.random` are made with. Integers take a
+# remainder, which is three times as slow in a loop.
+_EXACT = _RANDOM | {
+    primitives.add_p,
+    primitives.bitcast_convert_type_p,
+    primitives.broadcast_in_dim_p,
+    primitives.convert_element_type_p,
+    primitives.jit_p,
+    primitives.lt_p,
+    primitives.max_p,
+    primitives.mul_p,
+    primitives.or_p,
+    primitives.reshape_p,
+    primitives.shift_right_logical_p,
+    primitives.sub_p,
+}
 
 # What takes microseconds for a matrix of any size, and loops of unknown length.
 _LONG = {jax.lax.while_p, jax.lax.fft_p, jax.lax.conv_general_dilated_p}
