@@ -422,6 +422,22 @@ def test_what_waits_longest_goes_first(runs, limit):
     assert len(runs) == 4
 
 
+def test_a_spent_tape_goes_before_those_that_wait(runs, limit):
+    def body(x):
+        runs.append(1)
+        return (jnp.sin(x) * x).sum()
+
+    x = jnp.ones(2**16)  # 256 KiB an array
+    limit(2**21)
+    spent = jax.vjp(py_func(body, Tout=f32, stateful=True), jnp.tile(x, 2))[1]
+    for _ in range(2):  # the last one of a stateful body stays
+        np.testing.assert_allclose(spent(1.0)[0], np.cos(1) + np.sin(1), rtol=1e-5)
+    pulls = [jax.vjp(py_func(body, Tout=f32), x * i)[1] for i in (1, 2)]
+    for i, pull in enumerate(pulls, 1):
+        np.testing.assert_allclose(pull(1.0)[0], i * np.cos(i) + np.sin(i), rtol=1e-5)
+    assert len(runs) == 3
+
+
 def test_a_tape_goes_when_its_derivative_has_been_taken(limit, transform):
     limit(2**30)
     at_first = tape_bytes()
