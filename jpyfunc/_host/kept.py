@@ -379,8 +379,8 @@ def spend(recorded: Recorded, tickets: Any) -> None:
     It is said at the end of a host call, not of each of its elements, which may all be of
     one run (`jax.jacrev`).
     """
-    names = np.asarray(tickets).reshape(-1, 4)[:, :3]
-    for name in {row.tobytes() for row in names}:
+    names = np.ascontiguousarray(np.asarray(tickets).reshape(-1, 4)[:, :3])
+    for name in set(names.view("V12").ravel().tolist()):
         _kept.spend(name, recorded.repeatable)
 
 
