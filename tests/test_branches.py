@@ -875,16 +875,17 @@ def test_a_branch_that_is_not_taken_is_not_computed(transform):
     assert_close(got, jnp.where(x > 0, 0.5 / jnp.sqrt(jnp.abs(x)), 2.0))
 
 
-def test_an_exception_for_nan_is_that_of_the_element(transform):
+@pytest.mark.parametrize(("check", "odd"), [(jax.debug_nans, -1), (jax.debug_infs, 0)])
+def test_an_exception_for_nan_is_that_of_the_element(check, odd, transform):
     def body(x):
         try:
             return jnp.log(x) * 0 + 2 * x
         except FloatingPointError:
             return x
 
-    x = jnp.array([-1.0, 1.0, 2.0])
-    with jax.debug_nans(True):
-        assert transform(jax.vmap(by_branch(body)))(x).tolist() == [-1, 2, 4]
+    x = jnp.array([odd, 1.0, 2.0])
+    with check(True):
+        assert transform(jax.vmap(by_branch(body)))(x).tolist() == [odd, 2, 4]
 
 
 def swapped(key):

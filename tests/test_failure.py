@@ -108,6 +108,11 @@ def test_raise_original_of_a_call_still_in_flight():
     for _ in range(3):
         with pytest.raises(CustomError), raise_original():
             kept.append(jitted(jnp.dot(big, big)))
+    before = jitted(jnp.dot(big, big))
+    with raise_original():
+        pass  # it is not of this block
+    with pytest.raises(jax.errors.JaxRuntimeError, match="CustomError"):
+        before.block_until_ready()
 
 
 def test_raise_original_keeps_the_object_and_its_chain():
@@ -476,6 +481,8 @@ def test_a_failure_of_an_ordered_call_is_raised_once():
     for good in (split(jnp.ones(4)), unready(), jnp.ones(3)):
         # Seen where its result is read; then all is as before.
         assert fails(lambda: jax.block_until_ready(f(-good))) == "failed"
+        assert fails(jax.effects_barrier) == "passed"
+        assert fails(lambda: jax.block_until_ready(f(-good))) == "failed"
         assert (f(good) == 2).all() and (g(good) == 2).all()
         jax.effects_barrier()
         assert fails(lambda: original(lambda: f(-good))) == "original"
@@ -492,6 +499,12 @@ def test_a_failure_of_an_ordered_call_is_raised_once():
         f(-split(jnp.ones(4)))
         assert fails(waits) == "failed"
         assert fails(waits) == "passed"
+    # And so is what JAX itself has called.
+    from jax.experimental import io_callback
+    h = jax.jit(lambda x: io_callback(check.__wrapped__, x, x, ordered=True))
+    h(-unready())
+    assert fails(jax.effects_barrier) == "failed"
+    assert fails(jax.effects_barrier) == "passed"
     """
     run_on(2, program)
 
@@ -535,6 +548,8 @@ def test_blocks_wait_for_calls_over_several_devices():
         lambda: jax.transfer_guard("disallow_explicit"),
         lambda: jax.set_mesh(jax.make_mesh((2,), ("d",))),
         lambda: jax.debug_nans(True),
+        lambda: jax.no_tracing(True),
+        lambda: jax.no_execution(True),
     ],
 )
 def test_blocks_under_any_configuration_and_transform(context):

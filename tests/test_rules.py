@@ -116,6 +116,25 @@ def test_residuals_that_are_gone_are_made_again(transform):
         jpf.set_tape_limit(before)
 
 
+def test_residuals_that_a_linearized_pullback_uses_twice(transform):
+    """Of stateful calls, whose residuals nothing makes again."""
+    f = numpy_func(np.sin, Tout=lambda x: x, stateful=True)
+    f.defvjp(lambda x: (np.sin(x), np.cos(x)), lambda cos, bar: (cos * bar,))
+
+    def program(f, x, bar):
+        pull = jax.vjp(lambda x: f(f(x)), x)[1]
+        value, pushed = jax.linearize(lambda bar: pull(bar)[0], bar)
+        return value, pushed(bar)
+
+    x, bar = jnp.array([0.5, 0.7]), jnp.ones(2)
+    before = jpf.set_tape_limit(2**16)  # of which spent ones may hold the last alone
+    try:
+        got = jax.block_until_ready(transform(lambda *xs: program(f, *xs))(x, bar))
+    finally:
+        jpf.set_tape_limit(before)
+    close(got, program(jnp.sin, x, bar))
+
+
 @pytest.mark.parametrize("rules", ["defvjp", "defjvp"])
 def test_no_rule_runs_for_a_branch_that_is_not_taken(rules, transform):
     """Under `vmap` of a `cond` its derivative is a select of both, one of them zeros."""

@@ -321,6 +321,7 @@ USES_OF_A_BUFFER = {
     "put": lambda x, b: x * jnp.asarray(b),
     "jit": lambda x, b: jax.jit(lambda x: x * b)(x),
     "nested_jit": lambda x, b: jax.jit(lambda x: jax.jit(lambda x: x * b)(x) + 0 * b)(x),
+    "result_of_jit": lambda x, b: x * jax.jit(lambda x: (x, b))(x)[1],
     "cond": lambda x, b: jax.lax.cond(x.sum() > 0, lambda x: x * b, lambda x: x, x),
     "scan": lambda x, b: jax.lax.scan(lambda c, _: (x * b, None), x, None, length=2)[0],
     "while": lambda x, b: jax.lax.fori_loop(0, 2, lambda i, c: x * b, x),
