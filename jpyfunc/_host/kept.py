@@ -1,9 +1,9 @@
-"""The runs of bodies that derivatives are taken of, kept until memory is needed.
+"""The tapes that derivatives are taken of, kept until these have been taken.
 
-A run is known by a ticket, which travels with the primals through the program. Keeping
-it is a matter of speed alone, for a body may be run again: so what is kept is bounded,
-and a ticket may well find nothing. Those of another process, or of an earlier life of
-this one, never find anything.
+A tape is known by a ticket, which travels with the primals through the program. For a pure
+body, keeping it is a matter of speed alone, because the body may be run again: so what is
+kept is bounded, and a ticket may well find nothing. Those of another process, or of an
+earlier life of this one, never find anything.
 """
 
 from __future__ import annotations
