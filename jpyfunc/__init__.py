@@ -2,6 +2,9 @@
 
 from jpyfunc._api import numpy_func as numpy_func
 from jpyfunc._api import py_func as py_func
+from jpyfunc._bodies.profile import profile as profile
+from jpyfunc._bodies.tape_cache import set_tape_limit as set_tape_limit
+from jpyfunc._bodies.tape_cache import tape_bytes as tape_bytes
 from jpyfunc._errors import GradientCutWarning as GradientCutWarning
 from jpyfunc._errors import InferenceError as InferenceError
 from jpyfunc._errors import NotDifferentiableError as NotDifferentiableError
@@ -10,9 +13,6 @@ from jpyfunc._errors import ResultError as ResultError
 from jpyfunc._errors import TapeLostError as TapeLostError
 from jpyfunc._errors import UnsupportedError as UnsupportedError
 from jpyfunc._explain import explain as explain
-from jpyfunc._failures import raise_original as raise_original
-from jpyfunc._host.kept import set_tape_limit as set_tape_limit
-from jpyfunc._host.kept import tape_bytes as tape_bytes
-from jpyfunc._host.profile import profile as profile
+from jpyfunc._runtime.exceptions import raise_original as raise_original
 
 __version__ = "0.4.1"

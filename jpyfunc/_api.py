@@ -20,19 +20,39 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._body.closure import fingerprint, refuse_traced_closure, refuse_traced_leaf
-from jpyfunc._body.primal import (
-    ById,
-    Float0,
-    Key,
+from jpyfunc._bodies.primal import (
+    CustomRules,
+    Float0Leaf,
+    KeyLeaf,
     Primal,
-    Rules,
-    Static,
-    hashable,
+    StaticLeaf,
     physical_aval,
     read_only,
 )
-from jpyfunc._body.tout import (
+from jpyfunc._bodies.profile import Run, annotated, measure, note, open_profiles
+from jpyfunc._errors import (
+    InferenceError,
+    ResultError,
+    is_called_from,
+    not_differentiable,
+    note_without_values,
+    refuse_partial,
+)
+from jpyfunc._hashable import ById, hashable
+from jpyfunc._interpreters.batch_tracer import is_batch_tracer, running_batch
+from jpyfunc._interpreters.eager import runs_now
+from jpyfunc._interpreters.tape_tracer import is_tape_tracer, value_if_over
+from jpyfunc._limits import (
+    MAX_ABSTRACT_RUNS,
+)
+from jpyfunc._primitive.batching import BATCHERS
+from jpyfunc._primitive.primitive import Params, bind
+from jpyfunc._staging.abstract import AbstractTrace
+from jpyfunc._staging.branch_tree import BranchTree, emit, stage, warn_if_large
+from jpyfunc._staging.closure import fingerprint, refuse_traced_closure, refuse_traced_leaf
+from jpyfunc._staging.inference import exploration, found_once, infer
+from jpyfunc._symbol import Symbol, building, noting
+from jpyfunc._tout import (
     Template,
     check_x64,
     is_dtype,
@@ -43,24 +63,6 @@ from jpyfunc._body.tout import (
     parse,
     why_no_pytree,
 )
-from jpyfunc._errors import (
-    InferenceError,
-    ResultError,
-    is_called_from,
-    not_differentiable,
-    note_without_values,
-    refuse_partial,
-)
-from jpyfunc._host.profile import Run, annotated, measure, note, open_profiles
-from jpyfunc._inference import MAX_RUNS, exploration, found_once, infer
-from jpyfunc._primitive.batching import BATCHERS
-from jpyfunc._primitive.primitive import Params, bind
-from jpyfunc._stage import Tree, emit, stage, warn_if_large
-from jpyfunc._symbol import Symbol, building, noting
-from jpyfunc._traces.abstract import AbstractTrace
-from jpyfunc._traces.batched import is_batched, running_batch
-from jpyfunc._traces.running import runs_now
-from jpyfunc._traces.taped import is_taped, value_if_over
 
 
 class _Inferred:
@@ -153,7 +155,7 @@ def py_func(
         The results in the structure of `Tout` (the first form), or the wrapped
         function, or a decorator. With graph tensors among the arguments, and in a
         `with` of a graph or session of `jpyfunc.tf1` without, too, the results are
-        graph tensors; of a body that returns nothing, its `Operation`.
+        graph tensors; of a body that returns nothing, its `CompiledOperation`.
 
     Raises:
         TypeError: an argument of the wrong kind; a body that closes over a traced
@@ -333,7 +335,7 @@ def _check_name(kind: str, name: Any) -> None:
         ) from None
 
 
-def _rewrapped(options: Any, rules: Rules | None) -> PyFunc:
+def _rewrapped(options: Any, rules: CustomRules | None) -> PyFunc:
     wrapped = PyFunc(*options)
     wrapped._rules = rules
     return wrapped
@@ -395,7 +397,7 @@ class PyFunc:
         self._ordered = ordered
         self._vmap_method = vmap_method
         self._staged = self._runs_to_stage(staged)
-        self._rules: Rules | None = None
+        self._rules: CustomRules | None = None
         self.__doc__ = f"{inner.__doc__ or ''}\n\n{self._description(kind)}".strip()
 
     def _description(self, kind: str) -> str:
@@ -496,7 +498,7 @@ class PyFunc:
         Source: `jax.custom_vjp`.
         """
         self._check_rules("defvjp", fwd, bwd)
-        rules = self._rules or Rules()
+        rules = self._rules or CustomRules()
         self._rules = replace(rules, fwd=hashable(fwd), bwd=hashable(bwd))
 
     def defjvp(self, jvp: Callable[..., Any]) -> Callable[..., Any]:
@@ -532,7 +534,7 @@ class PyFunc:
         Source: `jax.custom_jvp`.
         """
         self._check_rules("defjvp", jvp)
-        self._rules = replace(self._rules or Rules(), jvp=hashable(jvp))
+        self._rules = replace(self._rules or CustomRules(), jvp=hashable(jvp))
         return jvp
 
     def _check_rules(self, method: str, *rules: Any) -> None:
@@ -560,7 +562,7 @@ class PyFunc:
             raise self._not_staged("is stateful, so that its runs count")
         if staged and self._vmap_method not in (None, "by_branch", "sequential"):
             raise self._not_staged(f"has vmap_method={self._vmap_method!r}")
-        return MAX_RUNS if staged is True else int(staged)
+        return MAX_ABSTRACT_RUNS if staged is True else int(staged)
 
     def _not_staged(self, what: str) -> ValueError:
         return ValueError(
@@ -620,14 +622,14 @@ class PyFunc:
                 return leaf.call_py_func(self, args, kwargs)
         if building.graphs and _compat.is_eager() and not _compat.is_in_body():
             return building.graphs[-1].call_py_func(self, args, kwargs)
-        by_rule = self._rules and any(map(is_taped, leaves))
+        by_rule = self._rules and any(map(is_tape_tracer, leaves))
         if runs_now() and not by_rule and all(map(_has_value, leaves)):
             return self._call(leaves, tree)
         return self._bind(leaves, tree)
 
     def _call(self, leaves: list[Any], tree: Any) -> Any:
         """Call the function here and now, with the checks that a bind has."""
-        if self._numpy and any(map(is_taped, leaves)):
+        if self._numpy and any(map(is_tape_tracer, leaves)):
             raise not_differentiable(self._where)
         batch = running_batch()
         if batch and self._stateful:
@@ -755,7 +757,7 @@ class PyFunc:
                 f"{_signature(self._func)}."
             )
 
-    def foresee(self, leaves: list[Any], tree: Any) -> tuple[Tree, list[Any]]:
+    def foresee(self, leaves: list[Any], tree: Any) -> tuple[BranchTree, list[Any]]:
         """What can be compiled of a call with these arguments, and its operands.
 
         The operands are aligned before the body is traced, and not where it uses them: the
@@ -772,7 +774,7 @@ class PyFunc:
                 [jax.typeof(x) for x in arrays],
                 template,
                 self._where,
-                self._staged or MAX_RUNS,
+                self._staged or MAX_ABSTRACT_RUNS,
             ),
         )
         return foreseen, arrays
@@ -810,7 +812,10 @@ class PyFunc:
             for x, key in zip(arrays, is_key, strict=True)
         ]
         of_arrays = iter(
-            [Key(a.dtype) if key else None for a, key in zip(avals, is_key, strict=True)]
+            [
+                KeyLeaf(a.dtype) if key else None
+                for a, key in zip(avals, is_key, strict=True)
+            ]
         )
         in_avals = [physical_aval(a.shape, a.dtype, a.weak_type) for a in avals]
         if needed is not None:
@@ -960,10 +965,10 @@ def _argument_name(tree: Any, index: int) -> str:
     return f"{kind} {jax.tree_util.keystr(tuple(rest) or (first,))}"
 
 
-def _static(leaf: Any) -> Static | Float0:
+def _static(leaf: Any) -> StaticLeaf | Float0Leaf:
     if is_float0(leaf):
-        return Float0(np.shape(leaf))
-    return Static(hashable(leaf), type(leaf))
+        return Float0Leaf(np.shape(leaf))
+    return StaticLeaf(hashable(leaf), type(leaf))
 
 
 def with_arrays_traced(leaves: list[Any], function: Callable[[list[Any]], Any]) -> Any:
@@ -993,7 +998,7 @@ def _unsharded(aval: Any) -> ShapedArray:
 
 
 def _has_value(leaf: Any) -> bool:
-    return not isinstance(leaf, Tracer) or is_taped(leaf) or is_batched(leaf)
+    return not isinstance(leaf, Tracer) or is_tape_tracer(leaf) or is_batch_tracer(leaf)
 
 
 _NUMBERS = (bool, int, float, complex)  # of Python, and not those derived of them

@@ -41,6 +41,9 @@ from jax.extend.core import ClosedJaxpr, Effect, Jaxpr, Literal
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
+from jpyfunc._limits import (
+    LARGE_ARRAY_BYTES,
+)
 from jpyfunc._xla_bugs import sample_of_returned
 
 # The trace that runs operations at once, and what a call of a jitted function binds.
@@ -245,9 +248,6 @@ def default_device() -> Device:
     return device
 
 
-LARGE = 2**16  # bytes, below which XLA copies an array inline
-
-
 def put(
     value: np.ndarray, aval: ShapedArray, device: Device, copy: bool = False
 ) -> jax.Array:
@@ -256,7 +256,9 @@ def put(
     `jax.device_put` commits to the device and drops the weak type, and
     `jnp.asarray` under `jax.default_device` takes ten times as long.
     """
-    value = value.copy() if copy and value.nbytes < LARGE else _aligned(value, copy)
+    value = (
+        value.copy() if copy and value.nbytes < LARGE_ARRAY_BYTES else _aligned(value, copy)
+    )
     arguments = (aval, _sharding_of(device), [value], [device], False)
     if _config.transfer_guard_host_to_device.value in (None, "allow"):
         return _xla_client.batched_device_put(*arguments)
@@ -271,7 +273,7 @@ def _aligned(value: np.ndarray, copy: bool) -> np.ndarray:
     not: from 100 kB on another thread. NumPy copies 64 MB four times as fast, because it
     asks for huge pages.
     """
-    if value.nbytes < LARGE or (value.ctypes.data % 64 == 0 and not copy):
+    if value.nbytes < LARGE_ARRAY_BYTES or (value.ctypes.data % 64 == 0 and not copy):
         return value
     buffer = np.empty(value.nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64

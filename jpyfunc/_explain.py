@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jpyfunc._api import PyFunc, py_func, with_arrays_traced
-from jpyfunc._stage import Calls, Node, Tree
+from jpyfunc._staging.branch_tree import BranchNode, BranchTree, Calls
 
 
 def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
@@ -61,7 +61,7 @@ def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
 class Explanation:
     """What `explain` found."""
 
-    def __init__(self, name: str, tree: Tree) -> None:
+    def __init__(self, name: str, tree: BranchTree) -> None:
         self._name = name
         self._tree = tree
 
@@ -118,7 +118,7 @@ def _short(text: str) -> str:
     return re.sub(r"( at )\S*[/\\]", r"\1", text)
 
 
-def _as_dict(node: Node) -> dict[str, Any]:
+def _as_dict(node: BranchNode) -> dict[str, Any]:
     entry: dict[str, Any] = {"operations": node.size}
     if isinstance(node.end, Calls):
         return entry | {"calls": list(node.end.reasons)}
@@ -132,7 +132,7 @@ def _as_dict(node: Node) -> dict[str, Any]:
     }
 
 
-def _lines(node: Node, depth: int) -> Iterator[tuple[int, str]]:
+def _lines(node: BranchNode, depth: int) -> Iterator[tuple[int, str]]:
     """The tree as lines of text, each with how far it is indented."""
     if node.size:
         yield depth, _count(node.size, "operation")

@@ -25,7 +25,7 @@ from programs import ROOT
 
 import jpyfunc
 from jpyfunc import ResultError, numpy_func, py_func, raise_original
-from jpyfunc._body.closure import refuse_traced_closure
+from jpyfunc._staging.closure import refuse_traced_closure
 
 Struct = jax.ShapeDtypeStruct
 F32 = Struct((), jnp.float32)

@@ -36,7 +36,7 @@ from jpyfunc import (
     set_tape_limit,
     tape_bytes,
 )
-from jpyfunc._traces.operations import Operation
+from jpyfunc._interpreters.operations import CompiledOperation
 
 wrapped = py_func(log_huber, Tout=SCALAR)
 
@@ -211,7 +211,7 @@ def halvings(x):
 def lengths_run(monkeypatch):
     """How long the arrays are that operations run on, one number for each, as they do."""
     lengths = []
-    batched = Operation.batched
+    batched = CompiledOperation.batched
 
     def counting(self, axes):
         function = batched(self, axes)
@@ -222,7 +222,7 @@ def lengths_run(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(Operation, "batched", counting)
+    monkeypatch.setattr(CompiledOperation, "batched", counting)
     return lengths
 
 
@@ -956,7 +956,7 @@ def test_derivatives_of_bodies_that_draw_few_random_numbers(transform):
     ],
 )
 def test_few_random_numbers_are_drawn_in_a_loop_which_compiles_faster(draw, count, loops):
-    operation = Operation(lambda key: [draw(key)], [jax.typeof(jax.random.key(0))])
+    operation = CompiledOperation(lambda key: [draw(key)], [jax.typeof(jax.random.key(0))])
     keys = jax.random.split(jax.random.key(0), count)
     jaxpr = jax.make_jaxpr(operation.batched((0,)))(keys)
     assert (f"length={count}" in str(jaxpr)) == loops

@@ -324,9 +324,9 @@ def test_errors_of_our_own_are_short():
 
 LOCKED = """
 import threading, time, jax, jax.numpy as jnp, jpyfunc
-from jpyfunc import _flight
+from jpyfunc._runtime import in_flight
 
-_flight.PATIENCE = 1.0
+in_flight.PATIENCE = 1.0
 lock = threading.Lock()
 
 def body(x):
@@ -350,7 +350,7 @@ for block in (jpyfunc.profile, jpyfunc.raise_original):
         at_once = time.monotonic() - begin
         with block():
             during = f()
-    assert at_once < _flight.PATIENCE, at_once
+    assert at_once < in_flight.PATIENCE, at_once
     assert float(before[0, 0]) == float(during[0, 0]) == 1001
 print("done")
 """
@@ -439,8 +439,8 @@ def test_python_ends_while_pure_calls_are_in_flight(devices, end):
 
 def test_python_does_not_wait_for_a_body_that_waits_for_ever():
     program = """
-    from jpyfunc import _flight
-    _flight.PATIENCE = 0.5
+    from jpyfunc._runtime import in_flight
+    in_flight.PATIENCE = 0.5
     lock = threading.Lock()
     lock.acquire()
 

@@ -362,11 +362,11 @@ def test_a_forked_child_does_not_take_its_parents_tickets():
         """
         import os
         import numpy as np
-        from jpyfunc._host import kept
-        first = kept.keep(RECORDING, None)
+        from jpyfunc._bodies import tape_cache
+        first = tape_cache.keep(RECORDING, None)
         pid = os.fork()
         if not pid:
-            again = kept.keep(RECORDING, None)
+            again = tape_cache.keep(RECORDING, None)
             print((first[:2] != again[:2]).any(), flush=True)
             os._exit(0)
         os.waitpid(pid, 0)

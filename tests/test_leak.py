@@ -9,7 +9,7 @@ import pytest
 from programs import run_program
 
 from jpyfunc import py_func, raise_original
-from jpyfunc._failures import MAX_INTACT
+from jpyfunc._limits import MAX_KEPT_EXCEPTIONS
 
 
 def test_resident_memory_of_10000_calls():
@@ -173,4 +173,4 @@ def test_originals_are_bounded():
             with pytest.raises(ValueError, match=f"{i}.0"), raise_original():
                 f(float(i)).block_until_ready()
         gc.collect()
-        assert sum(ref() is not None for ref in alive) <= MAX_INTACT + 1
+        assert sum(ref() is not None for ref in alive) <= MAX_KEPT_EXCEPTIONS + 1

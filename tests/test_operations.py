@@ -12,7 +12,7 @@ from jax.interpreters import ad, mlir
 from programs import run_program
 
 from jpyfunc import py_func
-from jpyfunc._traces import cache
+from jpyfunc._interpreters import operation_cache as cache
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -56,7 +56,7 @@ def test_a_loop_of_varying_length_compiles_nothing_after_a_while(compiled):
 
 def test_a_body_of_more_operations_than_the_cache_has_room_for(compiled, monkeypatch):
     """From the second call on it grows, and in the end nothing is compiled."""
-    monkeypatch.setattr(cache, "_operations", cache.Cache(size=8))
+    monkeypatch.setattr(cache, "_operations", cache.LruCache(size=8))
     bodies = [
         lambda x, k=k: sum((x[i : i + k] ** 2).sum() for i in range(12)) for k in (2, 3)
     ]
@@ -71,7 +71,7 @@ def test_a_body_of_more_operations_than_the_cache_has_room_for(compiled, monkeyp
 
 
 def test_operations_that_never_come_back_do_not_let_the_cache_grow(monkeypatch):
-    monkeypatch.setattr(cache, "_operations", known := cache.Cache(size=8))
+    monkeypatch.setattr(cache, "_operations", known := cache.LruCache(size=8))
     f = jax.jit(jax.vjp, static_argnums=0)
     for i in range(40):
         f(py_func(lambda x, i=i: (x[i : i + 2] ** 2).sum(), Tout=f32), jnp.arange(50.0))

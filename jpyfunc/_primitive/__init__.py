@@ -1,3 +1,3 @@
 """The graph side: the primitive and its rules, which importing this registers."""
 
-from jpyfunc._primitive import rules as rules
+from jpyfunc._primitive import registration as registration

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from jpyfunc._body.derived import (
+from jpyfunc._bodies.derived import (
     is_primal,
     is_recording,
     jvp_of,

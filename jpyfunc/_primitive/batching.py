@@ -9,12 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from jpyfunc import _compat
-from jpyfunc._body.derived import Batch, Body, batch_of, ticket_of, widen
-from jpyfunc._body.primal import Primal
+from jpyfunc._bodies.derived import Batch, Body, batch_of, ticket_of, widen
+from jpyfunc._bodies.primal import Primal
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._primitive.primitive import Params, StatefulEffect, bind
 
-Batched = tuple[list[Any], Body]
+BatchTracer = tuple[list[Any], Body]
 
 
 def _py_func_batching(
@@ -142,21 +142,21 @@ def _refusal(effect: StatefulEffect, what: str, does: str) -> UnsupportedError:
 
 def _sequential(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
-) -> Batched:
+) -> BatchTracer:
     """Run the body once per element."""
     return operands, batch_of(body, size, batched)
 
 
 def _by_branch(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
-) -> Batched:
+) -> BatchTracer:
     """Run the body once per branch that elements take."""
     return operands, batch_of(body, size, batched, by_branch=True)
 
 
 def _expand_dims(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
-) -> Batched:
+) -> BatchTracer:
     """Run the body once; an operand that all elements share gets an axis of length 1."""
     if not isinstance(body, Primal):
         return _broadcast_all(body, operands, size, batched)
@@ -168,7 +168,7 @@ def _expand_dims(
 
 def _broadcast_all(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
-) -> Batched:
+) -> BatchTracer:
     """Run the body once; an operand that all elements share is repeated for each."""
     ticket = None if isinstance(body, Batch) else ticket_of(body)
     if isinstance(body, Batch) or (ticket is not None and not batched[ticket]):

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
-from jpyfunc._failures import watch
-from jpyfunc._flight import note_devices
-from jpyfunc._host.call import REPORT, HostCall
-from jpyfunc._primitive.failure import checked
+from jpyfunc._primitive.failure_report import checked
+from jpyfunc._primitive.host_call import REPORT, HostCall
 from jpyfunc._primitive.primitive import ORDERED, Params, check_rules
+from jpyfunc._runtime.exceptions import watch
+from jpyfunc._runtime.in_flight import note_devices
 
 
 def _py_func_lowering(

@@ -13,20 +13,20 @@ from jax.core import ShapedArray
 from jax.extend.core import Effect, Primitive
 
 from jpyfunc import _compat
-from jpyfunc._body.derived import (
+from jpyfunc._bodies.derived import (
+    AtTape,
     Batch,
     Body,
     Jvp,
-    Recorded,
-    Recording,
     Transpose,
     Vjp,
+    WithTape,
     flat,
     linear_from,
 )
-from jpyfunc._body.primal import Primal
+from jpyfunc._bodies.evaluate import evaluate
+from jpyfunc._bodies.primal import Primal
 from jpyfunc._errors import no_rule, no_second_order, no_transpose, refuse_partial
-from jpyfunc._host.evaluate import evaluate
 from jpyfunc._symbol import not_building
 
 py_func_p = Primitive("py_func")
@@ -77,7 +77,7 @@ class Params:
         kinds = []
         body: Any = self.body
         while hasattr(body, "base"):
-            if not isinstance(body, Recorded):
+            if not isinstance(body, AtTape):
                 kinds.append(type(body).__name__.lower())
             body = body.base
         return " of ".join([*kinds, self.body.primal.name])
@@ -147,7 +147,7 @@ def check_rules(body: Body) -> None:
         if not rules or not rules.fwd:
             raise no_transpose(body.primal.label)
         # A function itself may be linear in any operand, and its rule is checked to be.
-        is_derived = not isinstance(base.base, Primal | Recording)
+        is_derived = not isinstance(base.base, Primal | WithTape)
         if is_derived and min(base.wrt) < linear_from(base.base):
             raise no_second_order(body.primal.label)
 

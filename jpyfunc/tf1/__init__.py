@@ -73,7 +73,7 @@ from jpyfunc.tf1._graph import reset_default_graph as reset_default_graph
 from jpyfunc.tf1._lift import lift as lift
 from jpyfunc.tf1._nodes import Operation as Operation
 from jpyfunc.tf1._nodes import Tensor as Tensor
-from jpyfunc.tf1._py_func import py_func as py_func
+from jpyfunc.tf1._script_ops import py_func as py_func
 from jpyfunc.tf1._session import InteractiveSession as InteractiveSession
 from jpyfunc.tf1._session import Session as Session
 from jpyfunc.tf1._sources import constant as constant

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jpyfunc import _compat
-from jpyfunc._failures import failures, original_of
+from jpyfunc._runtime.exceptions import failures, original_of
 from jpyfunc.tf1._nodes import Tensor
 from jpyfunc.tf1._values import convert, fits
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpyfunc._body.tout import is_dtype, is_key_dtype, parse
+from jpyfunc._tout import is_dtype, is_key_dtype, parse
 from jpyfunc.tf1._graph import get_default_graph
 from jpyfunc.tf1._nodes import Tensor
 from jpyfunc.tf1._values import convert, fits, parse_shape

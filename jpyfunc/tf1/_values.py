@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpyfunc._body.tout import is_key_dtype, is_same_kind, kind_of, misfits
 from jpyfunc._symbol import Symbol
+from jpyfunc._tout import is_key_dtype, is_same_kind, kind_of, misfits
 
 Shape = tuple[int | None, ...]
 

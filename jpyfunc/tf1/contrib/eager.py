@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jpyfunc._api
-from jpyfunc.tf1._py_func import add_call
+from jpyfunc.tf1._script_ops import add_call
 
 
 def py_func(

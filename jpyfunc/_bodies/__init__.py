@@ -1,0 +1,1 @@
+"""What a body is, and how each kind of it is computed."""

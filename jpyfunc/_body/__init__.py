@@ -1,1 +1,0 @@
-"""What a body is: the function, the bodies derived from it, and what it returns."""

@@ -1,1 +1,0 @@
-"""The eager side: where and how a body is run."""

@@ -1,0 +1,346 @@
+"""What a body sees that runs on many elements of a batch at once, and what a read does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray, Tracer
+from jax.extend.core import set_current_trace
+
+from jpyfunc import _compat
+from jpyfunc._limits import (
+    MAX_PADDED_BYTES,
+    MAX_UNSTACKED_ROWS,
+    ROWS_GROWTH,
+    SHORTEST_ROWS,
+    SHOWN_ROWS,
+)
+
+_local = (
+    threading.local()
+)  # `.running`: the traces by branch of this thread, innermost last
+
+
+class CannotBatch(BaseException):
+    """Something that a body does cannot be done for many elements at once."""
+
+
+def padded(count: int, nbytes: int) -> int:
+    """How long arrays of `count` elements are made, of which each takes `nbytes`.
+
+    Operations are compiled for each length, at tens of milliseconds. What one on a small
+    array takes hardly depends on the length: these have few, and others powers of two.
+    """
+    length = SHORTEST_ROWS
+    while length < count:
+        length *= ROWS_GROWTH
+    return length if length * nbytes <= MAX_PADDED_BYTES else 1 << (count - 1).bit_length()
+
+
+class Subset:
+    """Some elements of a batch; arrays of them are padded, to few lengths in all.
+
+    Attributes:
+        rows: the numbers of the elements in the batch.
+        nbytes: of an element of the largest array so far.
+        size: how long arrays are: after the elements, the first is repeated.
+        parent: the part that it was cut from, or None.
+        index: the places in `parent`.
+    """
+
+    __slots__ = ("index", "nbytes", "parent", "rows", "size")
+
+    def __init__(
+        self, rows: np.ndarray, parent: Subset | None, index: np.ndarray, nbytes: int
+    ) -> None:
+        self.rows = rows
+        self.nbytes = nbytes
+        self.size = padded(len(rows), nbytes)
+        self.parent = parent
+        self.index = index
+
+    def cut(self, index: np.ndarray) -> Subset:
+        """The elements at these places."""
+        return Subset(self.rows[index], self, index, self.nbytes)
+
+    def with_arrays_of(self, nbytes: int) -> Subset:
+        """The same elements, where an array takes so many bytes for each."""
+        if nbytes > self.nbytes:
+            if padded(len(self.rows), nbytes) != self.size:
+                return Subset(self.rows, self, np.arange(len(self.rows)), nbytes)
+            self.nbytes = nbytes
+        return self
+
+    def places_in(self, other: Subset) -> np.ndarray | None:
+        """Where the elements are in a part that this one is cut from; None if it is not."""
+        index, part = np.arange(len(self.rows)), self
+        while part is not other:
+            if part.parent is None:
+                return None
+            index, part = part.index[index], part.parent
+        return index
+
+    def pad(self, index: np.ndarray) -> np.ndarray:
+        """One place per element, padded."""
+        return np.concatenate([index, np.repeat(index[:1], self.size - len(index))])
+
+
+def running_batch() -> Any:
+    """The trace that a body runs by branch under, on this thread, or None."""
+    running = getattr(_local, "running", None)
+    return running[-1] if running else None
+
+
+class enter_batch:  # noqa: N801 - a context manager
+    """Make a trace the one that `running_batch` gives."""
+
+    def __init__(self, trace: Any) -> None:
+        self._trace = trace
+
+    def __enter__(self) -> None:
+        _local.__dict__.setdefault("running", []).append(self._trace)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _local.running.pop()
+
+
+def is_batch_tracer(value: Any) -> bool:
+    """Whether `value` is an array of many elements of a batch, and has their values."""
+    return type(value) is BatchTracer
+
+
+class BatchTracer(Tracer):
+    """One array for each element of a part of a batch. To a body, it is one array.
+
+    A truth test and a read of its value split the part, where the elements differ: the
+    run goes on with those that agree, and the others are run later.
+    """
+
+    __slots__ = ("_cut", "part", "value")
+
+    aval: Any
+
+    def __init__(self, trace: Any, part: Subset, value: Any) -> None:
+        aval = value.aval
+        self._trace = trace
+        self.aval = ShapedArray(aval.shape[1:], aval.dtype, aval.weak_type)
+        self.part = part
+        self.value = value
+        self._cut = (part, value)  # the last part that it was cut to
+
+    def on(self, part: Subset) -> Any:
+        """The array of a part that is cut from that of this one, padded."""
+        if self._cut[0] is not part:
+            index = part.places_in(self.part)
+            if index is None:
+                raise TypeError(
+                    f"{self._trace.label}: an array of other elements of the batch is "
+                    "used, which the body kept from an earlier run. Pass it as argument, "
+                    'or run the body once per element: vmap_method="sequential".'
+                )
+            self._cut = (part, rows_of(self.value, part.pad(index)))
+        return self._cut[1]
+
+    def settled(self, part: Subset) -> BatchTracer:
+        """It for the elements of `part` alone."""
+        return self if self.part is part else BatchTracer(self._trace, part, self.on(part))
+
+    def _rows(self) -> tuple[Any, np.ndarray]:
+        """The trace that runs, and the array of its part, without padding."""
+        self.check_runs()
+        batch = running_batch()
+        return batch, data_of(self.on(batch.part))[: len(batch.part.rows)]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the run that it is of goes on, on this thread."""
+        return self._trace in getattr(_local, "running", ())
+
+    def check_runs(self) -> None:
+        """Refuse a use outside of a run."""
+        if running_batch() is None:
+            self.refuse_elsewhere()
+
+    def refuse_elsewhere(self) -> NoReturn:
+        """Refuse a use outside of a run: after its own, or on another thread."""
+        self._trace.refused = "an array is used on another thread"  # if it runs still
+        raise TypeError(
+            f"{self._trace.label}: an array that stands for many elements of a batch is "
+            "used outside of the run of the body that made it, where it has no one value. "
+            "Return it from the body, which gives an array of all elements, or run it "
+            'once per element: vmap_method="sequential".'
+        )
+
+    def __bool__(self) -> bool:
+        if self.aval.size != 1:
+            raise ValueError(
+                "The truth value of an array with other than one element is ambiguous. "
+                "Use a.any() or a.all()"
+            )
+        batch, rows = self._rows()
+        return bool(batch.agree(rows.reshape(len(rows)).astype(bool)))
+
+    @property
+    def array(self) -> Any:
+        """The value that all elements have once those with another are split off."""
+        batch, rows = self._rows()
+        batch.agree(rows)
+        return rows_of(self.on(batch.part), 0)
+
+    # Where JAX asks this, it may go on without the value.
+    def to_concrete_value(self) -> Any:
+        return UnreadValue(self)
+
+    def __iter__(self) -> Iterator[Any]:
+        # As JAX does with arrays, in one operation: `key, other = jax.random.split(key)`.
+        if self.aval.shape and self.aval.shape[0] <= MAX_UNSTACKED_ROWS:
+            return iter(_unstack(self))
+        return super().__iter__()
+
+    def __int__(self) -> int:
+        return int(self.array)
+
+    def __float__(self) -> float:
+        return float(self.array)
+
+    def __complex__(self) -> complex:
+        return complex(self.array)
+
+    def __index__(self) -> int:
+        if self.aval.shape or not jnp.issubdtype(self.aval.dtype, jnp.integer):
+            raise TypeError(
+                "Only integer scalar arrays can be converted to a scalar index."
+            )
+        return self.array.__index__()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.array, spec)
+
+    def item(self, *args: Any) -> Any:
+        return self.array.item(*args)
+
+    def tolist(self) -> Any:
+        return self.array.tolist()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.array.__array__(*args, **kwargs)
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.array.__dlpack__(*args, **kwargs)
+
+    def tobytes(self, order: str = "C") -> Any:
+        return self.array.tobytes(order)
+
+    def __reduce__(self) -> Any:
+        return self.array.__reduce__()
+
+    def __copy__(self) -> BatchTracer:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> BatchTracer:
+        return self
+
+    def block_until_ready(self) -> BatchTracer:
+        return self
+
+    def __repr__(self) -> str:
+        batch = running_batch()
+        part = self.part
+        if batch is not None and batch.part.places_in(part) is not None:
+            part = batch.part
+        rows = data_of(self.on(part))
+        shown = [
+            f"{batch.number(row) if batch else row}: {value!s}"
+            for row, value in zip(part.rows[:SHOWN_ROWS].tolist(), rows, strict=False)
+        ]
+        more = len(part.rows) - len(shown)
+        shown += [f"{more} more"] if more > 0 else []
+        return f"Batched({self.aval.str_short()}, {{{', '.join(shown)}}})"
+
+
+@jax.jit
+def _unstack(x: Any) -> list[Any]:
+    return [x[i] for i in range(x.shape[0])]
+
+
+class UnreadValue:
+    """Stands for a value that is read, and splits the part, once it is used."""
+
+    def __init__(self, batched: BatchTracer) -> None:
+        self._batched = batched
+
+    def __bool__(self) -> bool:
+        return bool(self._batched)
+
+    def __int__(self) -> int:
+        return int(self._batched)
+
+    def __index__(self) -> int:
+        return self._batched.__index__()
+
+    def __float__(self) -> float:
+        return float(self._batched)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._batched.__array__(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batched.array, name)
+
+
+def _about(batched: BatchTracer, name: str) -> Any:
+    batched.check_runs()
+    return getattr(batched.value, name)
+
+
+# In the place of JAX's error, which knows nothing of batches and bodies.
+setattr(BatchTracer, _compat.ASKED_OF_LEAKED, property(BatchTracer.refuse_elsewhere))
+
+# What is asked of an array and says nothing of its elements.
+for _name in (
+    "committed",
+    "copy_to_host_async",
+    "device",
+    "devices",
+    "is_deleted",
+    "is_fully_addressable",
+    "is_fully_replicated",
+    "sharding",
+):
+    setattr(BatchTracer, _name, property(lambda self, name=_name: _about(self, name)))
+
+# What gives the value away.
+for _name in (
+    "addressable_data",
+    "addressable_shards",
+    "global_shards",
+    "on_device_size_in_bytes",
+    "unsafe_buffer_pointer",
+):
+    setattr(
+        BatchTracer, _name, property(lambda self, name=_name: getattr(self.array, name))
+    )
+
+
+def data_of(array: Any) -> np.ndarray:
+    """An array in NumPy, or the data of PRNG keys."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        with set_current_trace(_compat.eval_trace):
+            array = jax.random.key_data(array)
+    return np.asarray(array)
+
+
+def rows_of(array: Any, index: Any) -> Any:
+    """`array[index]`, on its device, in NumPy: nothing is compiled for sizes of parts."""
+    data = np.asarray(data_of(array)[index], order="C")
+    aval = ShapedArray(data.shape, data.dtype, array.aval.weak_type)
+    rows = _compat.put(data, aval, next(iter(array.devices())))
+    if data.dtype == array.dtype:
+        return rows
+    with set_current_trace(_compat.eval_trace):
+        return jax.random.wrap_key_data(rows, dtype=array.dtype)

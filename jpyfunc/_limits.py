@@ -1,0 +1,117 @@
+"""Every tunable number, with the measurement or the argument that set it.
+
+Times are of one core of a current x86 server. A number that changes what is computed, and
+not only how fast or in how much memory, is not here: it is no tuning.
+"""
+
+# --- Abstract runs: what a body returns, and what of it is compiled (`_staging`).
+
+# Runs of a body on abstract values, to infer its results or to stage it. A run takes some
+# milliseconds, and n branch points in a row have 2**n paths.
+MAX_ABSTRACT_RUNS = 32
+# Branch points of one run. A loop on an abstract condition has one in each iteration, and
+# may never end.
+MAX_BRANCH_POINTS = 64
+# Elements of an array that is embedded in the program as its value. What is larger, and can
+# be computed from less, is computed by the program: XLA would keep megabytes of literals.
+MAX_CONSTANT_SIZE = 64
+# Operations in a row by which such an array is computed; comparing two runs follows them.
+MAX_CONSTANT_DEPTH = 100
+# Operations of a staged body without a warning: XLA compiles about a thousand in a second.
+MAX_STAGED_OPERATIONS = 1000
+
+# --- The search through what a body holds (`_staging/closure.py`), at every traced call.
+
+# Objects, at 2 us each: a body may hold all of a program's data.
+MAX_HELD_OBJECTS = 10_000
+# Containers, which are opened by functions in C: 4 ms for 20,000 lists.
+MAX_OPENED_CONTAINERS = 100_000
+# Objects by which a call inside an explored body is told from another one, and the bytes of
+# an array among them. Beyond, the call is explored again: slow, never wrong.
+MAX_FINGERPRINT_OBJECTS = 1000
+MAX_FINGERPRINT_BYTES = 2**16
+
+# --- Tapes (`_bodies/tape_cache.py`).
+
+# What all tapes may hold in bytes; `set_tape_limit` changes it.
+DEFAULT_TAPE_LIMIT = 2**30
+# Bytes that an array takes beside its data, in objects of XLA, JAX and Python, as measured
+# by the resident size of a process that makes 100,000 of them.
+ARRAY_OVERHEAD = 4096
+# The shares of the limit that spent tapes may hold: of pure bodies, which can run again,
+# and of stateful ones, where a pullback that is called twice finds its tape or fails.
+# 20,000 steps of `value_and_grad` then grow a process by 7 and 19 MB.
+SPENT_SHARE = 1 / 256
+SPENT_STATEFUL_SHARE = 1 / 64
+# Residuals of a rule whose size is unknown that are kept at once: SciPy's factors of a
+# sparse matrix may be megabytes, and Python knows of 100 bytes.
+MAX_RESIDUALS_OF_UNKNOWN_SIZE = 256
+# Objects that residuals refer to whose sizes are added up, at 0.2 us each.
+MAX_REFERENTS = 1000
+
+# --- Operations of bodies on values (`_interpreters`).
+
+# Compiled operations at first; the cache grows with bodies of more distinct ones.
+OPERATION_CACHE_SIZE = 1024
+# Evicted keys that a cache remembers, integers of less than 100 bytes: more distinct
+# operations than any body could compile in ten minutes.
+MAX_EVICTED_KEYS = 2**16
+# Entries of a tape whose reverse sweep is compiled as one program: 64 take XLA a second.
+MAX_SWEEP_ENTRIES = 64
+# Distinct structures of tapes of one function, beyond which there may be any number.
+MAX_SWEEP_STRUCTURES = 8
+# Tapes of one structure before its sweep is compiled: a loop whose length is another in
+# each run should compile nothing.
+MIN_SWEEPS = 3
+# Functions whose sweeps are remembered.
+SWEEP_CACHE_SIZE = 256
+
+# --- Batches by branch (`_interpreters/by_branch.py`, `_bodies/batch_elements.py`).
+
+# Lengths of small arrays of many elements, 128, 1024 and 8192, and how many bytes these may
+# have: a sine of so many takes 19 us, of few 4, and Python some 20 to get there. The first
+# 30 batches of rejection sampling, of 20 elements, took 8 s with powers of two; now 1.5.
+SHORTEST_ROWS, ROWS_GROWTH = 128, 8
+MAX_PADDED_BYTES = 2**15
+# Bytes of operands and results that one run by branch begins with: beyond, memory counts.
+MAX_BATCH_BYTES = 2**26
+# Bytes of one element beyond which elements run one by one: its operations take longer
+# than Python does, and alone they fit a cache of the processor.
+MAX_ELEMENT_BYTES = 2**17
+# Bytes of an array of all rows below which random bits of many keys are drawn in a loop.
+# Those of many keys take XLA 0.3 to 0.7 s to compile for CPUs, however many there are;
+# those of one key 0.1 to 0.2 s, and so does a loop over keys, which is as fast up to this:
+# `split(key, 3)` of 128 keys takes 16 us in a loop and 36 at once, `uniform` 9 and 13, but
+# of 1,024 keys 36 and 19.
+MAX_LOOPED_BYTES = 3 * 2**10
+# Bytes of results that are logged for the elements that leave at a branch.
+MAX_LOG_BYTES = 2**28
+# Functions of which it is remembered that they do not run by branch, and why.
+REFUSAL_CACHE_SIZE = 256
+# Rows that an array is unpacked into at once, and that are shown of one which is printed.
+MAX_UNSTACKED_ROWS = 32
+SHOWN_ROWS = 6
+
+# --- Programs and failures (`_runtime`, `_primitive`).
+
+# Bytes below which XLA copies an array inline, as it does in `jax.device_put`.
+LARGE_ARRAY_BYTES = 2**16
+# Bytes by which devices tell each other what a body raised; a traceback takes some 2,000.
+REPORT_BYTES = 8192
+# Failures that are told by their markers, of programs that may still be waited for.
+MAX_FAILURES = 1024
+# Exceptions that are kept as objects, with the variables of the frames that they went
+# through, and so their arrays, while a block of `raise_original` is open.
+MAX_KEPT_EXCEPTIONS = 16
+# Seconds for which a body may wait itself, for a lock for example, before nobody waits for
+# it; the same of one that ran before the block began, and may have nothing to do with it.
+PATIENCE = 5.0
+PATIENCE_BEFORE = 0.5
+# Seconds for which Python's end is put off for what is computed before a body begins.
+PATIENCE_AT_EXIT = 60.0
+# Seconds without a body after which none is to come of a program whose results are dropped
+# and whose thread has ended.
+QUIET = 0.1
+# Relative error of linearity that a transposed host function may show. Sums and products
+# scale by -2 without any, but a solver that stops at an absolute tolerance does not.
+LINEARITY_TOLERANCE = 1e-2

@@ -1,0 +1,163 @@
+"""What a compiled program calls on the host."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import ShapedArray, Tracer
+from jax.extend.core import set_current_trace
+
+from jpyfunc import _compat
+from jpyfunc._bodies.derived import Body
+from jpyfunc._bodies.evaluate import evaluate_with
+from jpyfunc._bodies.primal import Primal
+from jpyfunc._bodies.profile import Run, annotated, measure_body, open_profiles
+from jpyfunc._errors import UnsupportedError
+from jpyfunc._interpreters.on_device import OnDevice
+from jpyfunc._limits import (
+    REPORT_BYTES,
+)
+from jpyfunc._runtime.exceptions import caller, failing, leave
+from jpyfunc._runtime.in_flight import running_body
+from jpyfunc._staging.closure import held
+
+# What a call says of its failure where others must know: a text, zeros if there is none.
+REPORT = ShapedArray((REPORT_BYTES,), np.uint8)
+
+
+def raise_reported(report: np.ndarray) -> tuple[np.ndarray]:
+    """Raise what a call has reported; True if that is nothing."""
+    text = bytes(np.asarray(report)).rstrip(b"\0").decode("utf-8", "replace")
+    if text:
+        leave(text)
+    return (np.asarray(True),)
+
+
+class HostCall:
+    """What a compiled program calls on the host: runs a body on NumPy operands.
+
+    The body runs on the thread of the program that calls, on the private client, under
+    the settings that were in force where the call was traced.
+
+    Args:
+        body: what to run.
+        settings: as `_compat.current_settings` gave them.
+        device: the private one for the program, as `_compat.body_device` gave it.
+    """
+
+    __slots__ = ("_body", "_device", "_on_device", "_reports", "_settings")
+
+    def __init__(
+        self,
+        body: Body,
+        settings: tuple[Any, ...],
+        device: _compat.Device,
+        reports: bool,
+    ) -> None:
+        self._body = body
+        self._settings = settings
+        self._device = device
+        self._reports = reports
+        # It costs each operation JAX's fast path, some 60 us, so only where needed.
+        self._on_device = _holds_array_elsewhere(body.primal, device)
+
+    def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
+        try:
+            with running_body():
+                if open_profiles:
+                    execute = functools.partial(self._cross, operands)
+                    results = measure_body(self._body, operands, execute)
+                else:
+                    results = self._cross(operands, annotated)
+        except BaseException as error:  # noqa: BLE001 - it is raised, as XLA takes it
+            text = failing(error, self._body.primal.label)
+        else:
+            return (*results, _report("")) if self._reports else results
+        if not self._reports:
+            leave(text)
+        zeros = (np.zeros(aval.shape, aval.dtype) for aval in self._body.out_avals)
+        return (*zeros, _report(text))
+
+    def _cross(self, operands: Sequence[Any], run: Run) -> tuple[np.ndarray, ...]:
+        device = self._device
+        entered = _compat.enter_settings(self._settings, device)
+        hooks = _enter_hooks() if threading.gettrace() or threading.getprofile() else ()
+        try:
+            if self._on_device:
+                with set_current_trace(OnDevice(device)):
+                    results = evaluate_with(self._body, operands, device, run)
+            else:
+                results = evaluate_with(self._body, operands, device, run)
+            return tuple(np.asarray(result) for result in results)
+        finally:
+            for hook in hooks:
+                hook(None)
+            _compat.leave_settings(entered)
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            f"{self._body.primal.label}: a program that calls it cannot be "
+            "pickled or serialized, because its body is a Python function of this "
+            "process and not part of the program. Save what the body computes, or the "
+            "source, and compile again where it is loaded."
+        )
+
+
+def _enter_hooks() -> list[Callable[[None], None]]:
+    """Trace this thread as `threading` does those that it starts, if it is one of XLA's.
+
+    Debuggers, coverage and profilers follow a program's threads by `threading.settrace`
+    and `threading.setprofile`, which know none that Python has not started.
+
+    Returns:
+        The functions that set what was set, to be called with None.
+    """
+    entered: list[Callable[[Any], None]] = []
+    if caller() is not None:
+        return entered
+    hooks: list[tuple[Any, Any, Callable[[Any], None]]] = [
+        (threading.gettrace(), sys.gettrace(), sys.settrace),
+        (threading.getprofile(), sys.getprofile(), sys.setprofile),
+    ]
+    for wanted, current, enter in hooks:
+        if wanted is not None and current is None:
+            enter(wanted)
+            entered.append(enter)
+    return entered
+
+
+def _report(text: str) -> np.ndarray:
+    """`text` as a report, without its middle if it is long."""
+    data = text.encode()
+    half = REPORT.size // 2
+    if len(data) > REPORT.size:
+        data = data[: half - 5] + b"\n...\n" + data[-half:]
+    report = np.zeros(REPORT.shape, REPORT.dtype)
+    report[: len(data)] = np.frombuffer(data, REPORT.dtype)
+    return report
+
+
+def _holds_array_elsewhere(primal: Primal, device: _compat.Device) -> bool:
+    """Whether a body holds a JAX array that is not on `device`, global ones included.
+
+    Raises:
+        UnsupportedError: it holds one that other processes hold in part.
+    """
+    elsewhere = False
+    for path, value in held(primal.held, with_globals=True):
+        if isinstance(value, Tracer) or not isinstance(value, jax.Array):
+            continue
+        if not value.is_fully_addressable:
+            raise UnsupportedError(
+                f"{primal.label}: the body holds {value.aval.str_short()}, an array over "
+                f"several processes, as {path}. It runs in one of them, which does not "
+                "have all of its values. Pass it as an argument."
+            )
+        elsewhere = elsewhere or value.sharding.device_set != {device}
+    return elsewhere

@@ -1,0 +1,41 @@
+"""Registration of every rule of `py_func_p`. Importing this module is what registers."""
+
+from jax.interpreters import ad, batching, mlir
+
+from jpyfunc import _compat
+from jpyfunc._interpreters.eager import CALLS, HAVE_RULES
+from jpyfunc._primitive.autodiff import (
+    _py_func_dce,
+    _py_func_jvp,
+    _py_func_transpose,
+    refusing_in_linearized_while,
+)
+from jpyfunc._primitive.batching import (
+    _py_func_batching,
+    refusing_in_cond,
+    refusing_in_while,
+)
+from jpyfunc._primitive.lowering import _py_func_lowering
+from jpyfunc._primitive.primitive import (
+    StatefulEffect,
+    _py_func_abstract_eval,
+    _py_func_call,
+    _py_func_impl,
+    py_func_p,
+)
+
+py_func_p.def_impl(_py_func_impl)
+py_func_p.def_effectful_abstract_eval(_py_func_abstract_eval)
+ad.primitive_jvps[py_func_p] = _py_func_jvp
+ad.primitive_transposes[py_func_p] = _py_func_transpose
+batching.primitive_batchers[py_func_p] = _py_func_batching
+_compat.wrap_batching_rules(refusing_in_cond, refusing_in_while)
+_compat.wrap_partial_eval_of_while(refusing_in_linearized_while)
+_compat.keep_in_loops(StatefulEffect)
+_compat.register_dce(py_func_p, _py_func_dce)
+CALLS[py_func_p] = _py_func_call
+HAVE_RULES[py_func_p] = lambda params: params["params"].body.primal.rules is not None
+# Every call site has its own slot in the list of host callbacks of its program, so a
+# lowering that is shared between call sites would be wrong on TPU.
+mlir.register_lowering(py_func_p, _py_func_lowering, cacheable=False)
+_compat.lower_with_devices(py_func_p)

@@ -1,0 +1,1 @@
+"""What surrounds a run: programs in flight, and how exceptions leave them."""

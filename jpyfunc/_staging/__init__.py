@@ -1,0 +1,1 @@
+"""Bodies on abstract values: what they return, and what of them is compiled."""
