@@ -37,7 +37,7 @@ from jax._src.lax.control_flow import loops as _loops
 from jax._src.lib import xla_client as _xla_client
 from jax._src.pjit import jit_p as _jit_p
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Effect, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Effect, Jaxpr
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
@@ -413,72 +413,6 @@ def copied_jaxpr(jaxpr: Any) -> Any:
     if isinstance(jaxpr, ClosedJaxpr):
         return ClosedJaxpr(jaxpr.jaxpr, jaxpr.consts)
     return jaxpr.replace()
-
-
-@weakref_lru_cache
-def holds_numpy(jaxpr: Any) -> bool:
-    """Whether there are arrays of NumPy in a jaxpr: it never gets one that it has not."""
-    inner = jaxpr if type(jaxpr) is Jaxpr else jaxpr.jaxpr
-    atoms = [*inner.outvars, *(x for eqn in inner.eqns for x in eqn.invars)]
-    values = [*getattr(jaxpr, "consts", []), *(x.val for x in atoms if type(x) is Literal)]
-    params = [x for eqn in inner.eqns for x in eqn.params.values()]
-    return any(isinstance(x, np.ndarray) for x in values) or any(map(has_numpy, params))
-
-
-def has_numpy(parameter: Any) -> bool:
-    """Whether there are arrays of NumPy in a parameter of a primitive."""
-    if type(parameter) in (tuple, list):
-        return any(map(has_numpy, parameter))
-    is_array = isinstance(parameter, np.ndarray)
-    return is_array or (is_jaxpr(parameter) and holds_numpy(parameter))
-
-
-def owned(value: Any, own: Any) -> Any:
-    """`value`, with copies in the place of the NumPy arrays in it: their owner may write.
-
-    JAX keeps them by reference as constants and literals of jaxprs, at any depth.
-
-    Args:
-        value: an array, a jaxpr, a parameter of a primitive, or anything else.
-        own: what is called for the parts of it.
-
-    Returns:
-        `value` itself where there is nothing to copy.
-    """
-    if isinstance(value, np.ndarray):
-        return value.copy()  # of the same class: those of JAX know their weak type
-    if type(value) in (tuple, list):
-        parts = [own(part) for part in value]
-        is_same = all(a is b for a, b in zip(parts, value, strict=True))
-        return value if is_same else type(value)(parts)
-    if not is_jaxpr(value):
-        return value
-    given = getattr(value, "consts", [])
-    consts, inner = own(given), value if type(value) is Jaxpr else value.jaxpr
-    eqns = [_owned_eqn(eqn, own) for eqn in inner.eqns]
-    outvars = [_owned_atom(x) for x in inner.outvars]
-    before, after = [*inner.eqns, *inner.outvars], [*eqns, *outvars]
-    if any(a is not b for a, b in zip(before, after, strict=True)):
-        inner = inner.replace(eqns=eqns, outvars=outvars)
-    elif consts is given:
-        return value
-    if hasattr(inner, "with_consts"):  # JAX 0.12
-        return inner.with_consts(consts)
-    return inner if type(value) is Jaxpr else ClosedJaxpr(inner, consts)
-
-
-def _owned_eqn(eqn: Any, own: Any) -> Any:
-    params = {name: own(x) for name, x in eqn.params.items()}
-    invars = [_owned_atom(x) for x in eqn.invars]
-    is_same = all(params[name] is x for name, x in eqn.params.items())
-    if is_same and all(a is b for a, b in zip(invars, eqn.invars, strict=True)):
-        return eqn
-    return eqn.replace(params=params, invars=invars)
-
-
-def _owned_atom(atom: Any) -> Any:
-    is_array = isinstance(atom, Literal) and isinstance(atom.val, np.ndarray)
-    return Literal(atom.val.copy(), atom.aval) if is_array else atom
 
 
 def opened(jaxpr: Any) -> Any:

@@ -25,6 +25,7 @@ from jpyfunc._limits import (
     MAX_CONSTANT_DEPTH,
     MAX_CONSTANT_SIZE,
 )
+from jpyfunc._staging.numpy_constants import copy_numpy, holds_numpy
 
 
 class TooManyBranchPoints(BaseException):
@@ -152,15 +153,15 @@ class AbstractTrace(_compat.OneKey):
                 return copy
         elif _compat.is_jaxpr(value):
             key = id(value)
-            if not _compat.holds_numpy(value):
+            if not holds_numpy(value):
                 return value
             if key in self._owned:
                 return self._owned[key][1]
         elif type(value) in (tuple, list):
-            return _compat.owned(value, self._frozen)
+            return copy_numpy(value, self._frozen)
         else:
             return value
-        self._owned[key] = value, _compat.owned(value, self._frozen)
+        self._owned[key] = value, copy_numpy(value, self._frozen)
         return self._owned[key][1]
 
     def close(self) -> None:
@@ -199,7 +200,7 @@ class AbstractTrace(_compat.OneKey):
         return val if is_array else _compat.eval_trace.stage_value(val)
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
-        if any(map(_compat.has_numpy, params.values())):
+        if any(map(holds_numpy, params.values())):
             params = {name: self._frozen(value) for name, value in params.items()}
         avals = [jax.typeof(t) for t in tracers]
         outs, effects = primitive.abstract_eval(*avals, **params)
