@@ -7,6 +7,7 @@ a text, and each device raises that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +31,9 @@ def _abstract_eval(report: ShapedArray) -> ShapedArray:
 
 
 def _lowering(ctx: mlir.LoweringRuleContext, report: Any) -> list[Any]:
-    results, _ = _compat.emit_host_call(
-        ctx, raise_reported, None, [report], has_side_effect=True
-    )
+    is_cpu = ctx.module_context.platforms[0] == "cpu"
+    call = functools.partial(raise_reported, is_cpu)
+    results, _ = _compat.emit_host_call(ctx, call, None, [report], has_side_effect=True)
     return results
 
 

@@ -31,11 +31,11 @@ from jpyfunc._staging.closure import held
 REPORT = ShapedArray((REPORT_BYTES,), np.uint8)
 
 
-def raise_reported(report: np.ndarray) -> tuple[np.ndarray]:
+def raise_reported(raises_at_once: bool, report: np.ndarray) -> tuple[np.ndarray]:
     """Raise what a call has reported; True if that is nothing."""
     text = bytes(np.asarray(report)).rstrip(b"\0").decode("utf-8", "replace")
     if text:
-        leave(text)
+        leave(text, raises_at_once)
     return (np.asarray(True),)
 
 
@@ -49,9 +49,18 @@ class HostCall:
         body: what to run.
         settings: as `_compat.current_settings` gave them.
         device: the private one for the program, as `_compat.body_device` gave it.
+        reports: whether it returns what it raises, as `failure_report` says.
+        raises_at_once: as of `leave`.
     """
 
-    __slots__ = ("_body", "_device", "_on_device", "_reports", "_settings")
+    __slots__ = (
+        "_body",
+        "_device",
+        "_on_device",
+        "_raises_at_once",
+        "_reports",
+        "_settings",
+    )
 
     def __init__(
         self,
@@ -59,11 +68,13 @@ class HostCall:
         settings: tuple[Any, ...],
         device: _compat.Device,
         reports: bool,
+        raises_at_once: bool,
     ) -> None:
         self._body = body
         self._settings = settings
         self._device = device
         self._reports = reports
+        self._raises_at_once = raises_at_once
         # It costs each operation JAX's fast path, some 60 us, so only where needed.
         self._on_device = _holds_array_elsewhere(body.primal, device)
 
@@ -76,11 +87,11 @@ class HostCall:
                 else:
                     results = self._cross(operands, annotated)
         except BaseException as error:  # noqa: BLE001 - it is raised, as XLA takes it
-            text = failing(error, self._body.primal.label)
+            text = failing(error, self._body.primal.label, self._raises_at_once)
         else:
             return (*results, _report("")) if self._reports else results
         if not self._reports:
-            leave(text)
+            leave(text, self._raises_at_once)
         zeros = (np.zeros(aval.shape, aval.dtype) for aval in self._body.out_avals)
         return (*zeros, _report(text))
 

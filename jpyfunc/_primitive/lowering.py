@@ -42,7 +42,13 @@ def _py_func_lowering(
     device = _compat.body_device(ctx)
     results, token = _compat.emit_host_call(
         ctx.replace(avals_out=avals_out),
-        HostCall(params.body, params.settings, device, reports=whole is not None),
+        HostCall(
+            params.body,
+            params.settings,
+            device,
+            reports=whole is not None,
+            raises_at_once=ctx.module_context.platforms[0] == "cpu",
+        ),
         token,
         operands,
         has_side_effect=params.stateful,

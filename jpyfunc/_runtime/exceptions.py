@@ -1,12 +1,13 @@
 """The exception of a body on its way through XLA, which carries a text alone, and back.
 
 A failure leaves the host call as a text: what the user reads, and behind it a marker that
-it is found by. On a thread of XLA's, that text becomes a `JaxRuntimeError` once something
-waits for the program, on whatever thread. Each one is read when it is made: its marker is
-taken off before anyone sees it, and the failure has surfaced, once more. Where the host
-call runs on the thread that dispatches the program, JAX raises at once, and in the fast
-path that may be a `ValueError`, which nothing reads. So the marker is left out there, and
-the failure is known as the last one of that thread.
+it is found by. That text becomes a `JaxRuntimeError` once something waits for the program,
+on whatever thread. Each one is read when it is made: its marker is taken off before anyone
+sees it, and the failure has surfaced, once more. Where a program of a CPU calls the host on
+the thread that dispatches it, JAX raises at once, and in the fast path that may be a
+`ValueError`, which nothing reads. So the marker is left out there, and the failure is known
+as the last one of that thread. A program of a GPU calls the host on that thread, too, but
+its errors are raised where its results are waited for, as all others are.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def original_of(error: BaseException) -> BaseException | None:
     return failure.original if failure else None
 
 
-def failing(error: BaseException, label: str) -> str:
+def failing(error: BaseException, label: str, raises_at_once: bool) -> str:
     """The text by which an exception leaves a host call, for `leave`.
 
     It has that of the body, its lines and its message, and how to catch the exception.
@@ -205,6 +206,7 @@ def failing(error: BaseException, label: str) -> str:
     Args:
         error: what was raised.
         label: what errors call the user's function.
+        raises_at_once: as of `leave`.
     """
     error_itself = original_of(error) or error
     text = f"{label}:\n{_traceback(error)}"
@@ -213,9 +215,11 @@ def failing(error: BaseException, label: str) -> str:
     # XLA cuts a text at a zero byte, and crashes on a surrogate.
     text = text.rstrip().replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
     failure, marker = failures.add(error_itself, text)
-    if caller() is None:
+    is_dispatching = caller() is not None  # on this thread, a program of any block of it
+    if not (is_dispatching and raises_at_once):
         for block in failures.blocks.copy():
-            if block.has_dispatched_all():
+            is_here = block.thread == threading.get_ident()
+            if is_here if is_dispatching else block.has_dispatched_all():
                 block.failures.append(failure)
     return text + marker
 
@@ -255,13 +259,18 @@ _suspended: Any = _nowhere()
 next(_suspended)
 
 
-def leave(text: str) -> NoReturn:
+def leave(text: str, raises_at_once: bool) -> NoReturn:
     """Raise what XLA makes an error of.
 
     XLA prints the stack that the innermost frame of an exception is on, JAX's calls and
     all. That of a generator which is suspended is on none.
+
+    Args:
+        text: as `failing` gave it.
+        raises_at_once: whether JAX raises the error of such a program where it dispatches
+            it, if that is on this thread.
     """
-    frame = caller()
+    frame = caller() if raises_at_once else None
     if frame is not None:
         failure = failures.marked(text)
         text = _MARKER.sub("", text)
