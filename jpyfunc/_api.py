@@ -657,7 +657,7 @@ class PyFunc:
         batch = running_batch()
         if batch and template is not None and not template.leaves:
             batch.cannot(f"{self._where}, which returns nothing")
-        note(runs=1, elements=len(batch.part.rows) - 1 if batch else 0)
+        note(runs=1, elements=len(batch.subset.rows) - 1 if batch else 0)
         try:
             result = run(self.__name__, self._func, *args, **kwargs)
         except jax.errors.JAXTypeError as error:

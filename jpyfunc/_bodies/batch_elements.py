@@ -19,10 +19,11 @@ from jpyfunc._bodies.profile import Run, elements_counted, note, note_why, title
 from jpyfunc._bodies.random_draws import drawn_since, generators
 from jpyfunc._errors import warn_at_function
 from jpyfunc._hashable import unwrapped
-from jpyfunc._interpreters.batch_tracer import BatchTracer, CannotBatch, Subset
+from jpyfunc._interpreters.batch_tracer import BatchTracer, CannotBatch
 from jpyfunc._interpreters.by_branch import ByBranchTrace, number_of
 from jpyfunc._interpreters.operation_cache import LruCache
 from jpyfunc._interpreters.operations import first_line
+from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import (
     MAX_BATCH_BYTES,
     MAX_ELEMENT_BYTES,
@@ -161,7 +162,7 @@ class BatchElements:
             if isinstance(self.base, WithTape) and i == len(values) - 1:
                 results.append(tape_cache.of_rows(np.asarray(value), count))
             elif isinstance(value, BatchTracer):
-                results.append(np.asarray(value.on(part))[:count])
+                results.append(np.asarray(value.padded_rows(part))[:count])
             else:
                 array = np.asarray(value)
                 results.append(np.broadcast_to(array, (count, *array.shape)))
@@ -323,7 +324,7 @@ def _chunks(root: Subset, most: int) -> list[Subset]:
     count = len(root.rows)
     if count <= most:
         return [root]
-    return [root.cut(np.arange(i, min(i + most, count))) for i in range(0, count, most)]
+    return [root.take(np.arange(i, min(i + most, count))) for i in range(0, count, most)]
 
 
 def _roots(elements: BatchElements) -> Iterator[Subset]:
@@ -341,7 +342,7 @@ def _roots(elements: BatchElements) -> Iterator[Subset]:
         rows = np.flatnonzero(labels == label)
         if tape_cache.is_void(tickets[place]):  # and so is what is computed here
             continue
-        known, part = tape_cache.part_of(recorded, tickets[place])
+        known, part = tape_cache.subset_of(recorded, tickets[place])
         if not known:
             lost.append(rows)
         else:
@@ -368,7 +369,7 @@ def _run_part(elements: BatchElements, root: Subset) -> Iterator[int | str]:
     waiting: list[Any] = [(root, ())]
     while waiting:
         part, log = waiting.pop()
-        if part.size == 1 and part is not root:  # arrays of one are no longer than others
+        if part.length == 1 and part is not root:  # arrays of one are no longer than others
             elements.run_each(part.rows)
             yield len(waiting)
             continue
@@ -378,8 +379,8 @@ def _run_part(elements: BatchElements, root: Subset) -> Iterator[int | str]:
             elements_counted(counted)
             yield results
             return
-        elements.put(batch.part, results)
-        note(elements=len(batch.part.rows) - 1)
+        elements.put(batch.subset, results)
+        note(elements=len(batch.subset.rows) - 1)
         waiting += batch.waiting
         batch.waiting = []
         yield len(waiting)
@@ -397,12 +398,12 @@ def _attempt(
     try:
         with batch.running(part, log):
             values = elements.run(operands)
-        results = elements.rows_of(batch.part, values)
+        results = elements.rows_of(batch.subset, values)
     except (CannotBatch, Exception) as error:  # noqa: BLE001 - raised again, if it is theirs
         return batch.refused or first_line(error)
     except BaseException as error:
-        numbers = [batch.number(row) for row in batch.part.rows[:6].tolist()]
-        more = ", ..." if len(batch.part.rows) > 6 else ""
+        numbers = [batch.number(row) for row in batch.subset.rows[:6].tolist()]
+        more = ", ..." if len(batch.subset.rows) > 6 else ""
         error.add_note(
             f"{elements.base.primal.label} ran on elements "
             f"{', '.join(map(str, numbers))}{more} of a batch."

@@ -27,10 +27,10 @@ class RuleResiduals:
 
     Attributes:
         value: any Python object.
-        part: as of `Tape`.
+        subset: as of `Tape`.
     """
 
-    part = None
+    subset = None
 
     def __init__(self, value: Any) -> None:
         self.value = value

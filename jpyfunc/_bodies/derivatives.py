@@ -40,7 +40,7 @@ def call(body: FlatBody, operands: Sequence[Any], device: _compat.Device) -> lis
 def _elements() -> int:
     """How many elements of a batch run now."""
     batch = running_batch()
-    return len(batch.part.rows) if batch else 1
+    return len(batch.subset.rows) if batch else 1
 
 
 def _primal(body: Primal, operands: Sequence[Any], device: _compat.Device) -> list[Any]:

@@ -31,8 +31,9 @@ from jpyfunc._bodies.primal import (
     Primal,
 )
 from jpyfunc._hashable import unwrapped
-from jpyfunc._interpreters.batch_tracer import Subset, running_batch
+from jpyfunc._interpreters.batch_tracer import running_batch
 from jpyfunc._interpreters.operations import aval_of
+from jpyfunc._interpreters.subset import Subset
 from jpyfunc._interpreters.tape import Tape
 from jpyfunc._limits import (
     ARRAY_OVERHEAD,
@@ -370,17 +371,17 @@ def find(recorded: AtTape, ticket: Any) -> Any:
     if data.ndim > 1 and (data.reshape(-1, 4) != of_rows(first, data.size // 4)).any():
         return None
     tape = _cache.find(first[:3].tobytes(), recorded.base)
-    if tape is None or tape.part is None:
+    if tape is None or tape.subset is None:
         return None if first[3] else tape
-    # A run by branch serves parts of its own alone.
+    # A run by branch serves subsets of its own alone.
     batch = running_batch()
-    return tape if batch and batch.part.places_in(tape.part) is not None else None
+    return tape if batch and batch.subset.places_in(tape.subset) is not None else None
 
 
-def part_of(recorded: AtTape, ticket: np.ndarray) -> tuple[bool, Subset | None]:
+def subset_of(recorded: AtTape, ticket: np.ndarray) -> tuple[bool, Subset | None]:
     """Whether the run is kept that a ticket is of, and the elements it was of by branch."""
     tape = _cache.find(ticket[:3].tobytes(), recorded.base)
-    return tape is not None, tape and tape.part
+    return tape is not None, tape and tape.subset
 
 
 def spend(recorded: AtTape, tickets: Any) -> None:

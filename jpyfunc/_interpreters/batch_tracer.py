@@ -13,13 +13,8 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._limits import (
-    MAX_PADDED_BYTES,
-    MAX_UNSTACKED_ROWS,
-    ROWS_GROWTH,
-    SHORTEST_ROWS,
-    SHOWN_ROWS,
-)
+from jpyfunc._interpreters.subset import Subset
+from jpyfunc._limits import MAX_UNSTACKED_ROWS, SHOWN_ROWS
 
 _local = (
     threading.local()
@@ -28,66 +23,6 @@ _local = (
 
 class CannotBatch(BaseException):
     """Something that a body does cannot be done for many elements at once."""
-
-
-def padded(count: int, nbytes: int) -> int:
-    """How long arrays of `count` elements are made, of which each takes `nbytes`.
-
-    Operations are compiled for each length, at tens of milliseconds. What one on a small
-    array takes hardly depends on the length: these have few, and others powers of two.
-    """
-    length = SHORTEST_ROWS
-    while length < count:
-        length *= ROWS_GROWTH
-    return length if length * nbytes <= MAX_PADDED_BYTES else 1 << (count - 1).bit_length()
-
-
-class Subset:
-    """Some elements of a batch; arrays of them are padded, to few lengths in all.
-
-    Attributes:
-        rows: the numbers of the elements in the batch.
-        nbytes: of an element of the largest array so far.
-        size: how long arrays are: after the elements, the first is repeated.
-        parent: the part that it was cut from, or None.
-        index: the places in `parent`.
-    """
-
-    __slots__ = ("index", "nbytes", "parent", "rows", "size")
-
-    def __init__(
-        self, rows: np.ndarray, parent: Subset | None, index: np.ndarray, nbytes: int
-    ) -> None:
-        self.rows = rows
-        self.nbytes = nbytes
-        self.size = padded(len(rows), nbytes)
-        self.parent = parent
-        self.index = index
-
-    def cut(self, index: np.ndarray) -> Subset:
-        """The elements at these places."""
-        return Subset(self.rows[index], self, index, self.nbytes)
-
-    def with_arrays_of(self, nbytes: int) -> Subset:
-        """The same elements, where an array takes so many bytes for each."""
-        if nbytes > self.nbytes:
-            if padded(len(self.rows), nbytes) != self.size:
-                return Subset(self.rows, self, np.arange(len(self.rows)), nbytes)
-            self.nbytes = nbytes
-        return self
-
-    def places_in(self, other: Subset) -> np.ndarray | None:
-        """Where the elements are in a part that this one is cut from; None if it is not."""
-        index, part = np.arange(len(self.rows)), self
-        while part is not other:
-            if part.parent is None:
-                return None
-            index, part = part.index[index], part.parent
-        return index
-
-    def pad(self, index: np.ndarray) -> np.ndarray:
-        """One place per element, padded."""
-        return np.concatenate([index, np.repeat(index[:1], self.size - len(index))])
 
 
 def running_batch() -> Any:
@@ -115,46 +50,50 @@ def is_batch_tracer(value: Any) -> bool:
 
 
 class BatchTracer(Tracer):
-    """One array for each element of a part of a batch. To a body, it is one array.
+    """One array for each element of a subset of a batch. To a body, it is one array.
 
-    A truth test and a read of its value split the part, where the elements differ: the
+    A truth test and a read of its value split the subset, where the elements differ: the
     run goes on with those that agree, and the others are run later.
     """
 
-    __slots__ = ("_cut", "part", "value")
+    __slots__ = ("_cut", "subset", "value")
 
     aval: Any
 
-    def __init__(self, trace: Any, part: Subset, value: Any) -> None:
+    def __init__(self, trace: Any, subset: Subset, value: Any) -> None:
         aval = value.aval
         self._trace = trace
         self.aval = ShapedArray(aval.shape[1:], aval.dtype, aval.weak_type)
-        self.part = part
+        self.subset = subset
         self.value = value
-        self._cut = (part, value)  # the last part that it was cut to
+        self._cut = (subset, value)  # the last subset that it was cut to
 
-    def on(self, part: Subset) -> Any:
-        """The array of a part that is cut from that of this one, padded."""
-        if self._cut[0] is not part:
-            index = part.places_in(self.part)
+    def padded_rows(self, subset: Subset) -> Any:
+        """The array of a subset that is cut from that of this one, padded."""
+        if self._cut[0] is not subset:
+            index = subset.places_in(self.subset)
             if index is None:
                 raise TypeError(
                     f"{self._trace.label}: an array of other elements of the batch is "
                     "used, which the body kept from an earlier run. Pass it as argument, "
                     'or run the body once per element: vmap_method="sequential".'
                 )
-            self._cut = (part, rows_of(self.value, part.pad(index)))
+            self._cut = (subset, rows_of(self.value, subset.pad(index)))
         return self._cut[1]
 
-    def settled(self, part: Subset) -> BatchTracer:
-        """It for the elements of `part` alone."""
-        return self if self.part is part else BatchTracer(self._trace, part, self.on(part))
+    def take(self, subset: Subset) -> BatchTracer:
+        """It for the elements of `subset` alone."""
+        return (
+            self
+            if self.subset is subset
+            else BatchTracer(self._trace, subset, self.padded_rows(subset))
+        )
 
     def _rows(self) -> tuple[Any, np.ndarray]:
-        """The trace that runs, and the array of its part, without padding."""
+        """The trace that runs, and the array of its subset, without padding."""
         self.check_runs()
         batch = running_batch()
-        return batch, data_of(self.on(batch.part))[: len(batch.part.rows)]
+        return batch, data_of(self.padded_rows(batch.subset))[: len(batch.subset.rows)]
 
     @property
     def is_running(self) -> bool:
@@ -190,7 +129,7 @@ class BatchTracer(Tracer):
         """The value that all elements have once those with another are split off."""
         batch, rows = self._rows()
         batch.agree(rows)
-        return rows_of(self.on(batch.part), 0)
+        return rows_of(self.padded_rows(batch.subset), 0)
 
     # Where JAX asks this, it may go on without the value.
     def to_concrete_value(self) -> Any:
@@ -250,15 +189,15 @@ class BatchTracer(Tracer):
 
     def __repr__(self) -> str:
         batch = running_batch()
-        part = self.part
-        if batch is not None and batch.part.places_in(part) is not None:
-            part = batch.part
-        rows = data_of(self.on(part))
+        subset = self.subset
+        if batch is not None and batch.subset.places_in(subset) is not None:
+            subset = batch.subset
+        rows = data_of(self.padded_rows(subset))
         shown = [
             f"{batch.number(row) if batch else row}: {value!s}"
-            for row, value in zip(part.rows[:SHOWN_ROWS].tolist(), rows, strict=False)
+            for row, value in zip(subset.rows[:SHOWN_ROWS].tolist(), rows, strict=False)
         ]
-        more = len(part.rows) - len(shown)
+        more = len(subset.rows) - len(shown)
         shown += [f"{more} more"] if more > 0 else []
         return f"Batched({self.aval.str_short()}, {{{', '.join(shown)}}})"
 
@@ -269,7 +208,7 @@ def _unstack(x: Any) -> list[Any]:
 
 
 class UnreadValue:
-    """Stands for a value that is read, and splits the part, once it is used."""
+    """Stands for a value that is read, and splits the subset, once it is used."""
 
     def __init__(self, batched: BatchTracer) -> None:
         self._batched = batched

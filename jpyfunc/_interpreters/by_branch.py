@@ -19,12 +19,12 @@ from jpyfunc import _compat
 from jpyfunc._interpreters.batch_tracer import (
     BatchTracer,
     CannotBatch,
-    Subset,
     data_of,
     enter_batch,
 )
 from jpyfunc._interpreters.eager import EagerTrace, ground, run
 from jpyfunc._interpreters.operations import CompiledOperation, UncachedOperation
+from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import (
     MAX_LOG_BYTES,
 )
@@ -34,11 +34,11 @@ Entry = tuple[CompiledOperation, Sequence[Any], list[Any]]
 
 
 class ByBranchTrace(EagerTrace):
-    """Runs operations on a part of a batch, which gets smaller where elements differ.
+    """Runs operations on a subset of a batch, which gets smaller where elements differ.
 
     Attributes:
-        part: the elements that run now.
-        waiting: the parts that were split off, each with the operations before.
+        subset: the elements that run now.
+        waiting: the subsets that were split off, each with the operations before.
         refused: why something could not be done for many elements, so that what the run
             returns is nothing; the body may have caught the exception. Empty if nothing.
         label: what errors call the function that is run.
@@ -49,7 +49,7 @@ class ByBranchTrace(EagerTrace):
         super().__init__(ground())
         self.label = label
         self.sizes = sizes
-        self.part: Subset
+        self.subset: Subset
         self.waiting: list[tuple[Subset, Sequence[Entry]]] = []
         self.refused = ""
         self._log: list[Entry] = []
@@ -58,10 +58,10 @@ class ByBranchTrace(EagerTrace):
         self._primitive: Any = None  # that was bound last
 
     @contextmanager
-    def running(self, part: Subset, log: Sequence[Entry]) -> Iterator[None]:
-        """Run what is called in the block on `part`, which did `log` already."""
-        # A list of its own: one log belongs to all parts that were split off at one read.
-        self.part, self._log, self._done = part, [*log], 0
+    def running(self, subset: Subset, log: Sequence[Entry]) -> Iterator[None]:
+        """Run what is called in the block on `subset`, which did `log` already."""
+        # A list of its own: one log belongs to all subsets that were split off at one read.
+        self.subset, self._log, self._done = subset, [*log], 0
         self._nbytes = sum(map(_nbytes, log))
         try:
             with enter_batch(self), set_current_trace(self):
@@ -82,7 +82,7 @@ class ByBranchTrace(EagerTrace):
         """Go on with elements that have one value; return it.
 
         Args:
-            rows: a value for each element of the part.
+            rows: a value for each element of the subset.
         """
         flat = rows.reshape(len(rows), -1)
         if len(rows) > 1 and flat.shape[1]:
@@ -98,19 +98,19 @@ class ByBranchTrace(EagerTrace):
         places = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
         groups = sorted(places, key=lambda group: group[0], reverse=True)
         largest = max(groups, key=lambda group: (len(group), -group[0]))
-        part, log = self.part, tuple(self._log[: self._done])
-        self.waiting += [(part.cut(g), log) for g in groups if g is not largest]
-        self.part = part.cut(largest)
+        subset, log = self.subset, tuple(self._log[: self._done])
+        self.waiting += [(subset.take(g), log) for g in groups if g is not largest]
+        self.subset = subset.take(largest)
         return int(largest[0])
 
     def batched(self, value: Any) -> BatchTracer:
-        """An array with a row for each element of the part, padded."""
-        return BatchTracer(self, self.part, value)
+        """An array with a row for each element of the subset, padded."""
+        return BatchTracer(self, self.subset, value)
 
     def apply(
         self, operation: CompiledOperation | UncachedOperation, operands: Sequence[Any]
     ) -> list[Any]:
-        """Run an operation on all elements of the part."""
+        """Run an operation on all elements of the subset."""
         if isinstance(operation, UncachedOperation):
             with set_current_trace(self):
                 return operation.call(*operands)
@@ -135,8 +135,10 @@ class ByBranchTrace(EagerTrace):
             function = operation.batched(axes)
             if function is None:
                 self.cannot(operation.refusal)
-            part = self.part = self.part.with_arrays_of(operation.nbytes)
-            values = [x.on(part) if type(x) is BatchTracer else x for x in operands]
+            subset = self.subset = self.subset.with_arrays_of(operation.nbytes)
+            values = [
+                x.padded_rows(subset) if type(x) is BatchTracer else x for x in operands
+            ]
             if self.move is not None:
                 values = [self.move(x) for x in values]
             with set_current_trace(_compat.eval_trace):

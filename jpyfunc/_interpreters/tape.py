@@ -52,7 +52,7 @@ class Tape:
     Attributes:
         wrt: the operands of the run that it can be differentiated by.
         values: its results.
-        part: the elements that the run was of, if it was one by branch.
+        subset: the elements that the run was of, if it was one by branch.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class Tape:
         self._at = list(at)
         self._tape = tape.parent if is_tape_trace(tape.parent) else None
         batch = running_batch()
-        self.part = batch.part if batch else None
+        self.subset = batch.subset if batch else None
         if batch:  # of the elements that left meanwhile, nothing is kept
             for values in self._values():
                 values[:] = [
-                    x.settled(batch.part) if is_batch_tracer(x) else x for x in values
+                    x.take(batch.subset) if is_batch_tracer(x) else x for x in values
                 ]
 
     def arrays(self) -> Iterator[Any]:
