@@ -45,5 +45,5 @@ def test_other_platforms_are_refused(platforms):
 
 def test_a_program_shows_which_function_it_calls():
     text = str(jax.make_jaxpr(jax.grad(f))(1.0, 2.0))
-    assert "params=recording of log_huber" in text
+    assert "params=with tape of log_huber" in text
     assert "params=vjp of log_huber" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -78,7 +79,7 @@ class Params:
         body: Any = self.body
         while hasattr(body, "base"):
             if not isinstance(body, AtTape):
-                kinds.append(type(body).__name__.lower())
+                kinds.append(re.sub(r"(?<=.)(?=[A-Z])", " ", type(body).__name__).lower())
             body = body.base
         return " of ".join([*kinds, self.body.primal.name])
 
