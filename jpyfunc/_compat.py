@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import sys
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -347,39 +345,6 @@ class no_axis_names:  # noqa: N801 - a context manager
 
     def __exit__(self, *exc_info: object) -> None:
         _core.trace_ctx.set_axis_env(self._before)
-
-
-class OneKey(_core.Trace):
-    """A trace of which all of one class share a key in the caches of `jax.jit`.
-
-    These keys have the `_weakref` of the current trace. With another in each run of a
-    body, every jitted function that it calls would get a new entry in each run, in a
-    bucket that is searched from end to end.
-
-    `get_opaque_trace_state` compares the same attribute. Libraries that forbid to change
-    in one trace what was made in another (flax, haiku) build on it, so it gets that of
-    the run, or that of no trace where a class says that its values are as outside of any.
-    """
-
-    _is_transparent = False
-    _of_class: Any
-
-    def __init_subclass__(cls) -> None:
-        cls._stand_in = _core.Trace()
-        cls._of_class = weakref.ref(cls._stand_in)
-
-    @property
-    def _weakref(self) -> Any:
-        if sys._getframe(1).f_code is not _OF_STATE:
-            return self._of_class
-        return eval_trace._weakref if self._is_transparent else self._own
-
-    @_weakref.setter
-    def _weakref(self, own: Any) -> None:
-        self._own = own
-
-
-_OF_STATE = _core.get_opaque_trace_state.__code__
 
 
 def is_eager() -> bool:

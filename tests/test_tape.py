@@ -113,6 +113,25 @@ def test_what_an_array_says_of_itself():
     assert said == plain
 
 
+def test_waiting_for_an_array_keeps_its_gradient(way):
+    def body(x):
+        return jnp.sin(x).block_until_ready() * x
+
+    x = jnp.float32(0.5)
+    got = call(way(py_func(body, Tout=f32)), x)
+    assert_close(got, way(lambda x: jnp.sin(x) * x)(x))
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: x.addressable_data(0), lambda x: x.addressable_shards[0].data]
+)
+def test_data_taken_from_an_array_is_refused_under_a_gradient(read):
+    wrapped = py_func(lambda x: x * read(jnp.sin(x)), Tout=f32)
+    assert wrapped(jnp.float32(0.5)) == pytest.approx(0.5 * np.sin(0.5), rel=1e-6)
+    with pytest.raises(NotDifferentiableError, match="converted to raw data"):
+        jax.grad(wrapped)(jnp.float32(0.5))
+
+
 def test_pdb_and_plots_see_values():
     shown = []
 

@@ -168,20 +168,6 @@ class ByBranchTrace(EagerTrace):
     ) -> list[Any]:
         self.cannot(f"{self._primitive.name} may be another operation in every run")
 
-    def process_custom_jvp_call(
-        self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **_: Any
-    ) -> Any:
-        return self._call(fun, tracers)
-
-    def process_custom_vjp_call(
-        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **_: Any
-    ) -> Any:
-        return self._call(fun, tracers)
-
-    def _call(self, fun: Any, operands: Any) -> Any:
-        with set_current_trace(self):
-            return fun.call_wrapped(*operands)
-
     def process_shard_map(self, *_: Any, **__: Any) -> Any:
         self.cannot("shard_map")
 

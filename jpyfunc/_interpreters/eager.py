@@ -13,6 +13,7 @@ import jax
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
+from jpyfunc._interpreters.base_trace import BodyTrace
 from jpyfunc._interpreters.on_device import OnDevice
 from jpyfunc._interpreters.operation_cache import (
     Uncacheable,
@@ -45,7 +46,7 @@ def ground() -> Any:
     return trace
 
 
-class EagerTrace(_compat.OneKey):
+class EagerTrace(BodyTrace):
     """Runs operations at once.
 
     Attributes:
@@ -73,8 +74,10 @@ class EagerTrace(_compat.OneKey):
         """Run a bind that may be another in every call."""
         return self.apply(loose, operands)
 
-    def stage_value(self, val: Any) -> Any:
-        return val if isinstance(val, jax.Array) else _compat.eval_trace.stage_value(val)
+    def apply_function(
+        self, call: Callable[..., list[Any]], operands: Sequence[Any]
+    ) -> list[Any]:
+        return self.apply(UncachedOperation(call), operands)
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive is _compat.jit_p:

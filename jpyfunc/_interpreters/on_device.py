@@ -11,9 +11,10 @@ from jax.core import ShapedArray
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
+from jpyfunc._interpreters.base_trace import BodyTrace
 
 
-class OnDevice(_compat.OneKey, _compat.EvalTrace):
+class OnDevice(_compat.EvalTrace, BodyTrace):
     """Evaluates operations at once and on one device, wherever their operands are.
 
     An operand on another device, such as a global array, would be copied by the client

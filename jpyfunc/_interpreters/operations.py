@@ -504,27 +504,6 @@ def is_host_call(primitive: Any, params: Any) -> bool:
     )
 
 
-def apply_shard_map(
-    primitive: Any, fun: Any, params: Any, apply: Callable[[Any], Sequence[Any]]
-) -> Any:
-    """What a trace gives for a `shard_map`, which is to be in a flat tree of JAX's.
-
-    Args:
-        primitive: that of `shard_map`.
-        fun: what it maps.
-        params: its other parameters.
-        apply: from a function of the operands, with a list of results, to these results.
-    """
-    structure: list[Any] = []
-
-    def call(*operands: Any) -> list[Any]:
-        structure[:] = [primitive.bind(*operands, subfuns=(fun,), **params)]
-        return [*structure[0]]
-
-    results = apply(call)
-    return structure[0].update(results)
-
-
 @_compat.weakref_lru_cache
 def calls_host(jaxpr: Any) -> bool:
     """Whether a jaxpr has an effect, or calls the host."""

@@ -23,7 +23,6 @@ from jpyfunc._interpreters.operations import (
     Linearization,
     UncachedLinearization,
     UncachedOperation,
-    apply_shard_map,
 )
 from jpyfunc._interpreters.tape_tracer import TapeTracer
 
@@ -180,18 +179,12 @@ class TapeTrace(EagerTrace):
         with set_current_trace(self.parent):
             return primitive.bind(*map(self._value, operands), **params)
 
-    def process_custom_jvp_call(
-        self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **params: Any
-    ) -> Any:
-        return self._call_custom(primitive, (fun, jvp), tracers, params)
-
-    def process_custom_vjp_call(
-        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **params: Any
-    ) -> Any:
-        return self._call_custom(primitive, (fun, fwd, bwd), tracers, params)
-
-    def _call_custom(
-        self, primitive: Any, functions: Any, operands: Sequence[Any], params: Any
+    def call_custom(
+        self,
+        primitive: Any,
+        functions: Sequence[Any],
+        operands: Sequence[Any],
+        params: dict[str, Any],
     ) -> list[Any]:
         if not self._active(operands):
             return self._bind(primitive, operands, {"subfuns": functions, **params})
@@ -212,13 +205,3 @@ class TapeTrace(EagerTrace):
         for rule in functions[1:]:
             operation.stores.extend(_compat.taken(rule))
         return results
-
-    def process_shard_map(
-        self, primitive: Any, fun: Any, tracers: Any, /, **params: Any
-    ) -> Any:
-        return apply_shard_map(
-            primitive,
-            fun,
-            params,
-            lambda call: self.apply(UncachedOperation(call), tracers),
-        )

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax.core import Tracer
-
 from jpyfunc._errors import (
     GradientCutWarning,
     NotDifferentiableError,
@@ -18,6 +16,7 @@ from jpyfunc._errors import (
     user_frame,
     warn_at,
 )
+from jpyfunc._interpreters.base_tracer import BodyTracer
 from jpyfunc._interpreters.operations import aval_of
 
 REMEDIES = (
@@ -37,7 +36,7 @@ def value_if_over(value: Any) -> Any:
     return value.full_lower() if type(value) is TapeTracer else value
 
 
-class TapeTracer(Tracer):
+class TapeTracer(BodyTracer):
     """An array that a tape differentiates. It has a value, and looks like it."""
 
     __slots__ = ("slot", "value")
@@ -71,40 +70,13 @@ class TapeTracer(Tracer):
     def __str__(self) -> str:
         return str(self.array)
 
-    def __format__(self, spec: str) -> str:
-        return format(self.array, spec)
+    def concrete(self, use: str) -> Any:
+        return self.array
 
-    def __float__(self) -> float:
-        return float(self._read("float()"))
+    def placement(self, name: str) -> Any:
+        return getattr(self.array, name)
 
-    def __complex__(self) -> complex:
-        return complex(self._read("complex()"))
-
-    def item(self, *args: Any) -> Any:
-        return self._read("item()").item(*args)
-
-    def tolist(self) -> Any:
-        return self._read("tolist()").tolist()
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._converted("NumPy").__array__(*args, **kwargs)
-
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._converted("another library").__dlpack__(*args, **kwargs)
-
-    def tobytes(self, order: str = "C") -> Any:
-        return self._converted("bytes").tobytes(order)
-
-    def __reduce__(self) -> Any:
-        return self._converted("a pickle").__reduce__()
-
-    def __copy__(self) -> TapeTracer:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> TapeTracer:
-        return self
-
-    def _read(self, how: str) -> Any:
+    def detached(self, use: str) -> Any:
         """The value, for a scalar that Python goes on with."""
         array, tape = self.array, self._trace
         if tape.is_open:
@@ -112,7 +84,7 @@ class TapeTracer(Tracer):
             tape.reads.append(place_of_frame(frame))
             warn_at(
                 frame,
-                f"{tape.label} is differentiated, and {how} reads a value that its "
+                f"{tape.label} is differentiated, and {use} reads a value that its "
                 f"gradient flows through{tape.reads[-1]}: what is computed of the Python "
                 "number has no gradient. If that is meant, write "
                 "jax.lax.stop_gradient(x) there.",
@@ -120,7 +92,7 @@ class TapeTracer(Tracer):
             )
         return array
 
-    def _converted(self, to: str) -> Any:
+    def exported(self, to: str) -> Any:
         """The value, for a conversion that no gradient flows through."""
         tape = self._trace
         if tape.is_open:
@@ -131,27 +103,3 @@ class TapeTracer(Tracer):
                 f"    {line_of(frame)}\nwhere the gradient would be cut. {REMEDIES}"
             )
         return self.array
-
-
-def _forwarded(name: str) -> property:
-    return property(lambda self: getattr(self.array, name))
-
-
-# What is asked of a value and says nothing that a gradient could flow through.
-for _name in (
-    "addressable_data",
-    "addressable_shards",
-    "block_until_ready",
-    "committed",
-    "copy_to_host_async",
-    "device",
-    "devices",
-    "global_shards",
-    "is_deleted",
-    "is_fully_addressable",
-    "is_fully_replicated",
-    "on_device_size_in_bytes",
-    "sharding",
-    "unsafe_buffer_pointer",
-):
-    setattr(TapeTracer, _name, _forwarded(_name))

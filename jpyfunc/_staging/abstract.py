@@ -15,11 +15,8 @@ from jax.extend.core import Literal, Primitive, jaxprs_in_params, set_current_tr
 
 from jpyfunc import _compat
 from jpyfunc._errors import line_of, place_of_frame, user_frame
-from jpyfunc._interpreters.operations import (
-    apply_shard_map,
-    calls_host,
-    is_host_call,
-)
+from jpyfunc._interpreters.base_trace import BodyTrace
+from jpyfunc._interpreters.operations import calls_host, is_host_call
 from jpyfunc._limits import (
     MAX_BRANCH_POINTS,
     MAX_CONSTANT_DEPTH,
@@ -89,7 +86,7 @@ class BranchPoint:
     steps: list[Equation]
 
 
-class AbstractTrace(_compat.OneKey):
+class AbstractTrace(BodyTrace):
     """Evaluates operations on avals alone, and answers truth tests from a script.
 
     Attributes:
@@ -261,35 +258,22 @@ class AbstractTrace(_compat.OneKey):
                 self._constants[id(x)] = weakref.ref(x), Constant(step, i, x.aval)
         return results
 
-    def process_custom_jvp_call(
-        self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **params: Any
-    ) -> Any:
-        return self._call_custom(primitive, (fun, jvp), tracers, params)
-
-    def process_custom_vjp_call(
-        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **params: Any
-    ) -> Any:
-        return self._call_custom(primitive, (fun, fwd, bwd), tracers, params)
-
-    def process_shard_map(
-        self, primitive: Any, fun: Any, tracers: Any, /, **params: Any
-    ) -> Any:
-        return apply_shard_map(
-            primitive, fun, params, lambda call: self._note_whole(call, tracers)
-        )
-
-    def _call_custom(
-        self, primitive: Any, functions: Any, operands: Sequence[Any], params: Any
+    def call_custom(
+        self,
+        primitive: Any,
+        functions: Sequence[Any],
+        operands: Sequence[Any],
+        params: dict[str, Any],
     ) -> Any:
         if not self._keeps_rules:
-            with set_current_trace(self):
-                return functions[0].call_wrapped(*operands)
-        return self._note_whole(
+            return super().call_custom(primitive, functions, operands, params)
+        return self.apply_function(
             lambda *xs: primitive.bind(*xs, subfuns=functions, **params), operands
         )
 
-    def _note_whole(self, call: Any, operands: Sequence[Any]) -> list[Any]:
-        """Note all that a function does as one operation."""
+    def apply_function(
+        self, call: Callable[..., list[Any]], operands: Sequence[Any]
+    ) -> list[Any]:
         with set_current_trace(_compat.eval_trace):
             closed = self._frozen(jax.make_jaxpr(call)(*operands))
         is_pure = not calls_host(closed)

@@ -1,0 +1,100 @@
+"""Base of the traces that run a body: what JAX asks of each of them."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.core import Trace
+from jax.extend.core import get_opaque_trace_state, set_current_trace
+
+from jpyfunc import _compat
+
+_STATE_CODE = get_opaque_trace_state.__code__
+
+
+class BodyTrace(Trace):
+    """A trace under which a body runs.
+
+    All traces of one class share a key in the caches of `jax.jit`, which contains the
+    `_weakref` of the current trace. A body runs under a new trace each time; with a key
+    of its own for each, every jitted function that the body calls would be traced again in
+    every run, and its entries pile up in one bucket that is searched linearly.
+
+    `jax.extend.core.get_opaque_trace_state` compares the same attribute. Libraries that
+    forbid changing in one trace what was made in another (flax, haiku) build on it, so it
+    alone gets the reference of this very trace, or that of no trace if the class says that
+    its values are as good as outside of any.
+    """
+
+    _is_transparent = False
+    _shared_key: Any
+    _own_key: Any
+
+    def __init_subclass__(cls) -> None:
+        cls._stand_in = Trace()  # JAX holds the key weakly
+        cls._shared_key = weakref.ref(cls._stand_in)
+
+    @property
+    def _weakref(self) -> Any:
+        if sys._getframe(1).f_code is not _STATE_CODE:
+            return self._shared_key
+        return _compat.eval_trace._weakref if self._is_transparent else self._own_key
+
+    @_weakref.setter
+    def _weakref(self, own: Any) -> None:
+        self._own_key = own
+
+    def stage_value(self, val: Any) -> Any:
+        return val if isinstance(val, jax.Array) else _compat.eval_trace.stage_value(val)
+
+    def process_custom_jvp_call(
+        self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **params: Any
+    ) -> Any:
+        return self.call_custom(primitive, (fun, jvp), tracers, params)
+
+    def process_custom_vjp_call(
+        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **params: Any
+    ) -> Any:
+        return self.call_custom(primitive, (fun, fwd, bwd), tracers, params)
+
+    def call_custom(
+        self,
+        primitive: Any,
+        functions: Sequence[Any],
+        operands: Sequence[Any],
+        params: dict[str, Any],
+    ) -> Sequence[Any]:
+        """Call a function that has a custom derivative rule; here, without its rule.
+
+        Args:
+            primitive: that of `jax.custom_jvp` or `jax.custom_vjp`.
+            functions: the function, then its rules, as JAX wraps them.
+            operands: flat.
+            params: the other parameters of the bind.
+        """
+        with set_current_trace(self):
+            return functions[0].call_wrapped(*operands)
+
+    def process_shard_map(
+        self, primitive: Any, fun: Any, tracers: Any, /, **params: Any
+    ) -> Any:
+        # JAX expects the results in a flat tree of its own, which also knows their
+        # structure. So the tree of the call is kept, and its leaves replaced.
+        trees: list[Any] = []
+
+        def call(*operands: Any) -> list[Any]:
+            trees[:] = [primitive.bind(*operands, subfuns=(fun,), **params)]
+            return [*trees[0]]
+
+        results = self.apply_function(call, tracers)
+        return trees[0].update(results)
+
+    def apply_function(
+        self, call: Callable[..., list[Any]], operands: Sequence[Any]
+    ) -> Sequence[Any]:
+        """Run a function of JAX, from operands to a list of results, as one operation."""
+        raise NotImplementedError
