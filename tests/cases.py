@@ -167,7 +167,7 @@ def uses_jitted_py_func(x, m):
 
 
 def plain_jitted_py_func(x, m):
-    # Not `where`, for the side that is not taken may be NaN.
+    # Not `where`, for the branch that is not taken may be NaN.
     return jax.lax.cond(x > 0, lambda: plain_log_huber(x, m) * x, lambda: x * m)
 
 
@@ -208,12 +208,12 @@ def loop(function: Callable[..., Any], *columns: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
-def both_ways(
+def eager_and_jit(
     function: Callable[..., Any], *args: Any, eager: bool = True
 ) -> Iterator[Any]:
     """Results of `function`, eager and under jit, to be compared with one plain answer.
 
-    Under jit twice: where derivatives are taken of kept runs, and where they run bodies
+    Under jit twice: with tapes cached, and without, where derivatives run bodies
     again. Eagerly once, because that difference is the host's, and to differentiate a body
     eagerly takes the longest of all tests.
     """

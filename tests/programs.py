@@ -20,7 +20,7 @@ def xla_flags(devices: int) -> str:
     """
     flags = f"--xla_force_host_platform_device_count={devices}"
     flags += " --xla_backend_optimization_level=0"
-    if version("jaxlib").startswith("0.10."):  # later ones have one way alone
+    if version("jaxlib").startswith("0.10."):  # later ones have only one
         flags += " --xla_cpu_use_fusion_emitters=false"
     return flags
 

@@ -10,7 +10,7 @@ from cases import (
     SCALAR,
     Case,
     assert_close,
-    both_ways,
+    eager_and_jit,
     log_huber,
     scalar,
 )
@@ -33,8 +33,8 @@ def vjp(f, args):
 
 
 def linearize(f, args):
-    out, push = jax.linearize(f, *args)
-    return out, push(*tangents_like(args))
+    out, jvp = jax.linearize(f, *args)
+    return out, jvp(*tangents_like(args))
 
 
 def some_tangents(f, args):
@@ -88,7 +88,7 @@ def test_the_plain_answer_is_that_of_the_body(case: Case):
 def compare(case: Case, take, eager: bool):
     wrapped = case.wrapped
     want = jax.jit(lambda *args: take(case.plain, args))(*case.args)
-    for got in both_ways(lambda *args: take(wrapped, args), *case.args, eager=eager):
+    for got in eager_and_jit(lambda *args: take(wrapped, args), *case.args, eager=eager):
         assert_close(got, want)
 
 
@@ -116,7 +116,7 @@ THIRD_ORDER = {
 @pytest.mark.parametrize("order", THIRD_ORDER)
 def test_third_order(order, x):
     wrapped = py_func(log_huber, Tout=jnp.float32)
-    for got in both_ways(THIRD_ORDER[order](wrapped), x, 2.0):
+    for got in eager_and_jit(THIRD_ORDER[order](wrapped), x, 2.0):
         # d3/dx3 of x**2 is 0, of m**2 log(x**2) is 4 m**2 / x**3.
         np.testing.assert_allclose(got, 0.0 if x <= 2 else 16 / x**3, rtol=1e-5)
 
@@ -139,7 +139,7 @@ def test_custom_vjp_in_the_body_gives_its_own_gradient(transform):
 def test_custom_vjp_in_the_body_differentiated_twice():
     """In reverse: the derivative of the backward rule, not of the function."""
     plain = jax.jit(jax.grad(jax.grad(CUSTOM_VJP.plain)))(0.7)
-    for got in both_ways(jax.grad(jax.grad(CUSTOM_VJP.wrapped)), 0.7):
+    for got in eager_and_jit(jax.grad(jax.grad(CUSTOM_VJP.wrapped)), 0.7):
         assert_close(got, plain)
 
 
@@ -212,7 +212,7 @@ def test_complex_and_half_precision(transform):
     np.testing.assert_allclose(float(got), np.cos(0.5), rtol=1e-2)
 
 
-def test_only_perturbed_operands_and_needed_cotangents_cross(transform):
+def test_only_perturbed_operands_and_needed_cotangents_reach_the_host(transform):
     """Large constant operands must not get tangents or cotangents of zeros."""
     differentiated = []
 
@@ -238,32 +238,32 @@ def test_linear_transpose_of_a_linear_body(size, transform):
     np.testing.assert_allclose(got, a.T @ cotangent)
 
 
-def test_transposes_by_some_operands_and_of_some_results():
-    """The transpose of a derivative is the other one, of the operands that it is by."""
+def test_transposes_with_respect_to_some_operands_and_of_some_results():
+    """The transpose of a JVP is the VJP with respect to the same operands, and back."""
     args, tangents = (0.7, 1.3, -0.4), (2.0, 3.0, 5.0)
 
     def body(x, y, z):
         return jnp.sin(x * y) + z, x * z * z
 
     def of_pullbacks(f):
-        pull = jax.vjp(f, *args)[1]
-        only = lambda ct: pull((0.0, ct))[2]  # noqa: E731
+        pullback = jax.vjp(f, *args)[1]
+        only = lambda ct: pullback((0.0, ct))[2]  # noqa: E731
         return (
             jax.linear_transpose(only, 1.0)(tangents[2]),
-            jax.linear_transpose(pull, (1.0, 1.0))(tangents),
+            jax.linear_transpose(pullback, (1.0, 1.0))(tangents),
         )
 
     def of_push(f):
-        push = jax.linearize(f, *args)[1]
-        only = lambda t: push(0.0, t, 0.0)[0]  # noqa: E731
-        return jax.linear_transpose(only, 1.0)(2.0), jax.linear_transpose(push, *args)(
+        jvp = jax.linearize(f, *args)[1]
+        only = lambda t: jvp(0.0, t, 0.0)[0]  # noqa: E731
+        return jax.linear_transpose(only, 1.0)(2.0), jax.linear_transpose(jvp, *args)(
             (2.0, 3.0)
         )
 
     f = py_func(body, Tout=(SCALAR, SCALAR))
     for take in (of_pullbacks, of_push):
         want = jax.jit(lambda take=take: take(body))()
-        for got in both_ways(lambda take=take: take(f)):
+        for got in eager_and_jit(lambda take=take: take(f)):
             assert_close(got, want)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, both_ways, log_huber, loop, plain_log_huber, scalar
+from cases import assert_close, eager_and_jit, log_huber, loop, plain_log_huber, scalar
 
 from jpyfunc import py_func
 
@@ -32,7 +32,7 @@ def test_vmap_of_derivatives(in_axes, derivative):
     columns = [a if axis == 0 else [2.0] * 7 for axis, a in zip(in_axes, args, strict=True)]
     want = loop(jax.jit(take(plain_log_huber)), *columns)
     eager = derivative != "hessian" or in_axes == (0, None)
-    for got in both_ways(jax.vmap(take(wrapped), in_axes), *args, eager=eager):
+    for got in eager_and_jit(jax.vmap(take(wrapped), in_axes), *args, eager=eager):
         assert_close(got, want)
 
 
@@ -45,7 +45,7 @@ def test_derivatives_of_vmap(derivative):
         return lambda x, m: jnp.sum(jax.vmap(function, (0, None))(xs * x, m))
 
     want = jax.jit(take(batched(plain_log_huber)))(1.5, 2.0)
-    for got in both_ways(take(batched(wrapped)), 1.5, 2.0):
+    for got in eager_and_jit(take(batched(wrapped)), 1.5, 2.0):
         assert_close(got, want)
 
 
@@ -76,7 +76,7 @@ def test_nested_vmap_and_derivatives_between():
 
     hessian = jax.jit(jax.hessian(plain_log_huber))
     want = loop(lambda x: loop(lambda m: hessian(x, m), ms), xs)
-    for got in both_ways(table(wrapped), xs, ms):
+    for got in eager_and_jit(table(wrapped), xs, ms):
         assert_close(got, want)
 
 
@@ -103,7 +103,7 @@ def test_methods_agree(derivative):
     want = jax.jit(take(elementwise, by_row))(x, w)
     for vmap_method in ("sequential", "expand_dims", "broadcast_all"):
         f = py_func(elementwise, vmap_method=vmap_method)
-        for got in both_ways(take(f, lambda g: jax.vmap(g, (0, None))), x, w):
+        for got in eager_and_jit(take(f, lambda g: jax.vmap(g, (0, None))), x, w):
             assert_close(got, want)
 
 
@@ -117,7 +117,7 @@ def test_methods_agree_in_nested_batches(vmap_method):
         return lambda x, w: (table(x, w), jax.grad(lambda w: table(x, w)[0].sum())(w))
 
     want = (jnp.sin(x) * w[:, None], (jnp.cos(x) * w[:, None], jnp.sin(x)))
-    for got in both_ways(take(f), x, w):
+    for got in eager_and_jit(take(f), x, w):
         assert_close(got, (want, jnp.sin(x).sum(1)))
 
 

@@ -224,10 +224,10 @@ def test_a_loop_under_a_derivative_makes_calls_that_no_derivative_needs(
         return jax.lax.fori_loop(0, 3, lambda i, c: step(c, w * i), 0.0)
 
     def nested(w):
-        def turn(c, x):
+        def iteration(c, x):
             return jax.lax.cond(x > 0, jax.jit(step), lambda c, x: c, c, w * x), None
 
-        return jax.lax.scan(turn, 0.0, jnp.arange(3.0))[0]
+        return jax.lax.scan(iteration, 0.0, jnp.arange(3.0))[0]
 
     want = [0.0, np.tanh(0.5), np.tanh(np.tanh(0.5) + 1)]
     for loop, calls in ((scan, want), (fori, want), (nested, want[1:])):
@@ -297,8 +297,8 @@ def test_scan_over_a_batch_of_gradients(transform):
     xs = jnp.linspace(0.5, 3.0, 5)
 
     def gradients(function):
-        turn = lambda c, _: (function(c, 1.0) * 0.5, None)  # noqa: E731
-        return jax.vmap(jax.grad(lambda x: jax.lax.scan(turn, x, None, length=3)[0]))
+        step = lambda c, _: (function(c, 1.0) * 0.5, None)  # noqa: E731
+        return jax.vmap(jax.grad(lambda x: jax.lax.scan(step, x, None, length=3)[0]))
 
     np.testing.assert_allclose(
         transform(gradients(f))(xs), gradients(plain_log_huber)(xs), rtol=1e-5
@@ -333,7 +333,7 @@ def test_what_jax_forbids_is_refused_by_name(options, recorder, transform):
     np.testing.assert_allclose(transform(f)(1.0), np.sin(1.0), rtol=1e-6)
 
 
-def test_a_batch_of_branches_or_turns_with_a_stateful_call_is_refused(recorder, transform):
+def test_a_stateful_call_in_batched_control_flow_is_refused(recorder, transform):
     """It would run bodies that the program does not take."""
     f = recorder.body(stateful=True)
     xs = jnp.array([1.0, -1.0])
@@ -357,8 +357,8 @@ def test_a_batch_of_branches_or_turns_with_a_stateful_call_is_refused(recorder, 
     assert transform(jax.vmap(both))(xs).tolist() == [4.0, -4.0]
     assert recorder.values() == [1.0, -1.0, 2.0, -2.0]
     recorder.clear()
-    turns = jax.vmap(lambda x: jax.lax.fori_loop(0, 2, lambda i, x: f(x) * 0 + x + 1, x))
-    assert transform(turns)(xs).tolist() == [3.0, 1.0]
+    iterated = jax.vmap(lambda x: jax.lax.fori_loop(0, 2, lambda i, x: f(x) * 0 + x + 1, x))
+    assert transform(iterated)(xs).tolist() == [3.0, 1.0]
     assert recorder.values() == [1.0, -1.0, 2.0, 0.0]
     taken = jax.vmap(lambda p, x: jax.lax.cond(p, f, lambda x: x, x), (None, 0))
     transform(taken)(True, xs)
@@ -520,7 +520,7 @@ def test_the_bare_fault_that_this_works_around():
     program.lower(jnp.ones((600, 600))).compile()
 
 
-def test_what_that_takes_is_little():
+def test_the_workaround_costs_little():
     """An element of what is reduced and might be returned, once for each."""
     log = py_func(lambda value: None, Tout=[], stateful=True)
 

@@ -40,7 +40,7 @@ wrapped = py_func(fails_when_negative, Tout=f32)
 nested = py_func(lambda x: wrapped(x) * 2, Tout=f32)
 jit_nested = py_func(lambda x: jax.jit(wrapped)(x) * 2, Tout=f32)
 
-WAYS = {
+CALLS = {
     "forward": (wrapped, np.sin(1.0)),
     "jvp": (lambda x: jax.jvp(wrapped, (x,), (1.0,))[1], np.cos(1.0)),
     "grad": (jax.grad(wrapped), np.cos(1.0)),
@@ -59,13 +59,13 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WAYS)
-def way(request):
-    return WAYS[request.param]
+@pytest.fixture(params=CALLS)
+def failing_call(request):
+    return CALLS[request.param]
 
 
-def test_jax_error_has_the_traceback_of_the_body(way):
-    function, want = way
+def test_jax_error_has_the_traceback_of_the_body(failing_call):
+    function, want = failing_call
     jitted = jax.jit(function)
     for _ in range(3):
         # JAX's fast path, once the program has run well, raises the other class.
@@ -76,9 +76,9 @@ def test_jax_error_has_the_traceback_of_the_body(way):
         np.testing.assert_allclose(jitted(1.0), want, rtol=1e-5)
 
 
-def test_raise_original(way):
+def test_raise_original(failing_call):
     """First call and cached calls, and everything works afterwards."""
-    function, want = way
+    function, want = failing_call
     jitted = jax.jit(function)
     for _ in range(3):
         with pytest.raises(CustomError, match="bad value") as info, raise_original():
@@ -90,8 +90,8 @@ def test_raise_original(way):
     jax.effects_barrier()
 
 
-def test_eager_calls_raise_as_python_does(way):
-    function, want = way
+def test_eager_calls_raise_as_python_does(failing_call):
+    function, want = failing_call
     if function is jit_nested:
         return  # the call inside the body is compiled
     with pytest.raises((CustomError, jax.errors.JaxRuntimeError), match="bad value"):
@@ -104,10 +104,10 @@ def test_raise_original_of_a_call_still_in_flight():
     big = jnp.ones((500, 500))
     f = py_func(fails_when_negative, Tout=f32)
     jitted = jax.jit(lambda x: f(-jnp.dot(x, x).max()))
-    kept = []
+    held = []
     for _ in range(3):
         with pytest.raises(CustomError), raise_original():
-            kept.append(jitted(jnp.dot(big, big)))
+            held.append(jitted(jnp.dot(big, big)))
 
     def fails_before_a_block():
         before = jitted(jnp.dot(big, big))
@@ -300,7 +300,7 @@ def test_an_interrupt_of_a_body_interrupts_the_program():
     assert out.split() == ["interrupted"] * 2
 
 
-def test_the_text_has_the_lines_of_the_user_and_the_way_to_the_exception():
+def test_the_text_has_the_users_lines_and_says_how_to_catch_the_exception():
     big = jnp.ones((500, 500))  # on XLA's thread, and on the caller's
     for x in (jnp.float32(-1), -jnp.dot(big, big).max()):
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as info:
@@ -588,10 +588,10 @@ def test_blocks_do_not_look_at_each_array():
 
     seconds()
     few = min(seconds() for _ in range(5))
-    kept = [jnp.float32(i) for i in range(20_000)]
+    held = [jnp.float32(i) for i in range(20_000)]
     many = min(seconds() for _ in range(5))
     assert many < 3 * few, (few, many)
-    assert len(kept) == 20_000
+    assert len(held) == 20_000
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -86,7 +86,7 @@ def test_64_megabytes():
     assert bool((f(x) == x[::-1]).all())
 
 
-def test_every_dtype_that_crosses():
+def test_every_dtype_makes_the_round_trip():
     for dtype in (
         jnp.bool_,
         jnp.int8,

@@ -69,7 +69,7 @@ def biggest(x, y):
     return max(x, y)
 
 
-def raises_on_one_side(x):
+def raises_in_one_branch(x):
     if x < 0:
         raise ValueError("negative")
     return x
@@ -164,7 +164,7 @@ CASES = [
     (nested, (V,)), (nested, (-V,)), (nested, (jnp.array([0.5, 1, 5]),)),
     (early_loop, (V,)), (early_loop, (-V,)), (halve, (V,)), (collatz, (np.int32(7),)),
     (grows_in_a_loop, (V,)), (biggest, (V[0], V[1])), (biggest, (V[1], V[0])),
-    (raises_on_one_side, (1.0,)), (asserts, (V,)),
+    (raises_in_one_branch, (1.0,)), (asserts, (V,)),
     (uses_jit, (V,)), (uses_grad, (V,)), (uses_vmap, (V,)), (uses_scan, (V,)),
     (uses_cond, (V,)), (uses_while_loop, (V,)), (uses_custom_jvp, (V,)),
     (uses_custom_vjp, (V,)), (uses_py_func, (V,)), (uses_py_func_under_grad, (V,)),
@@ -216,7 +216,7 @@ def test_streams_that_a_body_or_another_thread_put_there_stay(monkeypatch):
     assert (sys.stdout, sys.stderr, sys.breakpointhook) == streams
 
 
-def sides(true, false):
+def branching(true, false):
     def body(x):
         return true(x) if x > 0 else false(x)
 
@@ -234,14 +234,14 @@ def sides(true, false):
         (lambda x: x > 1, lambda x: True, "bool"),
     ],
 )
-def test_a_python_scalar_on_one_side_takes_the_dtype_of_the_other(
+def test_a_python_scalar_in_one_branch_takes_the_dtype_of_the_other(
     true, false, dtype, transform
 ):
-    f = transform(py_func(sides(true, false)))
+    f = transform(py_func(branching(true, false)))
     for value in (2, -2):
         x = jnp.asarray(value, jnp.bfloat16)
         assert f(x).dtype == jnp.dtype(dtype)
-        assert f(x) == complex(sides(true, false)(x))
+        assert f(x) == complex(branching(true, false)(x))
 
 
 def test_with_64_bits():
@@ -249,7 +249,7 @@ def test_with_64_bits():
         for body in (
             lambda x: x * 2,
             lambda x: (1, 1.5, 2j),
-            sides(lambda x: x, lambda x: 0),
+            branching(lambda x: x, lambda x: 0),
         ):
             check_same(jax.jit(py_func(body))(np.float64(0.1)), body(np.float64(0.1)))
 
@@ -258,7 +258,7 @@ def line(body, offset):
     return re.escape(f"{__file__}:{body.__code__.co_firstlineno + offset}")
 
 
-def test_sides_that_disagree_on_a_shape():
+def test_branches_that_disagree_on_a_shape():
     def body(x):
         if x[0] > 0:  # agrees
             x = x * 2
@@ -290,14 +290,14 @@ def test_sides_that_disagree_on_a_shape():
         (lambda x: None, lambda x: x, "if true, it returns None, else jax.Shape"),
     ],
 )
-def test_sides_that_disagree_otherwise(true, false, text):
+def test_branches_that_disagree_otherwise(true, false, text):
     with pytest.raises(InferenceError, match=re.escape(text)):
-        jax.jit(py_func(sides(true, false)))(jnp.float32(1))
+        jax.jit(py_func(branching(true, false)))(jnp.float32(1))
 
 
 @pytest.mark.parametrize("other", ["float16", "int32"])
-def test_what_to_write_when_sides_disagree_works(other):
-    body = sides(lambda x: x, lambda x: x.astype(other))
+def test_what_to_write_when_branches_disagree_works(other):
+    body = branching(lambda x: x, lambda x: x.astype(other))
     with pytest.raises(InferenceError) as caught:
         jax.jit(py_func(body))(jnp.float32(1))
     (tout,) = re.findall(r"Tout=(.*)\.$", str(caught.value))
@@ -423,8 +423,8 @@ def test_truth_of_many_elements_is_ambiguous():
         jax.jit(py_func(lambda x: x if x > 0 else -x))(V)
 
 
-def test_a_declared_dtype_is_checked_on_every_side():
-    body = sides(lambda x: x, lambda x: x * 1j)
+def test_a_declared_dtype_is_checked_in_every_branch():
+    body = branching(lambda x: x, lambda x: x * 1j)
     with pytest.raises(ResultError, match="expected float32, got complex64"):
         jax.jit(py_func(body, Tout=jnp.float32))(1.0)
 
@@ -467,7 +467,7 @@ def test_no_data_is_used_while_tracing():
         return x[0] if x.sum() > 0 else x[1]
 
     jax.jit(py_func(body)).lower(V)
-    assert len(values) == 2  # both sides
+    assert len(values) == 2  # both branches
     for value in values:
         assert isinstance(value, jax.core.Tracer)
         with pytest.raises(TypeError, match=r"'body' left an array behind.*has no data"):
@@ -563,15 +563,15 @@ def test_tracing_works_after_inference_failed():
     assert jax.grad(f)(2.0) == 3
 
 
-def test_a_stream_that_a_body_kept_is_heard_afterwards(capsys):
-    kept = []
+def test_a_stream_that_a_body_held_is_heard_afterwards(capsys):
+    held = []
 
     def body(x):
-        kept.append(sys.stdout)
+        held.append(sys.stdout)
         return x
 
     assert jax.jit(py_func(body))(1.0) == 1.0
-    kept[0].write("heard")
+    held[0].write("heard")
     assert capsys.readouterr().out == "heard"
 
 
@@ -613,9 +613,9 @@ def test_a_python_number_that_is_no_traced_value_keeps_it(body):
     ],
 )
 def test_a_python_scalar_of_a_wider_kind_disagrees(true, false):
-    """Eagerly one side is an int32, where the other would make it a float32 under jit."""
+    """Eagerly one branch gives an int32, which under jit the other makes a float32."""
     with pytest.raises(InferenceError, match="disagree on result"):
-        jax.jit(py_func(sides(true, false)))(jnp.float32(1.0))
+        jax.jit(py_func(branching(true, false)))(jnp.float32(1.0))
 
 
 def test_shard_map_in_an_inferred_body(transform):

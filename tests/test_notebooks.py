@@ -43,7 +43,7 @@ def shown(cell):
     """What kinds of output a cell has: the text it prints as one, each plot by itself."""
     printed = [o.name for o in cell.outputs if o.output_type == "stream"]
     plots = [sorted(o.data) for o in cell.outputs if o.output_type != "stream"]
-    # Warnings about the machine (no GPU driver, say) are no part of a notebook.
+    # Warnings about the machine (such as a missing GPU driver) are no part of a notebook.
     return "stdout" in printed, plots
 
 

@@ -32,7 +32,7 @@ def compiled():
 
 
 def test_a_loop_of_varying_length_compiles_nothing_after_a_while(compiled):
-    """However many turns it takes, its operations are the same."""
+    """However many iterations it takes, its operations are the same."""
 
     def body(x, n):
         y = x
@@ -43,12 +43,12 @@ def test_a_loop_of_varying_length_compiles_nothing_after_a_while(compiled):
         return y
 
     grad = jax.jit(jax.grad(py_func(body, Tout=f32)))
-    turns = np.random.default_rng(0).integers(1, 41, 200)
-    for n in turns[:100]:
+    counts = np.random.default_rng(0).integers(1, 41, 200)
+    for n in counts[:100]:
         grad(1.3, int(n))
     assert compiled
     compiled.clear()
-    for n in turns[100:]:
+    for n in counts[100:]:
         grad(1.3, int(n))
     assert not compiled
     np.testing.assert_allclose(grad(1.3, 7), jax.grad(body)(1.3, 7), rtol=1e-5)
@@ -92,7 +92,7 @@ def test_nothing_is_planted_on_functions_of_jax():
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_a_structure_that_is_met_again_and_again(case):
-    """From the third time on, its cotangents are pulled by one program."""
+    """From the third time on, its cotangents are pulled back by one program."""
     grad = jax.jit(jax.value_and_grad(scalar(case.wrapped), tuple(range(len(case.args)))))
     want = jax.jit(jax.value_and_grad(scalar(case.plain), tuple(range(len(case.args)))))
     for scale in (1.0, 1.1, -0.5, 0.9, -0.55, 1.2, -0.6, -0.65):
@@ -102,20 +102,20 @@ def test_a_structure_that_is_met_again_and_again(case):
         assert_close(grad(*args), want(*args))
 
 
-def test_one_structure_pulled_by_other_operands_and_of_other_results():
+def test_one_structure_with_other_operands_and_results_differentiated():
     """The same operations again and again, each time for another entry of the matrix."""
     f = py_func(lambda x, y: (jnp.sin(x) * y, x * y**2), Tout=(f32, f32))
 
-    def entry(push, i, k):
-        """Of the matrix of derivatives, as a pullback of result k by operand i alone."""
+    def entry(jvp, i, k):
+        """One derivative: the pullback of result k with respect to operand i alone."""
         zero = np.float32(0)
-        row = lambda t: push(*[t if i == j else zero for j in (0, 1)])[k]  # noqa: E731
+        row = lambda t: jvp(*[t if i == j else zero for j in (0, 1)])[k]  # noqa: E731
         return jax.linear_transpose(row, 1.0)(1.0)[0]
 
     @jax.jit
     def matrix(x, y):
-        push = jax.linearize(f, x, y)[1]
-        return [entry(push, i, k) for k in (0, 1) for i in (0, 1)]
+        jvp = jax.linearize(f, x, y)[1]
+        return [entry(jvp, i, k) for k in (0, 1) for i in (0, 1)]
 
     for x, y in ((0.7, 1.3), (0.2, -0.4), (1.1, 2.0), (0.5, 0.6)):
         want = [np.cos(x) * y, np.sin(x), y**2, 2 * x * y]
@@ -138,7 +138,7 @@ mlir.register_lowering(
 ad.defjvp(scaled, lambda t, x, *, by: t * scale_of(by))
 
 
-def test_parameters_and_settings_that_differ_though_python_says_they_are_equal(transform):
+def test_parameters_and_configurations_that_python_calls_equal(transform):
     """Each is another operation, in one body and from call to call."""
     parameters = [True, 1, 1.0, 0.0, -0.0, 0, False]
     f = py_func(
@@ -212,7 +212,7 @@ LIVES = """
 """
 
 
-def test_functions_made_anew_in_each_run_are_let_go_of():
+def test_functions_made_again_in_each_run_are_released():
     out = run_program(
         LIVES
         + """
@@ -264,8 +264,8 @@ def test_what_a_body_leaves_goes_with_it():
     assert out.split() == ["0"]
 
 
-def test_runs_that_are_kept_hold_nothing_that_was_compiled_for_them_alone():
-    """Some megabytes for each call of a function that a body jits anew."""
+def test_cached_tapes_hold_nothing_that_was_compiled_for_them_alone():
+    """Some megabytes for each call of a function that a body jits again."""
     out = run_program(
         """
         from programs import resident

@@ -157,7 +157,7 @@ def test_an_exception_leaves_the_block_and_ends_it():
     assert counts(prof, "calls") == {"forward": 1}
 
 
-def test_time_in_the_body_is_apart_from_the_crossing(transform):
+def test_time_in_the_body_is_apart_from_the_round_trip(transform):
     @py_func(Tout=SCALAR)
     def slow(x):
         time.sleep(0.02)
@@ -429,7 +429,7 @@ def test_says_why_a_batch_ran_one_by_one(reason):
         assert html.escape(said) in prof._repr_html_()
 
 
-def test_says_that_elements_are_large_or_looked_at():
+def test_says_that_elements_are_large_or_read():
     wide = jnp.ones((3, 2**15))
     f = py_func(lambda x: x + 1, Tout=lambda x: x, name="f")
     with profile() as prof:

@@ -1,4 +1,4 @@
-"""Four devices: once a shard under shard_map and pmap, once in all under a sharded jit."""
+"""Four devices: once per shard in shard_map and pmap, once in total in a sharded jit."""
 
 import functools
 import warnings
@@ -131,7 +131,7 @@ def test_shard_map(check_vma, wrapped, calls, transform):
 
 
 def test_vmap_and_grad_in_shard_map():
-    """The gradient by `w`, which is the same on every shard, is summed over them."""
+    """The gradient with respect to `w`, shared by every shard, is summed over them."""
 
     def sharded(function):
         inner = jax.vmap(jax.grad(function, (0, 1)), (0, None))

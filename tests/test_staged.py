@@ -1,4 +1,4 @@
-"""Staged bodies: compiled where they can be foreseen, called where not, right always."""
+"""Staged bodies: compiled where they can be traced, called elsewhere, always right."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ from cases import (
     CUSTOM_VJP,
     SCALAR,
     assert_close,
-    both_ways,
+    eager_and_jit,
     log_huber,
     loop,
     plain_log_huber,
@@ -57,13 +57,13 @@ def test_every_case(case, derivative):
     want = jax.jit(take(case.plain, n))(*case.args)
     # What calls the body beyond a limit has the most branches to compile.
     eager = case.name != "while" or derivative == "forward"
-    for got in both_ways(take(f, n), *case.args, eager=eager):
+    for got in eager_and_jit(take(f, n), *case.args, eager=eager):
         assert_close(got, want)
     if case.name in COMPLETE:
         assert not calls_of(take(f, n), *case.args)
 
 
-def test_a_custom_vjp_is_kept(transform):
+def test_a_custom_vjp_is_preserved(transform):
     f = staged(CUSTOM_VJP.body)
     assert not calls_of(jax.grad(f), 0.7)
     assert_close(transform(jax.grad(f))(0.7), jax.grad(CUSTOM_VJP.body)(0.7))
@@ -165,7 +165,7 @@ def test_a_leaf_in_a_batch_runs_for_the_elements_that_need_it(transform):
     assert_close(nested.ravel(), jnp.where(xs > 2, 2 * xs, jnp.cos(xs))[:6])
 
 
-def test_leaves_in_both_sides_and_in_scans(transform):
+def test_leaves_in_both_branches_and_in_scans(transform):
     """They run for the elements that come through all of the branches before them."""
     ran = []
 
@@ -276,9 +276,9 @@ def test_loops_returns_breaks_and_exceptions(transform):
 
 def _nodes(node):
     yield node
-    for side in ("true", "false"):
-        if side in node:
-            yield from _nodes(node[side])
+    for branch in ("true", "false"):
+        if branch in node:
+            yield from _nodes(node[branch])
 
 
 def test_a_read_that_the_body_catches_is_no_branch(transform):
@@ -460,19 +460,19 @@ def test_constants_are_known_and_do_not_stand_in_the_program():
 
 @pytest.mark.parametrize("options", [{}, {"staged": True}], ids=str)
 def test_an_array_that_is_left_behind_says_what_to_do(options):
-    kept = []
+    held = []
 
     def body(x):
-        kept.append(x * 2)
-        return x + kept[0]
+        held.append(x * 2)
+        return x + held[0]
 
     jax.eval_shape(py_func(body, **options), 1.0)
-    for use in (lambda: kept[0] + 1, lambda: kept[0].shape, lambda: np.sin(kept[0])):
+    for use in (lambda: held[0] + 1, lambda: held[0].shape, lambda: np.sin(held[0])):
         with pytest.raises(TypeError, match=r"'body' left an array behind.*Pass such"):
             use()
     with pytest.raises(jpyfunc.InferenceError, match="'body' left an array behind"):
         jax.jit(py_func(body, **options))(jnp.ones(2))
-    assert "left behind" in repr(kept[0])
+    assert "left behind" in repr(held[0])
 
 
 def test_effects_call_the_body(transform, capfd):
@@ -567,11 +567,11 @@ def test_a_branch_that_returns_something_else_calls_where_it_is_declared(transfo
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_nan_of_the_other_side_reaches_no_gradient(shared, transform):
-    """`vmap` computes both sides, as selects of what they give.
+def test_nan_of_the_other_branch_reaches_no_gradient(shared, transform):
+    """`vmap` computes both branches, as selects of what they give.
 
     JAX stops the gradients of their operands, too, so that no order of `vmap` and
-    derivatives has the NaN of a side that is not taken.
+    derivatives has the NaN of a branch that is not taken.
     """
 
     def body(x, w):

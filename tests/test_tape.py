@@ -1,4 +1,4 @@
-"""What a body sees while it is differentiated: values, and which reads cut a gradient."""
+"""What a body sees while it is differentiated, and which reads detach a gradient."""
 
 import copy
 import itertools
@@ -14,7 +14,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, both_ways
+from cases import assert_close, eager_and_jit
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from jax.sharding import AxisType, PartitionSpec
@@ -32,7 +32,7 @@ from jpyfunc import (
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
 # Each shows the body its operand once, differentiated.
-WAYS = {
+DERIVATIVES = {
     "grad": jax.grad,
     "jvp": lambda f: lambda x: jax.jvp(f, (x,), (1.0,))[1],
     "hessian": jax.hessian,
@@ -55,15 +55,15 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WAYS)
-def way(request, transform):
-    return lambda f: transform(WAYS[request.param](f))
+@pytest.fixture(params=DERIVATIVES)
+def derivative(request, transform):
+    return lambda f: transform(DERIVATIVES[request.param](f))
 
 
-@pytest.fixture(params=["kept", "not kept"])
+@pytest.fixture(params=["cached", "evicted"])
 def tape_limit(request):
-    """With runs kept, and with none, where each derivative runs the body again."""
-    before = set_tape_limit(2**26 if request.param == "kept" else 0)
+    """With tapes cached, and with none, where each derivative runs the body again."""
+    before = set_tape_limit(2**26 if request.param == "cached" else 0)
     yield request.param
     set_tape_limit(before)
 
@@ -74,7 +74,7 @@ def call(function, *args):
         return jax.block_until_ready(function(*args))
 
 
-def test_a_body_sees_values(way, tape_limit, capsys):
+def test_a_body_sees_values(derivative, tape_limit, capsys):
     seen = []
 
     def body(x):
@@ -86,7 +86,7 @@ def test_a_body_sees_values(way, tape_limit, capsys):
         ys = jnp.stack([x, x**2, x**3])
         return ys[n] if x < 3 else x
 
-    call(way(py_func(body, Tout=f32)), jnp.float32(2.5))
+    call(derivative(py_func(body, Tout=f32)), jnp.float32(2.5))
     plain = jnp.float32(2.5)
     want = ("2.50", "2.5", "2.5", repr(plain), True, 2, [0, 1], True)
     assert set(map(repr, seen)) == {repr(want).replace("True)", f"{plain == 2.5!r})")}
@@ -144,7 +144,7 @@ def test_pdb_and_plots_see_values():
     assert shown == [repr(jnp.float32(3.0)), 6.0]
 
 
-def test_stop_gradient_is_a_plain_array(way):
+def test_stop_gradient_is_a_plain_array(derivative):
     kinds = []
 
     def body(x):
@@ -152,7 +152,7 @@ def test_stop_gradient_is_a_plain_array(way):
         kinds.append(isinstance(value, jax.core.Tracer))
         return x * float(value) * math.sin(value) + np.sin(value)
 
-    call(way(py_func(body, Tout=f32)), jnp.float32(0.5))
+    call(derivative(py_func(body, Tout=f32)), jnp.float32(0.5))
     assert not any(kinds)
 
 
@@ -165,7 +165,7 @@ READS = {
 }
 
 
-def check_that_a_read_warns_and_is_a_constant(read, way):
+def check_that_a_read_warns_and_is_a_constant(read, derivative):
     def body(x):
         for _ in range(3):
             y = READS[read](x)
@@ -173,17 +173,19 @@ def check_that_a_read_warns_and_is_a_constant(read, way):
 
     wrapped = py_func(body, Tout=f32)
     with pytest.warns(GradientCutWarning) as caught:
-        got = call(way(wrapped), jnp.float32(0.7))
+        got = call(derivative(wrapped), jnp.float32(0.7))
     constant = READS[read](jnp.float32(0.7))
-    want = way(lambda x: x * x * constant)(jnp.float32(0.7))
+    want = derivative(lambda x: x * x * constant)(jnp.float32(0.7))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for text in {str(w.message) for w in caught}:
         for part in ("py_func 'body'", "test_tape.py:", "jax.lax.stop_gradient"):
             assert part in text
 
 
-def test_a_scalar_read_warns_and_is_a_constant_in_every_way(way, tape_limit):
-    check_that_a_read_warns_and_is_a_constant("float()", way)
+def test_a_scalar_read_warns_under_every_derivative_and_is_a_constant(
+    derivative, tape_limit
+):
+    check_that_a_read_warns_and_is_a_constant("float()", derivative)
 
 
 @pytest.mark.parametrize("read", READS)
@@ -234,7 +236,7 @@ def test_a_conversion_to_numpy_raises_in_a_few_lines(conversion, transform, tape
 
 
 @pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian])
-def test_a_result_that_a_read_cut_off_raises(take, transform, tape_limit):
+def test_a_result_detached_by_a_read_raises(take, transform, tape_limit):
     """Where TensorFlow returns 0.0 and says nothing."""
 
     def body(x):
@@ -255,7 +257,7 @@ def test_a_result_that_depends_on_nothing_without_a_read_has_a_zero_gradient(tra
 
 @pytest.mark.parametrize("by_x", [jax.grad, jax.jacfwd])
 @pytest.mark.parametrize("again", [jax.grad, jax.jacfwd])
-def test_a_derivative_that_a_read_cut_off_raises_where_it_is_differentiated(by_x, again):
+def test_a_derivative_detached_by_a_read_raises_where_it_is_differentiated(by_x, again):
     """In a body, too: it is a number then, and its derivative no 0.0."""
     read = py_func(lambda x: x * float(x), Tout=f32)
     inside = py_func(lambda x: by_x(read)(x), Tout=f32)
@@ -292,19 +294,19 @@ def test_a_read_beside_a_result_that_is_not_differentiated(transform):
     assert got == 6.0
 
 
-def test_a_kept_argument_is_a_clear_error(transform):
-    kept = []
+def test_an_argument_used_in_a_later_run_is_a_clear_error(transform):
+    held = []
 
     def keeps(x):
-        kept.append(x)
-        return x * kept[0]
+        held.append(x)
+        return x * held[0]
 
     grad = transform(jax.grad(py_func(keeps, Tout=f32)))
     assert grad(2.0) == 4.0  # x * x
     with pytest.raises(TypeError, match=r"'keeps' kept.*stop_gradient|holds a traced"):
         call(grad, 3.0)
-    assert float(kept[0]) == 2.0
-    assert np.asarray(kept[0]) == 2.0
+    assert float(held[0]) == 2.0
+    assert np.asarray(held[0]) == 2.0
 
 
 USES = {
@@ -328,19 +330,19 @@ USES = {
 
 
 @pytest.mark.parametrize("take", [jax.grad, jax.hessian], ids=["grad", "hessian"])
-def test_what_a_body_keeps_is_its_value_when_the_run_is_over(take, transform):
-    kept = []
+def test_an_array_that_outlives_its_run_is_its_value(take, transform):
+    held = []
 
     def layer(x):
         h = jnp.tanh(x)
-        kept.append(h)
+        held.append(h)
         return (h**2).sum()
 
     x = jnp.array([0.5, 1.0, 1.5])
     jax.block_until_ready(transform(take(py_func(layer, Tout=f32)))(x))
     for name, use in USES.items():
         np.testing.assert_allclose(
-            use(kept[0]), use(jnp.tanh(x)), rtol=1e-5, atol=1e-6, err_msg=name
+            use(held[0]), use(jnp.tanh(x)), rtol=1e-5, atol=1e-6, err_msg=name
         )
 
 
@@ -508,10 +510,10 @@ def test_gradients_of_what_jax_offers_a_body(body):
 def test_one_tape_is_differentiated_again_on_many_threads():
     """The rules of a function under `jax.vmap` fill what JAX keeps of one call."""
     body = BODIES["vmap_of_custom"]
-    pull = jax.jit(lambda x: jax.vjp(jax.grad(py_func(body, Tout=f32)), x)[1])(0.7)
-    pulled = jax.jit(lambda pull: pull(1.0)[0])
+    pullback = jax.jit(lambda x: jax.vjp(jax.grad(py_func(body, Tout=f32)), x)[1])(0.7)
+    apply = jax.jit(lambda pullback: pullback(1.0)[0])
     with ThreadPoolExecutor(4) as threads:
-        got = list(threads.map(lambda _: pulled(pull), range(40)))
+        got = list(threads.map(lambda _: apply(pullback), range(40)))
     want = jax.jit(jax.grad(jax.grad(body)))(0.7)
     np.testing.assert_allclose(got, [want] * 40, rtol=5e-4)
 
@@ -528,7 +530,7 @@ def test_the_derivative_of_a_value_that_a_rule_computed(rule):
         ]
 
     want = jax.jit(all_of(bodies))(0.7)
-    for got in both_ways(
+    for got in eager_and_jit(
         all_of([py_func(body, Tout=f32) for body in bodies]), 0.7, eager=False
     ):
         np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -591,7 +593,7 @@ def test_debug_nans_names_it_in_a_differentiated_body():
         call(jax.grad(f), 0.5)
 
 
-def test_in_float64_and_in_both_precisions_in_turns():
+def test_in_float64_and_in_both_precisions_alternately():
     for x64 in (True, False, True):
         with jax.enable_x64(x64):
             dtype = jnp.float64 if x64 else jnp.float32
@@ -610,7 +612,7 @@ def test_error_texts_have_no_dangling_places():
     assert re.search(r"'sin'.*converted to NumPy", str(info.value))
 
 
-# What a hostile reader tried
+# Corner cases
 
 
 def test_calls_in_control_flow_of_a_body_run_once(transform):
@@ -681,7 +683,7 @@ def test_a_numpy_array_that_a_body_writes_to_again(take, transform):
 
 
 @pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian])
-def test_settings_that_a_body_changes_for_a_while(take, transform):
+def test_configuration_that_a_body_changes_for_a_while(take, transform):
     def body(x):
         with jax.enable_x64(True):
             y = (x.astype(jnp.float64) * (1 / 3)) ** 2

@@ -130,7 +130,7 @@ def test_y_among_xs(sess):
 
 
 def test_xs_in_any_order(sess):
-    """The way to an earlier one may lie before a later one."""
+    """The path to an earlier one may lie before a later one."""
     x = tf.placeholder(jnp.float32)
     sine = tf.numpy.sin(x)
     h = tf.placeholder(jnp.float32)
@@ -173,7 +173,7 @@ def test_unconnected(sess):
         tf.gradients(y, x, unconnected_gradients=None)
 
 
-def test_an_integer_on_the_way_cuts_it(sess):
+def test_no_gradient_passes_an_integer_in_between(sess):
     x = tf.placeholder(jnp.float32)
     whole = tf.lift(lambda x: x.astype(jnp.int32))(x)
     assert tf.gradients(whole * 2.5, x) == [None]

@@ -1,4 +1,4 @@
-"""`Session`: what is fed, run, returned, kept and refused."""
+"""`Session`: what is fed, run, returned, cached and refused."""
 
 import collections
 import gc
@@ -263,7 +263,7 @@ class TestWhatRuns:
     @pytest.mark.parametrize("kind", ["node", "lifted"])
     @pytest.mark.parametrize("path", [(0, 0), (1, 1), (0, 1), (1, 1, 1), (0, 1, 0)])
     def test_stateful_of_two_tensors_runs_once_for_any_derivative(self, sess, kind, path):
-        """The one that a derivative is not taken by is among the residuals, too."""
+        """Also the one that is not differentiated is among the residuals."""
         seen = []
 
         def plain(x, m):

@@ -171,7 +171,7 @@ def test_no_arguments_is_a_node_that_runs_each_time(sess):
     total = tf.numpy.sum(batch * 2)
     for i in (0, 1, 2):
         np.testing.assert_array_equal(sess.run(batch), [i, i, i])
-    assert sess.run(total) == 18.0  # another program, which is inferred anew
+    assert sess.run(total) == 18.0  # another program, which is inferred again
     got, double = sess.run([batch, total])
     np.testing.assert_array_equal(got, [4, 4, 4])
     assert double == 24.0

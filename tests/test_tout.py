@@ -510,7 +510,7 @@ def test_a_ref_is_refused_by_name(transform):
 
 @pytest.mark.parametrize("wrap", [py_func, numpy_func])
 def test_tangents_of_integers_pass(wrap, transform):
-    """`float0` arrays have a shape and no data, and do not cross."""
+    """`float0` arrays have a shape and no data, and stay on the device."""
     shapes = []
 
     def body(x, z):

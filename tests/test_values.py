@@ -57,7 +57,7 @@ def test_the_table_of_dtypes_has_the_exotic_ones():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wrap", [py_func, numpy_func])
-def test_every_dtype_crosses(transform, wrap, dtype):
+def test_every_dtype_makes_the_round_trip(transform, wrap, dtype):
     x = ones(dtype)
     seen = []
 
@@ -167,26 +167,26 @@ def test_64_megabytes(transform, wrap):
     np.testing.assert_array_equal(y, np.asarray(x).reshape(2, -1)[::-1])
 
 
-def test_arrays_that_the_body_keeps_stay_valid(transform):
-    kept = []
-    f = transform(py_func(lambda x: (kept.append(x), x + 1)[1], Tout=lambda x: x))
+def test_arrays_that_the_body_holds_stay_valid(transform):
+    held = []
+    f = transform(py_func(lambda x: (held.append(x), x + 1)[1], Tout=lambda x: x))
     inputs = [jnp.full(1000, float(i)) for i in range(20)]
     for x in inputs:
         f(x).block_until_ready()
     del x, inputs
     junk = [f(jnp.full(1000, -1.0)) for _ in range(20)]  # would reuse their memory
     jax.block_until_ready(junk)
-    for i, x in enumerate(kept[:20]):
+    for i, x in enumerate(held[:20]):
         np.testing.assert_array_equal(x, np.full(1000, i))
         np.testing.assert_array_equal(x * 2, np.full(1000, 2 * i))
 
 
-def test_arrays_that_a_numpy_body_keeps_stay_valid(transform):
-    kept = []
-    f = transform(numpy_func(lambda x: (kept.append(x), x)[1], Tout=lambda x: x))
+def test_arrays_that_a_numpy_body_holds_stay_valid(transform):
+    held = []
+    f = transform(numpy_func(lambda x: (held.append(x), x)[1], Tout=lambda x: x))
     for i in range(20):
         f(jnp.full(1000, float(i))).block_until_ready()
-    for i, x in enumerate(kept):
+    for i, x in enumerate(held):
         np.testing.assert_array_equal(x, np.full(1000, i))
 
 
@@ -196,21 +196,21 @@ def test_results_survive_what_the_body_does_to_them_later(wrap, size, transform)
     """Small ones, which XLA copies, and large ones that it could share as they are."""
     raw = np.empty(4 * size + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    kept = raw[start : start + 4 * size].view(np.float32)
-    kept[:] = 1
-    y = transform(wrap(lambda x: kept, Tout=Struct((size,), jnp.float32)))(0.0)
+    held = raw[start : start + 4 * size].view(np.float32)
+    held[:] = 1
+    y = transform(wrap(lambda x: held, Tout=Struct((size,), jnp.float32)))(0.0)
     y.block_until_ready()
-    kept[:] = 5
+    held[:] = 5
     np.testing.assert_array_equal(y, np.ones(size))
 
 
 def test_the_callers_numpy_operand_may_change_later(transform):
-    kept = []
+    held = []
     x = np.ones(1000, np.float32)
-    f = transform(py_func(lambda x: (kept.append(x), x)[1], Tout=lambda x: x))
+    f = transform(py_func(lambda x: (held.append(x), x)[1], Tout=lambda x: x))
     f(x).block_until_ready()
     x[:] = 5
-    np.testing.assert_array_equal(kept[0], np.ones(1000))
+    np.testing.assert_array_equal(held[0], np.ones(1000))
 
 
 @pytest.mark.parametrize("commit", [False, True], ids=["uncommitted", "committed"])
@@ -293,7 +293,7 @@ def unready():
 
 
 @pytest.mark.parametrize(("name", "setting", "value"), SETTINGS)
-def test_settings_of_the_caller_are_in_force_in_the_body(transform, name, setting, value):
+def test_the_callers_configuration_is_in_force_in_the_body(transform, name, setting, value):
     seen = []
 
     def body(x):
@@ -311,7 +311,7 @@ def test_settings_of_the_caller_are_in_force_in_the_body(transform, name, settin
     assert [s for s, _ in seen] == [value, default]
 
 
-def test_settings_are_in_force_on_the_thread_of_the_runtime():
+def test_configuration_is_in_force_on_the_thread_of_the_runtime():
     """All at once: of a program that is compiled under them, and runs without."""
     seen = []
 
@@ -339,7 +339,7 @@ def test_settings_are_in_force_on_the_thread_of_the_runtime():
     assert in_force() == default
 
 
-def test_settings_are_the_callers_again_after_a_body_raised():
+def test_configuration_is_the_callers_again_after_a_body_raised():
     threads = []
 
     def body(x):
@@ -383,7 +383,7 @@ def _setting(name):
     return state
 
 
-def test_settings_matter_in_the_body():
+def test_configuration_matters_in_the_body():
     def strict(x):
         return x + jnp.int8(1)
 

@@ -1,4 +1,4 @@
-"""Runs that are kept for their derivatives: how often bodies run, tickets, the bound."""
+"""The tape cache: how often bodies run, tickets, the limit."""
 
 import functools
 import gc
@@ -26,7 +26,7 @@ f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
 
 @pytest.fixture
-def nothing_kept():
+def no_tape_cached():
     before = set_tape_limit(0)
     yield
     set_tape_limit(before)
@@ -110,7 +110,7 @@ def test_a_scan_of_t_steps_runs_t_times(x, counted, runs, transform):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_a_while_loop_forward_runs_once_per_turn(counted, runs, transform):
+def test_a_while_loop_forward_runs_once_per_iteration(counted, runs, transform):
     def program(f):
         return lambda x: jax.lax.while_loop(
             lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1]) * 0.5), (0, x)
@@ -127,8 +127,8 @@ def test_a_while_loop_forward_runs_once_per_turn(counted, runs, transform):
     np.testing.assert_allclose(got, jax.grad(by_hand)(1.5), rtol=1e-5)
 
 
-def test_checkpoint_runs_it_twice_and_keeps_one_run(counted, runs, transform):
-    """That is what checkpoint asks for; the first pass keeps nothing."""
+def test_checkpoint_runs_it_twice_and_caches_one_tape(counted, runs, transform):
+    """That is what checkpoint asks for; the first pass leaves no tape."""
     f = transform(jax.value_and_grad(jax.checkpoint(counted)))
     with profile() as prof:
         value, slope = jax.block_until_ready(f(1.5))
@@ -141,7 +141,7 @@ def test_checkpoint_runs_it_twice_and_keeps_one_run(counted, runs, transform):
         assert prof.as_dict()["body"]["forward"]["tape_bytes"] == 2 * one > 0
 
 
-def test_a_run_that_no_derivative_asks_for_is_not_kept(counted):
+def test_a_run_that_no_derivative_needs_leaves_no_tape(counted):
     with profile() as prof:
         program = jax.jit(lambda x: jax.value_and_grad(counted)(x)[0])
         np.testing.assert_allclose(program(1.5), plain(1.5), rtol=1e-6)
@@ -186,7 +186,7 @@ def test_one_linearization_is_used_many_times(counted, runs, transform):
 
 @pytest.mark.parametrize("stateful", [False, True])
 def test_mixed_partial_derivatives_run_it_once(stateful, runs, transform):
-    """A run is kept for all operands that any of the derivatives is by."""
+    """One tape serves all operands that any of the derivatives is taken with respect to."""
 
     @py_func(Tout=f32, stateful=stateful)
     def f(x, y):
@@ -201,8 +201,8 @@ def test_mixed_partial_derivatives_run_it_once(stateful, runs, transform):
             assert len(runs) == 1
 
 
-def test_a_pullback_differentiated_by_what_it_was_not_taken_by(transform):
-    """The run that it is of was not noted for that operand, and is no help."""
+def test_a_pullback_differentiated_with_respect_to_other_operands(transform):
+    """Its tape does not have that operand, so the body runs again."""
     f = py_func(lambda x, y: jnp.sin(x) * y**3, Tout=f32)
     x, y = jnp.float32(0.7), jnp.float32(1.3)
     leaves, tree = jax.tree.flatten(
@@ -210,12 +210,12 @@ def test_a_pullback_differentiated_by_what_it_was_not_taken_by(transform):
     )
     (place,) = [i for i, leaf in enumerate(leaves) if leaf.shape == () and leaf == y]
 
-    def pulled(y):
+    def pulled_back(y):
         return tree.unflatten([*leaves[:place], y, *leaves[place + 1 :]])(1.0)[0]
 
     for take in (jax.grad, jax.jacfwd):
         np.testing.assert_allclose(
-            transform(take(pulled))(y), np.cos(0.7) * 3 * 1.3**2, rtol=1e-5
+            transform(take(pulled_back))(y), np.cos(0.7) * 3 * 1.3**2, rtol=1e-5
         )
 
 
@@ -240,7 +240,9 @@ def test_a_stateful_body_is_differentiated_where_it_was_evaluated(options, trans
 
 
 @pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian])
-def test_a_stateful_run_that_is_lost_is_never_repeated(take, runs, transform, nothing_kept):
+def test_a_stateful_run_whose_tape_was_evicted_is_not_repeated(
+    take, runs, transform, no_tape_cached
+):
     f = py_func(lambda x: runs.append(1) or x**2, Tout=f32, stateful=True, name="step")
     program = transform(take(f))
     with (
@@ -259,7 +261,7 @@ def test_a_branch_not_taken_under_vmap_of_cond_runs_nothing_for_its_derivative(r
     xs = jnp.array([1.0, -2.0, 3.0])
     take = jax.vmap(jax.grad(lambda x: jax.lax.cond(x > 0, f, jnp.sin, x)))
     np.testing.assert_allclose(jax.jit(take)(xs), [2, np.cos(-2), 6], rtol=1e-6)
-    assert sorted(runs) == [-2.0, 1.0, 3.0]  # the forward runs both sides of a select
+    assert sorted(runs) == [-2.0, 1.0, 3.0]  # the forward runs both branches of a select
 
 
 @pytest.mark.parametrize("vmap_method", ["expand_dims", "broadcast_all"])
@@ -281,7 +283,7 @@ def test_derivatives_of_a_stateful_run_of_a_whole_batch(vmap_method, runs, trans
 
 
 def test_tickets_are_of_elements_in_their_order(transform):
-    """A whole batch is one run; part of it, or another order, is not that run."""
+    """A whole batch is one run; a subset of it, or another order, is not that run."""
     f = py_func(
         lambda x: jnp.sin(x) * x, Tout=lambda x: x, vmap_method="broadcast_all"
     )  # fmt: skip
@@ -289,19 +291,19 @@ def test_tickets_are_of_elements_in_their_order(transform):
     pullbacks = transform(jax.vmap(lambda x: jax.vjp(f, x)[1]))(xs)
     want = np.cos(xs) * xs + np.sin(xs)
 
-    def pull(pullbacks, cotangents):
+    def apply(pullbacks, cotangents):
         return transform(jax.vmap(lambda p, ct: p(ct)[0]))(pullbacks, cotangents)
 
     ones = jnp.ones(4)
-    np.testing.assert_allclose(pull(pullbacks, ones), want, rtol=1e-5)
+    np.testing.assert_allclose(apply(pullbacks, ones), want, rtol=1e-5)
     flipped = jax.tree.map(lambda r: r[::-1], pullbacks)
-    np.testing.assert_allclose(pull(flipped, ones), want[::-1], rtol=1e-5)
+    np.testing.assert_allclose(apply(flipped, ones), want[::-1], rtol=1e-5)
     order = np.array([0, 2, 1, 2])  # the first one stays
     swapped = jax.tree.map(lambda r: r[order], pullbacks)
-    np.testing.assert_allclose(pull(swapped, ones), want[order], rtol=1e-5)
+    np.testing.assert_allclose(apply(swapped, ones), want[order], rtol=1e-5)
     for half in (slice(1, 3), slice(2)):
-        pulls = jax.tree.map(lambda r, half=half: r[half], pullbacks)
-        np.testing.assert_allclose(pull(pulls, ones[:2]), want[half], rtol=1e-5)
+        some = jax.tree.map(lambda r, half=half: r[half], pullbacks)
+        np.testing.assert_allclose(apply(some, ones[:2]), want[half], rtol=1e-5)
     for i in (0, 2):
         one = jax.tree.map(lambda r, i=i: r[i], pullbacks)
         np.testing.assert_allclose(one(1.0)[0], want[i], rtol=1e-5)
@@ -328,8 +330,8 @@ RESIDUALS = """
         return a * x**2 if x > 0 else x
 
     f = py_func(body, Tout=jax.ShapeDtypeStruct((), jnp.float32))
-    _, pull = jax.vjp(f, jnp.float32(X), jnp.float32(A))
-    leaves, tree = jax.tree.flatten(pull)
+    _, pullback = jax.vjp(f, jnp.float32(X), jnp.float32(A))
+    leaves, tree = jax.tree.flatten(pullback)
 """
 
 
@@ -376,7 +378,7 @@ def test_a_forked_child_does_not_take_its_parents_tickets():
     assert out.strip() == "True"
 
 
-# The bound
+# The limit
 
 
 @pytest.fixture
@@ -388,28 +390,28 @@ def limit():
     set_tape_limit(before)
 
 
-def test_what_waits_is_counted_by_bytes_and_shared_arrays_once():
+def test_waiting_tapes_are_counted_in_bytes_and_shared_arrays_once():
     weight = jnp.ones((256, 256))  # 256 KiB
     f = py_func(lambda x: (weight @ x).sum(), Tout=f32, name="shares")
     x = jnp.ones(256)
     at_first = tape_bytes()
     with profile() as prof:
-        pulls = [jax.vjp(f, x)[1]]
+        pullbacks = [jax.vjp(f, x)[1]]
         one = tape_bytes() - at_first
         counts = prof.as_dict()["shares"]
         assert counts["forward"]["tape_bytes"] == one
-        pulls.append(jax.vjp(f, x)[1])
+        pullbacks.append(jax.vjp(f, x)[1])
     two = prof.as_dict()["shares"]["forward"]["tape_bytes"]
     assert one > 2**18
     assert one < two < one + 2**16
     assert tape_bytes() == at_first + two
-    for pull in pulls:
-        np.testing.assert_allclose(pull(1.0)[0], 256.0)
-    del f, pulls, pull
+    for pullback in pullbacks:
+        np.testing.assert_allclose(pullback(1.0)[0], 256.0)
+    del f, pullbacks, pullback
     assert tape_bytes() <= at_first
 
 
-def test_what_waits_longest_goes_first(runs, limit):
+def test_the_tape_that_waits_longest_is_evicted_first(runs, limit):
     def body(x):
         runs.append(1)
         return (jnp.sin(x) * x).sum()
@@ -424,7 +426,7 @@ def test_what_waits_longest_goes_first(runs, limit):
     assert len(runs) == 4
 
 
-def test_a_spent_tape_goes_before_those_that_wait(runs, limit):
+def test_a_spent_tape_is_evicted_before_waiting_ones(runs, limit):
     def body(x):
         runs.append(1)
         return (jnp.sin(x) * x).sum()
@@ -434,26 +436,26 @@ def test_a_spent_tape_goes_before_those_that_wait(runs, limit):
     spent = jax.vjp(py_func(body, Tout=f32, stateful=True), jnp.tile(x, 2))[1]
     for _ in range(2):  # the last one of a stateful body stays
         np.testing.assert_allclose(spent(1.0)[0], np.cos(1) + np.sin(1), rtol=1e-5)
-    pulls = [jax.vjp(py_func(body, Tout=f32), x * i)[1] for i in (1, 2)]
-    for i, pull in enumerate(pulls, 1):
-        np.testing.assert_allclose(pull(1.0)[0], i * np.cos(i) + np.sin(i), rtol=1e-5)
+    pullbacks = [jax.vjp(py_func(body, Tout=f32), x * i)[1] for i in (1, 2)]
+    for i, pullback in enumerate(pullbacks, 1):
+        np.testing.assert_allclose(pullback(1.0)[0], i * np.cos(i) + np.sin(i), rtol=1e-5)
     assert len(runs) == 3
 
 
-def test_a_tape_that_was_used_and_still_waits_goes_after_others(limit):
+def test_a_waiting_tape_that_was_used_is_evicted_after_others(limit):
     f = py_func(lambda x: (jnp.sin(x) * x).sum(), Tout=f32, stateful=True)
     x = jnp.ones(2**14)  # 64 KiB an array
     limit(2**19)
     a, b = (jax.vjp(f, x * i)[1] for i in (1, 2))
-    _, push = jax.linearize(a, 1.0)  # which needs its tape once more
+    _, jvp = jax.linearize(a, 1.0)  # which needs its tape once more
     c = jax.vjp(f, x * 3)[1]
-    for i, pull in ((1, push), (3, c)):
-        np.testing.assert_allclose(pull(1.0)[0], i * np.cos(i) + np.sin(i), rtol=1e-5)
+    for i, pullback in ((1, jvp), (3, c)):
+        np.testing.assert_allclose(pullback(1.0)[0], i * np.cos(i) + np.sin(i), rtol=1e-5)
     with pytest.raises(TapeLostError):
         b(1.0)
 
 
-def test_a_tape_goes_when_its_derivative_has_been_taken(limit, transform):
+def test_a_tape_is_dropped_once_its_derivative_has_been_taken(limit, transform):
     limit(2**30)
     at_first = tape_bytes()
     f = py_func(lambda x: (jnp.sin(x) * x).sum(), Tout=f32)
@@ -482,10 +484,10 @@ def test_a_pullback_is_called_again_after_others(size, limit, transform):
     pure = py_func(lambda x: (x**3).sum(), Tout=f32)
     stateful = py_func(draws, Tout=f32, stateful=True)
     x = jnp.full(size, 2.0)
-    pulls = {f: transform(lambda x, f=f: jax.vjp(f, x)[1])(x) for f in (pure, stateful)}
+    pullbacks = {f: transform(lambda x, f=f: jax.vjp(f, x)[1])(x) for f in (pure, stateful)}
     for _ in range(3):
-        np.testing.assert_allclose(pulls[pure](1.0)[0][0], 12.0, rtol=1e-6)
-        np.testing.assert_allclose(pulls[stateful](1.0)[0][0], 4 * drawn[0], rtol=1e-6)
+        np.testing.assert_allclose(pullbacks[pure](1.0)[0][0], 12.0, rtol=1e-6)
+        np.testing.assert_allclose(pullbacks[stateful](1.0)[0][0], 4 * drawn[0], rtol=1e-6)
         for _ in range(20):
             jax.block_until_ready(transform(jax.grad(pure))(x))
     assert len(drawn) == 1
@@ -518,24 +520,24 @@ def test_lowering_the_limit_frees_at_once(limit):
     f = py_func(lambda x: jnp.sin(x).sum(), Tout=f32, name="freed")
     x = jnp.ones(2**20)
     before = tape_bytes()
-    pull = jax.vjp(f, x)[1]
+    pullback = jax.vjp(f, x)[1]
     assert tape_bytes() > before + 2**22
     limit(0)
     assert tape_bytes() == 0
     with profile() as prof:
-        np.testing.assert_allclose(pull(1.0)[0][0], np.cos(1.0), rtol=1e-6)
+        np.testing.assert_allclose(pullback(1.0)[0][0], np.cos(1.0), rtol=1e-6)
     assert prof.as_dict()["freed"]["vjp"]["reran"] == 1
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, "1 GiB", True, None])
-def test_a_wrong_bound_says_what_to_write(wrong):
+def test_a_wrong_limit_says_what_to_write(wrong):
     with pytest.raises(ValueError, match=r"set_tape_limit: expected nbytes.*2\*\*30"):
         set_tape_limit(wrong)
     before = set_tape_limit(2**20)
     assert set_tape_limit(before) == 2**20
 
 
-def test_a_run_larger_than_the_bound_is_not_kept(runs):
+def test_a_tape_larger_than_the_limit_is_not_cached(runs):
     before = set_tape_limit(2**16)
     f = py_func(lambda x: runs.append(1) or (x**2).sum(), Tout=f32)
     got = jax.jit(jax.grad(f))(jnp.ones(2**16))
@@ -544,7 +546,7 @@ def test_a_run_larger_than_the_bound_is_not_kept(runs):
     assert len(runs) == 2
 
 
-def test_an_exception_half_way_keeps_nothing_and_leaves_all_well(transform):
+def test_an_exception_half_way_leaves_no_tape_and_nothing_broken(transform):
     def body(x):
         y = jnp.sin(x)
         if x > 1:
@@ -596,7 +598,7 @@ def test_a_training_loop_does_not_grow():
     assert max(map(int, out.split())) < 3 * 2**20
 
 
-def test_memory_stays_under_the_bound():
+def test_memory_stays_under_the_limit():
     """Backward passes that never come, as in tensorflow/tensorflow#35010."""
     out = run_program(
         """
@@ -627,7 +629,7 @@ def test_memory_stays_under_the_bound():
     assert int(out) < 5000 * 2**10
 
 
-def test_of_a_run_that_was_dropped_nothing_stays():
+def test_an_evicted_tape_leaves_nothing_behind():
     """Not even its name: the function lives, and so may be run for days."""
     f = py_func(lambda x: jnp.sin(x), Tout=f32)
     forward = jax.jit(lambda x: jax.vjp(f, x)[1])
@@ -648,8 +650,8 @@ def test_of_a_run_that_was_dropped_nothing_stays():
         set_tape_limit(before)
 
 
-def test_a_small_run_is_counted_at_least_at_what_it_takes():
-    """So that a bound of n bytes is not passed by many small arrays."""
+def test_a_small_tape_counts_at_least_what_it_takes():
+    """So that many small arrays do not exceed a limit of n bytes."""
     out = run_program(
         """
         from programs import resident

@@ -116,7 +116,7 @@ def test_a_wrapped_function_is_like_its_own():
     assert list(inspect.signature(Model(1.0).wrapped).parameters) == ["x", "m"]
 
 
-def test_a_function_that_is_wrapped_twice_crosses_once():
+def test_a_function_that_is_wrapped_twice_makes_one_host_call():
     """With the options of both, those of the last one first."""
     once = py_func(scale, Tout=F32, name="scale it", vmap_method="sequential")
     twice = py_func(once)
@@ -541,7 +541,7 @@ class Weights:
         ),
     ],
 )
-def test_a_traced_value_in_a_leaf_that_is_no_array_is_refused(hold, words, trace):
+def test_a_traced_value_in_a_leaf_that_is_not_an_array_is_refused(hold, words, trace):
     body = py_func(lambda tree: 1.0, Tout=F32, name="g")
     with pytest.raises(TypeError, match=f"'g': {words}"):
         trace(lambda w: body({"p": hold(w)}))(3.0)
@@ -550,7 +550,7 @@ def test_a_traced_value_in_a_leaf_that_is_no_array_is_refused(hold, words, trace
 
 
 @pytest.mark.parametrize("tout", [F32, jnp.float32])
-def test_a_branch_under_a_jit_that_py_func_wraps_says_the_order(tout, transform):
+def test_a_branch_under_a_jit_that_py_func_wraps_says_to_swap_them(tout, transform):
     @jax.jit
     def inner(x):
         return x if x > 0 else -x
@@ -687,7 +687,7 @@ def test_a_dtype_in_the_place_of_the_arguments():
             py_func(lambda x: x, tout)
 
 
-def test_a_dataclass_is_told_to_be_registered(transform):
+def test_the_error_about_a_dataclass_says_to_register_it(transform):
     @dataclasses.dataclass
     class Point:
         x: float
@@ -842,7 +842,7 @@ def test_refused_options(wrap, option):
         wrap(scale, Tout=F32, **{option: "no"})
 
 
-def test_arguments_that_jax_does_not_take_apart(transform):
+def test_arguments_that_jax_does_not_flatten(transform):
     f = py_func(lambda d: d["a"], Tout=F32, name="f")
     with pytest.raises(
         TypeError, match="'f': JAX does not take its arguments apart: the key"

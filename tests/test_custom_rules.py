@@ -1,4 +1,4 @@
-"""Derivatives of bodies that JAX cannot see into, by rules that run on the host."""
+"""Custom derivative rules that run on the host, for functions that JAX cannot trace."""
 
 import ctypes
 import ctypes.util
@@ -49,7 +49,7 @@ class Counted:
             b_bar = scipy.linalg.lu_solve(factors, x_bar, trans=1)
             return -np.outer(b_bar, x), b_bar
 
-        def push(primals, tangents):
+        def jvp(primals, tangents):
             self.runs["jvp"] += 1
             (a, b), (da, db) = primals, tangents
             factors = scipy.linalg.lu_factor(a)
@@ -58,7 +58,7 @@ class Counted:
 
         self.f = numpy_func(body, Tout=lambda a, b: b, **options)
         self.f.defvjp(forward, backward)
-        self.f.defjvp(push)
+        self.f.defjvp(jvp)
 
 
 def loss(f):
@@ -98,7 +98,7 @@ def test_forward_runs_once_and_the_body_not(transform):
         assert counted.runs == {"body": 0, "fwd": times, "bwd": times, "jvp": 0}
 
 
-def test_residuals_that_are_gone_are_made_again(transform):
+def test_evicted_residuals_are_computed_again(transform):
     counted = Counted()
     before = jpf.set_tape_limit(0)
     try:
@@ -122,9 +122,9 @@ def test_residuals_that_a_linearized_pullback_uses_twice(transform):
     f.defvjp(lambda x: (np.sin(x), np.cos(x)), lambda cos, bar: (cos * bar,))
 
     def program(f, x, bar):
-        pull = jax.vjp(lambda x: f(f(x)), x)[1]
-        value, pushed = jax.linearize(lambda bar: pull(bar)[0], bar)
-        return value, pushed(bar)
+        pullback = jax.vjp(lambda x: f(f(x)), x)[1]
+        value, jvp = jax.linearize(lambda bar: pullback(bar)[0], bar)
+        return value, jvp(bar)
 
     x, bar = jnp.array([0.5, 0.7]), jnp.ones(2)
     before = jpf.set_tape_limit(2**16)  # of which spent ones may hold the last alone
@@ -259,13 +259,13 @@ def test_pytrees_keywords_and_integers(transform):
             None,
         )
 
-    def push(primals, tangents):
+    def jvp(primals, tangents):
         (p, n, scale, _), (dp, dn, dscale, _) = primals, tangents
         assert dn.dtype == jax.dtypes.float0
         return None, {"y": n * (dp["w"] * scale[0] + p["w"] * dscale[0]), "n": None}
 
     f.defvjp(forward, backward)
-    f.defjvp(push)
+    f.defjvp(jvp)
     w = jnp.arange(3.0)
 
     def program(f):
@@ -339,7 +339,7 @@ def bad(fwd=lambda x: (np.sin(x), x), bwd=lambda x, g: (g * np.cos(x),)):
         ),
     ],
 )
-def test_bad_rules_are_told(rules, words, transform):
+def test_errors_about_bad_rules_say_what_is_wrong(rules, words, transform):
     with (
         pytest.raises(ResultError, match=f"numpy_func 'sin'.*{words}"),
         jpf.raise_original(),
@@ -377,9 +377,9 @@ def test_residuals_die_with_the_function():
 
     f = numpy_func(body, Tout=F32)
     f.defvjp(forward, lambda r, g: (2 * r[0] * g,))
-    _, pull = jax.vjp(f, 3.0)
+    _, pullback = jax.vjp(f, 3.0)
     assert alive[0]() is not None
-    del f, body, forward, pull
+    del f, body, forward, pullback
     jax.clear_caches()
     gc.collect()
     assert alive[0]() is None
@@ -432,7 +432,7 @@ def test_an_initial_value_problem_by_its_adjoint(transform):
     close(got, (-2 * decay**2 * 5.0, 2 * decay**2 * y0), rtol=1e-3)
 
 
-def test_a_sparse_solve_keeps_its_factorisation(transform):
+def test_a_sparse_solve_reuses_its_factorisation(transform):
     matrix = scipy.sparse.diags([np.full(5, -1.0), np.full(6, 4.0)], [-1, 0]).tocsc()
     factorised = []
 
@@ -618,7 +618,7 @@ def test_a_linear_function_is_transposed_in_a_body(transform):
         close(got, jax.grad(lambda a, b: plain(a, b).sum(), 1)(A, b), rtol=1e-3, atol=1e-4)
 
 
-def test_a_transpose_by_what_a_derivative_is_not_linear_in_is_refused(transform):
+def test_a_transpose_with_respect_to_a_nonlinear_operand_is_refused(transform):
     f = host_product()
     for program in (
         lambda a: jax.linear_transpose(lambda a: transposed(f, a, B), a)(B)[0],
@@ -642,9 +642,9 @@ NOT_LINEAR = {
 @pytest.mark.parametrize("name", NOT_LINEAR)
 def test_a_function_that_is_not_linear_is_not_transposed(name, transform):
     """Its rule gives the derivative at a point, and a transpose is at none."""
-    function, pull = NOT_LINEAR[name]
+    function, vjp = NOT_LINEAR[name]
     f = numpy_func(function, Tout=lambda v: v, name=name)
-    f.defvjp(lambda v: (function(v), v), lambda v, c: (pull(v, c),))
+    f.defvjp(lambda v: (function(v), v), lambda v, c: (vjp(v, c),))
     words = f"'{name}' is transposed.*-2 \\* f.v.*jax.custom_vjp.*linear_call"
     with pytest.raises(NotDifferentiableError, match=words), jpf.raise_original():
         jax.block_until_ready(transform(lambda c: jax.linear_transpose(f, c)(c)[0])(B))
@@ -666,7 +666,7 @@ def test_a_transpose_without_a_rule_is_refused_when_traced(rules, program):
 
 @jax.tree_util.register_pytree_node_class
 class Made:
-    """Its leaves are made anew whenever JAX takes it apart."""
+    """Its leaves are created again whenever JAX flattens it."""
 
     def __init__(self, x):
         self.x = x
@@ -685,7 +685,7 @@ def growing(r, bar):
 
 
 RESIDUALS = {
-    "leaves made anew": (Made, lambda r, bar: (2 * r.x * bar,)),
+    "leaves created again": (Made, lambda r, bar: (2 * r.x * bar,)),
     "changed by bwd": (lambda x: [x], growing),
     "keys without order": (lambda x: {"x": x, 0: 1}, lambda r, bar: (2 * r["x"] * bar,)),
 }
@@ -735,10 +735,10 @@ def test_objects_of_unknown_size_are_bounded_in_number(kind, least, most, spent,
         gc.collect()
         assert len(living) <= spent
         for _ in range(600):
-            pull = transform(lambda x: jax.vjp(f, x)[1])(1.0)
+            pullback = transform(lambda x: jax.vjp(f, x)[1])(1.0)
         gc.collect()
         assert least <= len(living) <= most
-        assert pull(1.0) == (1.0,)
+        assert pullback(1.0) == (1.0,)
     finally:
         jpf.set_tape_limit(before)
 

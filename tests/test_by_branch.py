@@ -19,7 +19,7 @@ from cases import (
     CUSTOM_VJP,
     SCALAR,
     assert_close,
-    both_ways,
+    eager_and_jit,
     log_huber,
     loop,
     plain_log_huber,
@@ -85,7 +85,7 @@ def test_every_case(case, derivative):
     program = jax.vmap(DERIVATIVES[derivative](case.wrapped, len(case.args)))
     want = one_by_one(case, derivative)
     eager = derivative in ("forward", "grad")
-    for got in both_ways(program, *columns_of(case), eager=eager):
+    for got in eager_and_jit(program, *columns_of(case), eager=eager):
         assert_close(got, want)
 
 
@@ -102,7 +102,7 @@ def test_orders_and_axes_in_every_mix():
         lambda f, over: jax.jacfwd(lambda x, m: over(jax.grad(f))(x, m).sum(1)),
     ):
         want = jax.jit(take(plain_log_huber, table))(xs, ms)
-        for got in both_ways(take(wrapped, table), xs, ms):
+        for got in eager_and_jit(take(wrapped, table), xs, ms):
             assert_close(got, want)
 
 
@@ -202,7 +202,7 @@ def test_one_operation_on_operands_of_elements_and_on_those_that_all_share():
 
 
 def halvings(x):
-    """Exact in floating point, so that it is known how many turns each element takes."""
+    """Exact in floating point, so the number of iterations of each element is known."""
     while x > 1:
         x = x / 2
     return x
@@ -227,7 +227,7 @@ def lengths_run(monkeypatch):
 
 
 def halvings_by_array(x):
-    """As `halvings`, with an array of NumPy's that each turn of each run makes anew."""
+    """As `halvings`, but every iteration of every run makes a new NumPy array."""
     while x > 1:
         x = (x / np.full(3, 2, np.float32))[0]
     return x
@@ -241,8 +241,8 @@ def test_a_loop_costs_as_many_operations_as_its_longest_element(
     x = jnp.float32(2.0) ** jnp.repeat(jnp.arange(1, 33), 4)
     got, runs = runs_of(jax.jit(jax.vmap(by_branch(body))), x)
     assert (got == 1).all()
-    assert runs == 32  # 4 elements leave after each turn
-    assert len(sizes) <= operations * 33 + 1  # a test and a division a turn
+    assert runs == 32  # 4 elements leave after each iteration
+    assert len(sizes) <= operations * 33 + 1  # a test and a division per iteration
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -312,7 +312,7 @@ def test_a_read_that_splits_into_many_groups():
     x = jnp.array([0.1, 2.2, 0.2, 1.1, 0.3, 3.1, 1.2, 2.1, 3.2, 3.3])
     want = jnp.sin(x * 1.5 ** jnp.floor(x)), jnp.cos(x * 1.5 ** jnp.floor(x))
     f = by_branch(body)
-    for got in both_ways(jax.vmap(jax.value_and_grad(f)), x):
+    for got in eager_and_jit(jax.vmap(jax.value_and_grad(f)), x):
         assert_close(got, (want[0], want[1] * 1.5 ** jnp.floor(x)))
     assert runs_of(jax.jit(jax.vmap(f)), x)[1] == 4
 
@@ -372,14 +372,14 @@ def test_references_are_written_by_each_element(transform):
     assert count[...] == 7
 
 
-def test_a_body_that_returns_what_it_kept_of_other_elements(transform):
-    kept = []
+def test_a_body_that_returns_an_array_of_other_elements(transform):
+    held = []
 
     def body(x):
         if x > 2:
-            kept.append(x * 2)
+            held.append(x * 2)
             return x * 2
-        return kept.pop() if kept else x
+        return held.pop() if held else x
 
     got = transform(jax.vmap(by_branch(body)))(xs)
     assert_close(got, jnp.where(xs > 2, xs * 2, xs))
@@ -440,7 +440,7 @@ def test_reads_split_by_value(read):
     slope = (loop(body, x + 1e-2) - loop(body, x - 1e-2)) / 2e-2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GradientCutWarning)
-        for got in both_ways(jax.vmap(jax.value_and_grad(by_branch(body))), x):
+        for got in eager_and_jit(jax.vmap(jax.value_and_grad(by_branch(body))), x):
             assert_close(got[0], plain)
             np.testing.assert_allclose(got[1], slope, rtol=2e-2, atol=1e-2)
 
@@ -470,7 +470,7 @@ def test_what_is_read_everywhere_runs_one_by_one_and_is_not_tried_again():
         assert sum(text.startswith("Batched") for text in shown) == 1, attempt
 
 
-def test_print_shows_the_rows_of_the_part(capfd):
+def test_print_shows_the_elements_of_the_subset(capfd):
     def body(x):
         if x > 2:
             print("above", x)
@@ -602,7 +602,7 @@ def test_batches_and_derivatives_inside_a_body(transform):
     )
 
 
-def test_rules_of_the_users_may_branch(transform):
+def test_custom_rules_may_branch(transform):
     @jax.custom_jvp
     def doubled(x):
         return x if x > 2 else jnp.sin(x)
@@ -627,12 +627,12 @@ def test_rules_of_the_users_may_branch(transform):
         assert_close(got, factor * slope)
 
 
-def test_an_array_that_a_body_keeps_for_its_next_run(transform):
-    kept = []
+def test_an_array_that_a_body_holds_for_its_next_run(transform):
+    held = []
 
     def body(x):
-        kept.append(x)
-        return kept[0] * 0 + x * 2 if x > 2 else x
+        held.append(x)
+        return held[0] * 0 + x * 2 if x > 2 else x
 
     got = transform(jax.vmap(by_branch(body)))(xs)
     assert_close(got, jnp.where(xs > 2, xs * 2, xs))
@@ -738,10 +738,10 @@ def test_draws_where_a_derivative_runs_the_body_again():
     before = jpyfunc.set_tape_limit(0)
     try:
         over = jax.vmap(by_branch(draws), (0, None))
-        _, pull = jax.vjp(lambda w: over(x, w), 2.0)
+        _, pullback = jax.vjp(lambda w: over(x, w), 2.0)
         state.append("drawing")
         with warned_of_draws():
-            (got,) = pull(jnp.ones(5))
+            (got,) = pullback(jnp.ones(5))
     finally:
         jpyfunc.set_tape_limit(before)
     assert got == 15
@@ -779,16 +779,16 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("take", [lambda f: f, jax.grad], ids=["forward", "grad"])
-def test_what_a_body_keeps_of_a_batch_is_no_array_afterwards(use, take, transform):
-    kept = []
+def test_arrays_of_a_batch_cannot_be_used_when_its_run_is_over(use, take, transform):
+    held = []
 
     def keeping(x):
-        kept.append(jnp.tanh(x))
-        return kept[-1] ** 2
+        held.append(jnp.tanh(x))
+        return held[-1] ** 2
 
     x = jnp.array([0.0, 1.0])
     jax.block_until_ready(transform(jax.vmap(take(by_branch(keeping))))(x))
-    (h,) = kept
+    (h,) = held
     with (
         pytest.raises(TypeError, match=r"'keeping'.*Return it .*\"sequential\""),
         jpyfunc.raise_original(),
@@ -798,7 +798,7 @@ def test_what_a_body_keeps_of_a_batch_is_no_array_afterwards(use, take, transfor
 
 
 @pytest.mark.parametrize("take", [lambda f: f, jax.grad], ids=["forward", "grad"])
-def test_a_body_that_puts_another_array_in_the_place_of_what_it_kept(take, transform):
+def test_a_body_that_replaces_an_array_that_it_held(take, transform):
     class Layer:
         def __call__(self, x):
             self.last = x * x
@@ -994,12 +994,12 @@ def test_a_tape_holds_rows_of_the_elements_that_stayed():
     wrapped = by_branch(body)
     x = jnp.concatenate([jnp.ones((62, 1000)), -jnp.ones((2, 1000))])
     set_tape_limit(set_tape_limit(0))  # of the tests before, none goes meanwhile
-    pulls = jax.jit(jax.vmap(lambda x: jax.vjp(wrapped, x)[1]))(x)
-    pull = jax.jit(jax.vmap(lambda pull, ct: pull(ct)[0]))
-    large = jax.tree.map(lambda residual: residual[:62], pulls)
+    pullbacks = jax.jit(jax.vmap(lambda x: jax.vjp(wrapped, x)[1]))(x)
+    pullback = jax.jit(jax.vmap(lambda pullback, ct: pullback(ct)[0]))
+    large = jax.tree.map(lambda residual: residual[:62], pullbacks)
     three = 3 * 62 * 1000 * 4  # bytes of an operand and the results of two operations
     assert tape_bytes() > three
-    pull(large, jnp.ones(62)).block_until_ready()  # whose tape is spent, and goes
+    pullback(large, jnp.ones(62)).block_until_ready()  # whose tape is spent, and goes
     assert 0 < tape_bytes() < three / 2
 
 
