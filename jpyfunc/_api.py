@@ -45,8 +45,12 @@ from jpyfunc._interpreters.tape_tracer import is_tape_tracer, value_if_over
 from jpyfunc._limits import (
     MAX_ABSTRACT_RUNS,
 )
+from jpyfunc._mesh import align
 from jpyfunc._primitive.batching import BATCHERS
 from jpyfunc._primitive.primitive import Params, bind
+from jpyfunc._runtime.clients import is_in_body
+from jpyfunc._runtime.configuration import current_config
+from jpyfunc._runtime.transfers import allowed_transfers
 from jpyfunc._staging.abstract import AbstractTrace
 from jpyfunc._staging.branch_tree import BranchTree, emit, stage, warn_if_large
 from jpyfunc._staging.closure import fingerprint, refuse_traced_closure, refuse_traced_leaf
@@ -620,7 +624,7 @@ class PyFunc:
         for leaf in leaves:
             if isinstance(leaf, Symbol):
                 return leaf.call_py_func(self, args, kwargs)
-        if building.graphs and _compat.is_eager() and not _compat.is_in_body():
+        if building.graphs and _compat.is_eager() and not is_in_body():
             return building.graphs[-1].call_py_func(self, args, kwargs)
         by_rule = self._rules and any(map(is_tape_tracer, leaves))
         if runs_now() and not by_rule and all(map(_has_value, leaves)):
@@ -670,7 +674,7 @@ class PyFunc:
                 template = self._inferred_now(arrays, tree, template, result)
         if not template.leaves and batch:
             batch.cannot(f"{self._where}, which returns nothing")
-        with _compat.allowed_transfers():
+        with allowed_transfers():
             outputs = [
                 # A declared dtype is a strong one, and what the body returned on the host
                 # becomes an array of the caller's device.
@@ -765,7 +769,7 @@ class PyFunc:
         branch it would add up those that take the branch, or wait for the others.
         """
         self._check_signature(*jax.tree.unflatten(tree, leaves))
-        arrays = _compat.align(self._arrays(leaves, tree))
+        arrays = align(self._arrays(leaves, tree))
         template = self._declared(leaves, tree)
         foreseen = found_once(
             lambda: self._call_key(leaves, tree, template),
@@ -782,8 +786,8 @@ class PyFunc:
     def _call_key(self, leaves: list[Any], tree: Any, template: Any) -> Any:
         """What tells a call from others, whose function may be another object."""
         of_values = fingerprint([self._func, *leaves])
-        settings = _compat.current_settings()
-        key = of_values, tree, template, self._staged, self._where, settings
+        config = current_config()
+        key = of_values, tree, template, self._staged, self._where, config
         return None if of_values is None else key
 
     def _arrays(self, leaves: list[Any], tree: Any) -> list[Any]:
@@ -841,7 +845,7 @@ class PyFunc:
             stateful,
             self._ordered,
             self._vmap_method or default,
-            _compat.current_settings(),
+            current_config(),
         )
         return [
             jax.random.wrap_key_data(x, dtype=leaf.dtype) if leaf.is_key else x

@@ -11,7 +11,7 @@ from cases import log_huber, plain_log_huber
 
 import jpyfunc
 from jpyfunc import UnsupportedError, py_func
-from jpyfunc._primitive import batching
+from jpyfunc._primitive import loops
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -414,7 +414,7 @@ def test_a_call_without_results_that_is_refused_says_what_to_write(make, want, t
 def test_what_batching_a_loop_costs(monkeypatch):
     """Nothing where no call is stateful, and no more looks at it than tell anything."""
     looked = []
-    batched = batching._batched
+    batched = loops._batched
 
     def counting(*args):
         looked.append(args)
@@ -424,7 +424,7 @@ def test_what_batching_a_loop_costs(monkeypatch):
         body = lambda c: (c[0] + 1, *[x + call(1.0) for x in c[1:]])  # noqa: E731
         return lambda *c: jax.lax.while_loop(lambda c: c[0] < 3, body, c)
 
-    monkeypatch.setattr(batching, "_batched", counting)
+    monkeypatch.setattr(loops, "_batched", counting)
     f = py_func(lambda x: x, Tout=f32, stateful=True)
     for call, looks in ((lambda x: x, 0), (f, 2)):
         program = jax.vmap(loop(call), (None, 0, *[None] * 9))

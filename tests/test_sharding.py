@@ -265,7 +265,7 @@ def test_pmap(wrapped, calls):
 
 
 def test_a_call_on_a_reduction_of_all_that_is_returned():
-    """On one device, too, XLA fails on it, but for what `_compat` does (`test_effects`)."""
+    """On one device, too, XLA fails on it, but for `_xla_bugs` (`test_effects`)."""
     calls = []
 
     @py_func(Tout=[], stateful=True)

@@ -15,6 +15,7 @@ import pytest
 import jpyfunc
 import jpyfunc.tf1 as tf
 from jpyfunc import _compat, numpy_func, py_func, raise_original
+from jpyfunc._runtime import configuration
 
 Struct = jax.ShapeDtypeStruct
 F32 = Struct((), jnp.float32)
@@ -275,15 +276,15 @@ VALUES = {
     "jax_threefry_partitionable": False,
     "jax_use_hlo_logistic_lowering": True,
 }
-SETTINGS = [(s.name, s, s(VALUES[s.name]).new_val) for s in _compat.SETTINGS]
+SETTINGS = [(s.name, s, s(VALUES[s.name]).new_val) for s in configuration.OPTIONS]
 
 
 def test_what_jax_traces_depend_on_is_captured_or_has_a_reason_not_to_be():
-    reasons = [name for names in _compat.NOT_CAPTURED.values() for name in names]
-    known = {*_compat.CAPTURED, *reasons}
-    assert len(known) == len(_compat.CAPTURED) + len(reasons)
-    assert set(_compat._config.trace_context_names()) <= known
-    assert set(VALUES) == set(_compat.CAPTURED)
+    reasons = [name for names in configuration.NOT_CAPTURED.values() for name in names]
+    known = {*configuration.CAPTURED, *reasons}
+    assert len(known) == len(configuration.CAPTURED) + len(reasons)
+    assert set(_compat.trace_context_names()) <= known
+    assert set(VALUES) == set(configuration.CAPTURED)
 
 
 def unready():
@@ -379,7 +380,7 @@ def test_randomness_of_the_caller(transform):
 
 
 def _setting(name):
-    (state,) = (each for each in _compat.SETTINGS if each.name == name)
+    (state,) = (each for each in configuration.OPTIONS if each.name == name)
     return state
 
 

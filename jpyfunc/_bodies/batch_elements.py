@@ -29,6 +29,8 @@ from jpyfunc._limits import (
     MAX_ELEMENT_BYTES,
     REFUSAL_CACHE_SIZE,
 )
+from jpyfunc._runtime.configuration import is_debugging
+from jpyfunc._runtime.transfers import put
 
 
 def evaluate_batch(
@@ -217,7 +219,7 @@ class OperandColumn:
         if np.shape(operand) != aval.shape:
             operand = np.asarray(operand).reshape(aval.shape)
         if isinstance(operand, np.ndarray) and device is not None:
-            operand = _compat.put(operand, aval, device)  # once
+            operand = put(operand, aval, device)  # once
         self._shared = operand
 
     @property
@@ -241,7 +243,7 @@ class OperandColumn:
             return self._shared
         rows = self.rows(part.pad(part.rows))
         aval = ShapedArray(rows.shape, rows.dtype, self._aval.weak_type)
-        return BatchTracer(batch, part, _compat.put(rows, aval, device))
+        return BatchTracer(batch, part, put(rows, aval, device))
 
 
 class ResultColumn:
@@ -434,7 +436,7 @@ def _why_not(elements: BatchElements) -> str:
     """
     if ticket_of(elements.base) is None and elements.nbytes > MAX_ELEMENT_BYTES:
         return f"elements of {elements.nbytes:,} bytes"
-    if _compat.is_debugging():
+    if is_debugging():
         return "JAX looks for NaN or infinity in each result"
     return next(filter(None, map(_unlike.get, _keys(elements)[0])), "")
 

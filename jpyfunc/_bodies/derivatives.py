@@ -21,6 +21,7 @@ from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._limits import (
     LARGE_ARRAY_BYTES,
 )
+from jpyfunc._runtime.transfers import put
 
 
 def call(body: FlatBody, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
@@ -192,7 +193,7 @@ def _use_of_value(error: jax.errors.JAXTypeError) -> str:
 
 def _put(operands: Sequence[Any], avals: Any, device: _compat.Device) -> list[Any]:
     return [
-        x if isinstance(x, jax.Array) else _compat.put(x, aval, device)
+        x if isinstance(x, jax.Array) else put(x, aval, device)
         for x, aval in zip(operands, avals, strict=True)
     ]
 
@@ -205,7 +206,7 @@ def _put_large(operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     return [
         x
         if isinstance(x, jax.Array) or x.nbytes < LARGE_ARRAY_BYTES
-        else _compat.put(x, ShapedArray(x.shape, x.dtype), device)
+        else put(x, ShapedArray(x.shape, x.dtype), device)
         for x in operands
     ]
 

@@ -230,7 +230,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     - `body_seconds`: time in the body, calls to other functions included; of a
       derivative, time to push or pull through its run.
     - `crossing_seconds`: the rest of the call: to convert operands and results, cut and
-      stack batches, set up the caller's JAX settings. What XLA does before Python is
+      stack batches, enter the caller's JAX configuration. What XLA does before Python is
       reached, some 10 us, is not in it.
     - `bytes_in`, `bytes_out`: of the operands and of the results.
     - `exceptions`: calls that raised. They count in the other columns too.

@@ -15,6 +15,7 @@ from jax.extend.core import set_current_trace
 from jpyfunc import _compat
 from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import MAX_UNSTACKED_ROWS, SHOWN_ROWS
+from jpyfunc._runtime.transfers import put
 
 _local = (
     threading.local()
@@ -278,7 +279,7 @@ def rows_of(array: Any, index: Any) -> Any:
     """`array[index]`, on its device, in NumPy: nothing is compiled for sizes of parts."""
     data = np.asarray(data_of(array)[index], order="C")
     aval = ShapedArray(data.shape, data.dtype, array.aval.weak_type)
-    rows = _compat.put(data, aval, next(iter(array.devices())))
+    rows = put(data, aval, next(iter(array.devices())))
     if data.dtype == array.dtype:
         return rows
     with set_current_trace(_compat.eval_trace):

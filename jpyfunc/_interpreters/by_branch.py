@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.extend.core import set_current_trace
+from jax.extend.core.primitives import stop_gradient_p
 
 from jpyfunc import _compat
 from jpyfunc._interpreters.batch_tracer import (
@@ -156,7 +157,7 @@ class ByBranchTrace(EagerTrace):
             self._done += 1
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
-        if primitive is _compat.stop_gradient_p:
+        if primitive is stop_gradient_p:
             return tracers[0]
         if "debug" in primitive.name:  # once for each element, whatever it prints
             self.cannot(f"{primitive.name} runs for each element")

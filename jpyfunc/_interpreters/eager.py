@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import set_current_trace
+from jax.extend.core.primitives import jit_p
 
 from jpyfunc import _compat
 from jpyfunc._interpreters.base_trace import BodyTrace
@@ -22,6 +23,7 @@ from jpyfunc._interpreters.operation_cache import (
     operation_of_jit,
 )
 from jpyfunc._interpreters.operations import CompiledOperation, UncachedOperation, aval_of
+from jpyfunc._runtime.configuration import Config, current_config
 
 # Primitives that run Python, each with what is called in their place, under the trace,
 # with operands and parameters: what Python does goes to the same trace.
@@ -30,7 +32,7 @@ CALLS: dict[Any, Callable[[Sequence[Any], dict[str, Any]], Any]] = {}
 # Of these, whether a call is differentiated by rules of its own, given its parameters.
 HAVE_RULES: dict[Any, Callable[[dict[str, Any]], bool]] = {}
 
-_contexts: dict[tuple[Any, ...], int] = {}  # settings are few
+_contexts: dict[Config, int] = {}  # configurations are few
 
 
 def runs_now() -> bool:
@@ -58,9 +60,9 @@ class EagerTrace(BodyTrace):
         self.parent = parent
         # What an array is put through before an operation takes it.
         self.move = parent.move if isinstance(parent, OnDevice) else None
-        settings = _compat.current_settings()
-        self._settings: tuple[Any, ...] | None = settings
-        self._context = _contexts.setdefault(settings, len(_contexts))
+        config = current_config()
+        self._config: Config | None = config
+        self._context = _contexts.setdefault(config, len(_contexts))
 
     def apply(
         self, operation: CompiledOperation | UncachedOperation, operands: Sequence[Any]
@@ -80,7 +82,7 @@ class EagerTrace(BodyTrace):
         return self.apply(UncachedOperation(call), operands)
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
-        if primitive is _compat.jit_p:
+        if primitive is jit_p:
             return self._call_jitted(params["jaxpr"], tracers)
         if primitive is jax.lax.cond_p:
             # The branch that is taken, of which elements of a batch may take several.
@@ -92,7 +94,7 @@ class EagerTrace(BodyTrace):
         if primitive is jax.lax.convert_element_type_p and _is_identity(*tracers, **params):
             return tracers[0]
         try:
-            self._check_settings()
+            self._check_config()
             operation = operation_of(primitive, tracers, params, self._context)
         except Uncacheable:
             results = self.apply_uncacheable(
@@ -104,7 +106,7 @@ class EagerTrace(BodyTrace):
 
     def _call_jitted(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         try:
-            self._check_settings()
+            self._check_config()
             operation = operation_of_jit(jaxpr, self._context, _is_opaque)
         except Uncacheable:
             operation = None
@@ -115,11 +117,11 @@ class EagerTrace(BodyTrace):
                 return _compat.opened(jaxpr)(*jaxpr.consts, *operands)
         return self.apply(operation, [*jaxpr.consts, *operands])
 
-    def _check_settings(self) -> None:
-        """Raise `Uncacheable` once the body has changed the settings."""
-        if _compat.current_settings() != self._settings:
-            self._settings = None  # and of what it leaves, dtypes that are off again
-        if self._settings is None:
+    def _check_config(self) -> None:
+        """Raise `Uncacheable` once the body has changed the JAX configuration."""
+        if current_config() != self._config:
+            self._config = None  # and of what it leaves, dtypes that are off again
+        if self._config is None:
             raise Uncacheable
 
 
@@ -136,7 +138,7 @@ def _is_opaque(jaxpr: Any) -> bool:
     """Whether a jitted function calls Python at once, or has an effect."""
     return bool(jaxpr.effects) or any(
         eqn.primitive in CALLS
-        or (eqn.primitive is _compat.jit_p and _is_opaque(eqn.params["jaxpr"]))
+        or (eqn.primitive is jit_p and _is_opaque(eqn.params["jaxpr"]))
         for eqn in jaxpr.eqns
     )
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import set_current_trace
+from jax.extend.core.primitives import jit_p
 
 from jpyfunc import _compat
 from jpyfunc._interpreters.base_trace import BodyTrace
+from jpyfunc._runtime.transfers import put
 
 
 class OnDevice(_compat.EvalTrace, BodyTrace):
@@ -31,7 +33,7 @@ class OnDevice(_compat.EvalTrace, BodyTrace):
     def process_primitive(self, primitive: Any, args: Any, params: Any, /) -> Any:
         with set_current_trace(_compat.eval_trace):
             args = [self.move(x) for x in args]
-            if primitive is not _compat.jit_p:
+            if primitive is not jit_p:
                 return primitive.bind(*args, **params)
             # The arrays that a jitted function closes over are no operands of its bind.
             jaxpr = params["jaxpr"]
@@ -47,9 +49,9 @@ class OnDevice(_compat.EvalTrace, BodyTrace):
                 data = self.move(jax.random.key_data(x))
                 return jax.random.wrap_key_data(data, dtype=dtype)
         aval = ShapedArray(x.shape, x.dtype, x.aval.weak_type)
-        return _compat.put(np.asarray(x), aval, self._device)
+        return put(np.asarray(x), aval, self._device)
 
 
 @_compat.weakref_lru_cache
 def _jitted(jaxpr: Any) -> Any:
-    return jax.jit(lambda consts, *args: _compat.eval_jaxpr(jaxpr.jaxpr, consts, *args))
+    return jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *args))

@@ -106,7 +106,7 @@ def operation_of(
         primitive: of JAX.
         operands: what it is bound to.
         params: of the bind.
-        context: the JAX settings in force, or what stands for them.
+        context: the JAX configuration in force, or what stands for them.
 
     Raises:
         Uncacheable: it is made anew in every call.
@@ -176,7 +176,7 @@ def operation_of_custom(
         functions: the function and its rules, as JAX wraps them.
         operands: what it is called with.
         params: of the bind.
-        context: the JAX settings in force, or what stands for them.
+        context: the JAX configuration in force, or what stands for them.
 
     Raises:
         Uncacheable: it is not JAX's, and its rules may look at values and at the world.

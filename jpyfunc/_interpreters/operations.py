@@ -25,6 +25,7 @@ from jax.extend.core import (
     primitives,
     set_current_trace,
 )
+from jax.extend.core.primitives import jit_p
 
 from jpyfunc import _compat
 from jpyfunc._limits import (
@@ -613,10 +614,7 @@ def _is_cheap(jaxpr: Any) -> bool:
     """Whether to compute it again costs less than to store what it computes."""
     return all(
         eqn.primitive.name in _CHEAP
-        or (
-            eqn.primitive is _compat.jit_p
-            and all(map(_is_cheap, jaxprs_in_params(eqn.params)))
-        )
+        or (eqn.primitive is jit_p and all(map(_is_cheap, jaxprs_in_params(eqn.params))))
         for eqn in jaxpr.eqns
     )
 

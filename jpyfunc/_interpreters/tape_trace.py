@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jax.extend.core import set_current_trace
+from jax.extend.core.primitives import stop_gradient_p
 
 from jpyfunc import _compat
 from jpyfunc._errors import NotDifferentiableError
@@ -164,7 +165,7 @@ class TapeTrace(EagerTrace):
         return results
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
-        if primitive is _compat.stop_gradient_p:
+        if primitive is stop_gradient_p:
             return self._bind(primitive, tracers, params)
         if (
             primitive in HAVE_RULES
@@ -189,7 +190,7 @@ class TapeTrace(EagerTrace):
         if not self._active(operands):
             return self._bind(primitive, operands, {"subfuns": functions, **params})
         try:
-            self._check_settings()
+            self._check_config()
             operation = operation_of_custom(
                 primitive, functions, operands, params, self._context
             )

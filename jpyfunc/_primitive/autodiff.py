@@ -15,7 +15,7 @@ first and stage the second.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,8 +32,8 @@ from jpyfunc._bodies.derived import (
     transpose_of,
     without_recording,
 )
-from jpyfunc._errors import UnsupportedError, no_second_order, not_differentiable
-from jpyfunc._primitive.primitive import Params, StatefulEffect, bind, check_rules
+from jpyfunc._errors import no_second_order, not_differentiable
+from jpyfunc._primitive.primitive import Params, bind, check_rules
 
 
 def _py_func_jvp(
@@ -124,32 +124,6 @@ def _py_func_transpose(
     for i, cotangent in zip(wrt, pulled, strict=True):
         results[i] = cotangent
     return results
-
-
-def refusing_in_linearized_while(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The partial evaluation of `while_loop`, which runs the loop again for its tangents.
-
-    `jax.linearize` computes the primals with one loop, and the tangents with a second one
-    that computes the primals anew. A stateful call would run in both, and the tangents
-    would belong to another execution than the primals.
-
-    Raises:
-        UnsupportedError: the loop has a stateful call.
-    """
-
-    def partial_eval(trace: Any, *tracers: Any, **params: Any) -> Any:
-        if not all(t.pval.is_known() for t in tracers):
-            for effect in params["cond_jaxpr"].effects | params["body_jaxpr"].effects:
-                if isinstance(effect, StatefulEffect):
-                    raise UnsupportedError(
-                        f"{effect.name} is stateful and is called inside a while_loop that "
-                        "is linearized, which would run the loop a second time for the "
-                        "tangents. Use jax.jvp or jax.jacfwd, or a loop of a fixed number "
-                        f"of iterations (jax.lax.scan), or {effect.remedy}."
-                    )
-        return rule(trace, *tracers, **params)
-
-    return partial_eval
 
 
 def _py_func_dce(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]:

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jpyfunc import _compat
+from jpyfunc._primitive.custom_call import emit_host_call
 from jpyfunc._primitive.host_call import raise_reported
 
 raise_reported_p = Primitive("raise_reported")
@@ -33,7 +33,7 @@ def _abstract_eval(report: ShapedArray) -> ShapedArray:
 def _lowering(ctx: mlir.LoweringRuleContext, report: Any) -> list[Any]:
     is_cpu = ctx.module_context.platforms[0] == "cpu"
     call = functools.partial(raise_reported, is_cpu)
-    results, _ = _compat.emit_host_call(ctx, call, None, [report], has_side_effect=True)
+    results, _ = emit_host_call(ctx, call, None, [report], has_side_effect=True)
     return results
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jpyfunc._interpreters.on_device import OnDevice
 from jpyfunc._limits import (
     REPORT_BYTES,
 )
+from jpyfunc._runtime.configuration import Config, enter_config
 from jpyfunc._runtime.exceptions import caller, failing, leave
 from jpyfunc._runtime.in_flight import running_body
 from jpyfunc._staging.closure import held
@@ -43,35 +45,35 @@ class HostCall:
     """What a compiled program calls on the host: runs a body on NumPy operands.
 
     The body runs on the thread of the program that calls, on the private client, under
-    the settings that were in force where the call was traced.
+    the configuration that was in force where the call was traced.
 
     Args:
         body: what to run.
-        settings: as `_compat.current_settings` gave them.
-        device: the private one for the program, as `_compat.body_device` gave it.
+        config: as `current_config` gave it.
+        device: the private one for the program, as `body_device` gave it.
         reports: whether it returns what it raises, as `failure_report` says.
         raises_at_once: as of `leave`.
     """
 
     __slots__ = (
         "_body",
+        "_config",
         "_device",
         "_on_device",
         "_raises_at_once",
         "_reports",
-        "_settings",
     )
 
     def __init__(
         self,
         body: Body,
-        settings: tuple[Any, ...],
+        config: Config,
         device: _compat.Device,
         reports: bool,
         raises_at_once: bool,
     ) -> None:
         self._body = body
-        self._settings = settings
+        self._config = config
         self._device = device
         self._reports = reports
         self._raises_at_once = raises_at_once
@@ -97,19 +99,13 @@ class HostCall:
 
     def _cross(self, operands: Sequence[Any], run: Run) -> tuple[np.ndarray, ...]:
         device = self._device
-        entered = _compat.enter_settings(self._settings, device)
-        hooks = _enter_hooks() if threading.gettrace() or threading.getprofile() else ()
-        try:
+        with enter_config(self._config, device), _thread_hooks():
             if self._on_device:
                 with set_current_trace(OnDevice(device)):
                     results = evaluate_with(self._body, operands, device, run)
             else:
                 results = evaluate_with(self._body, operands, device, run)
             return tuple(np.asarray(result) for result in results)
-        finally:
-            for hook in hooks:
-                hook(None)
-            _compat.leave_settings(entered)
 
     def __reduce__(self) -> Any:
         raise UnsupportedError(
@@ -120,18 +116,23 @@ class HostCall:
         )
 
 
-def _enter_hooks() -> list[Callable[[None], None]]:
+def _thread_hooks() -> AbstractContextManager[None]:
     """Trace this thread as `threading` does those that it starts, if it is one of XLA's.
 
     Debuggers, coverage and profilers follow a program's threads by `threading.settrace`
     and `threading.setprofile`, which know none that Python has not started.
-
-    Returns:
-        The functions that set what was set, to be called with None.
     """
+    if (threading.gettrace() or threading.getprofile()) and caller() is None:
+        return _entered_thread_hooks()
+    return _NO_HOOKS
+
+
+_NO_HOOKS = nullcontext()
+
+
+@contextmanager
+def _entered_thread_hooks() -> Iterator[None]:
     entered: list[Callable[[Any], None]] = []
-    if caller() is not None:
-        return entered
     hooks: list[tuple[Any, Any, Callable[[Any], None]]] = [
         (threading.gettrace(), sys.gettrace(), sys.settrace),
         (threading.getprofile(), sys.getprofile(), sys.setprofile),
@@ -140,7 +141,11 @@ def _enter_hooks() -> list[Callable[[None], None]]:
         if wanted is not None and current is None:
             enter(wanted)
             entered.append(enter)
-    return entered
+    try:
+        yield
+    finally:
+        for enter in entered:
+            enter(None)
 
 
 def _report(text: str) -> np.ndarray:

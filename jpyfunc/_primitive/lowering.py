@@ -13,9 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
+from jpyfunc._primitive.custom_call import emit_host_call
 from jpyfunc._primitive.failure_report import checked
 from jpyfunc._primitive.host_call import REPORT, HostCall
 from jpyfunc._primitive.primitive import ORDERED, Params, check_rules
+from jpyfunc._runtime.clients import body_device
 from jpyfunc._runtime.exceptions import watch
 from jpyfunc._runtime.in_flight import note_devices
 
@@ -31,7 +33,7 @@ def _py_func_lowering(
             in a `shard_map`.
     """
     _check_supported(ctx, params)
-    note_devices(_compat.devices_of(ctx))
+    note_devices(_local_devices(ctx))
     watch()
     whole = _whole_on_all_devices(ctx)
     avals_out = list(ctx.avals_out)
@@ -39,12 +41,12 @@ def _py_func_lowering(
         operands = _lowered(ctx, _constrain, operands, ctx.avals_in, ctx.avals_in, whole)
         avals_out.append(REPORT)
     token = ctx.tokens_in.get(ORDERED) if params.ordered else None
-    device = _compat.body_device(ctx)
-    results, token = _compat.emit_host_call(
+    device = body_device(ctx)
+    results, token = emit_host_call(
         ctx.replace(avals_out=avals_out),
         HostCall(
             params.body,
-            params.settings,
+            params.config,
             device,
             reports=whole is not None,
             raises_at_once=ctx.module_context.platforms[0] == "cpu",
@@ -65,7 +67,7 @@ def _py_func_lowering(
 def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
     check_rules(params.body)
     platforms = ctx.module_context.platforms
-    if _compat.is_export(ctx):
+    if ctx.module_context.lowering_parameters.for_export:
         raise UnsupportedError(
             f"{params.name} cannot be exported: its body is a Python function of this "
             "process and not part of the program. Export what surrounds it, or "
@@ -90,6 +92,16 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
                 f"{sorted(map(str, automatic))} automatic, where JAX has no host calls. "
                 "Name every axis of the mesh in axis_names."
             )
+
+
+def _local_devices(ctx: mlir.LoweringRuleContext) -> list[_compat.Device]:
+    """Those of this process that the program which is being lowered runs on."""
+    axes = ctx.module_context.axis_context
+    if isinstance(axes, mlir.SPMDAxisContext):
+        devices: Any = axes.mesh.devices.flat
+    else:
+        devices = getattr(axes, "device_assignment", None) or ()
+    return [d for d in devices if d in d.client.local_devices()]
 
 
 def _whole_on_all_devices(ctx: mlir.LoweringRuleContext) -> NamedSharding | None:

@@ -28,6 +28,10 @@ from jpyfunc._bodies.derived import (
 from jpyfunc._bodies.evaluate import evaluate
 from jpyfunc._bodies.primal import Primal
 from jpyfunc._errors import no_rule, no_second_order, no_transpose, refuse_partial
+from jpyfunc._mesh import align, like_operands
+from jpyfunc._runtime.clients import default_device
+from jpyfunc._runtime.configuration import Config
+from jpyfunc._runtime.transfers import put
 from jpyfunc._symbol import not_building
 
 py_func_p = Primitive("py_func")
@@ -46,19 +50,19 @@ class Params:
         stateful: whether it runs exactly once per execution, its results used or not.
         ordered: whether it runs in program order with other ordered calls.
         vmap_method: a key of `BATCHERS`.
-        settings: the caller's, as `_compat.current_settings` gave them.
+        config: the caller's, as `current_config` gave it.
     """
 
     body: Body
     stateful: bool
     ordered: bool
     vmap_method: str
-    settings: tuple[Any, ...]
+    config: Config
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What equal ones have in common."""
-        kinds = (self.stateful, self.ordered, self.vmap_method, self.settings)
+        kinds = (self.stateful, self.ordered, self.vmap_method, self.config)
         return (self.body, *kinds)
 
     @property
@@ -159,7 +163,7 @@ _living: weakref.WeakValueDictionary[Any, Params] = weakref.WeakValueDictionary(
 def bind(operands: Sequence[Any], params: Params) -> list[Any]:
     """Bind `py_func_p`: every rule that makes another call makes it here."""
     params = _living.setdefault(params.key, params)
-    return py_func_p.bind(*_compat.align(operands), params=params)
+    return py_func_p.bind(*align(operands), params=params)
 
 
 def _py_func_abstract_eval(
@@ -171,7 +175,7 @@ def _py_func_abstract_eval(
         effects.add(StatefulEffect(params.name, bool(params.body.primal.out_avals)))
     if params.ordered:
         effects.add(ORDERED)
-    out_avals = [_compat.like_operands(aval, avals) for aval in params.body.out_avals]
+    out_avals = [like_operands(aval, avals) for aval in params.body.out_avals]
     return out_avals, effects
 
 
@@ -184,21 +188,21 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
     if isinstance(params.body, Batch) or params.body.primal.numpy:
         refuse_partial(arrays, params.name)
     devices = set().union(*(x.devices() for x in arrays))
-    device = devices.pop() if len(devices) == 1 else _compat.default_device()
+    device = devices.pop() if len(devices) == 1 else default_device()
     with _compat.no_axis_names(), not_building():
         results = evaluate(params.body, arrays, device)
     is_foreign = params.body.primal.numpy  # the user may write to what it returned
     return [
         _as_declared(result, aval)
         if isinstance(result, jax.Array)
-        else _compat.put(result, aval, device, copy=is_foreign)
+        else put(result, aval, device, copy=is_foreign)
         for result, aval in zip(results, params.body.out_avals, strict=True)
     ]
 
 
 def _py_func_call(operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     """Run the body under the tape that a surrounding body runs under."""
-    return evaluate(params["params"].body, operands, _compat.default_device())
+    return evaluate(params["params"].body, operands, default_device())
 
 
 def _as_declared(result: jax.Array, aval: ShapedArray) -> jax.Array:

@@ -8,16 +8,11 @@ from jpyfunc._primitive.autodiff import (
     _py_func_dce,
     _py_func_jvp,
     _py_func_transpose,
-    refusing_in_linearized_while,
 )
-from jpyfunc._primitive.batching import (
-    _py_func_batching,
-    refusing_in_cond,
-    refusing_in_while,
-)
+from jpyfunc._primitive.batching import _py_func_batching
+from jpyfunc._primitive.loops import guard_stateful_calls
 from jpyfunc._primitive.lowering import _py_func_lowering
 from jpyfunc._primitive.primitive import (
-    StatefulEffect,
     _py_func_abstract_eval,
     _py_func_call,
     _py_func_impl,
@@ -29,9 +24,7 @@ py_func_p.def_effectful_abstract_eval(_py_func_abstract_eval)
 ad.primitive_jvps[py_func_p] = _py_func_jvp
 ad.primitive_transposes[py_func_p] = _py_func_transpose
 batching.primitive_batchers[py_func_p] = _py_func_batching
-_compat.wrap_batching_rules(refusing_in_cond, refusing_in_while)
-_compat.wrap_partial_eval_of_while(refusing_in_linearized_while)
-_compat.keep_in_loops(StatefulEffect)
+guard_stateful_calls()
 _compat.register_dce(py_func_p, _py_func_dce)
 CALLS[py_func_p] = _py_func_call
 HAVE_RULES[py_func_p] = lambda params: params["params"].body.primal.rules is not None

@@ -22,7 +22,7 @@ import threading
 import traceback
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -30,13 +30,13 @@ from typing import Any, NoReturn
 import jax
 import jaxlib
 
-from jpyfunc import _compat
 from jpyfunc._errors import PyFuncError
 from jpyfunc._limits import (
     MAX_FAILURES,
     MAX_KEPT_EXCEPTIONS,
 )
 from jpyfunc._runtime.in_flight import Flight, taken
+from jpyfunc._runtime.tokens import forget_tokens_of
 
 _MARKER = re.compile(r"\n?<py_func failure (\w+)>")
 
@@ -188,8 +188,29 @@ def has_surfaced_before(error: BaseException) -> bool:
 @functools.cache
 def watch() -> None:
     """Read JAX's errors from now on, once in a process: that a program of ours needs it."""
-    _compat.read_runtime_errors(_read)
-    _compat.forget_tokens_of(has_surfaced_before)
+    read_runtime_errors(_read)
+    forget_tokens_of(has_surfaced_before)
+
+
+def read_runtime_errors(read: Callable[[BaseException, str], str]) -> None:
+    """Show each error of JAX's runtime to `read` when it is made, for its text.
+
+    XLA hands over a text, and the errors that JAX makes of it, wherever something waits
+    for a failed program, are the only sign that anybody has come to know of it.
+
+    Args:
+        read: given an error and its text, returns the text that it is to have; what it
+            raises is raised in the place of the error.
+    """
+    error_type: Any = jax.errors.JaxRuntimeError
+    init = error_type.__init__
+
+    def reading_init(self: Any, *args: Any) -> None:
+        if args and isinstance(args[0], str):
+            args = (read(self, args[0]), *args[1:])
+        init(self, *args)
+
+    error_type.__init__ = reading_init
 
 
 def original_of(error: BaseException) -> BaseException | None:
@@ -284,7 +305,11 @@ def leave(text: str, raises_at_once: bool) -> NoReturn:
     raise RuntimeError(text).with_traceback(place)
 
 
-_HOST_CALL = (__name__, "jpyfunc._compat", "jpyfunc._primitive.host_call")
+_HOST_CALL = (
+    __name__,
+    "jpyfunc._primitive.custom_call",
+    "jpyfunc._primitive.host_call",
+)
 
 
 def caller() -> FrameType | None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import itertools
 import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import set_current_trace
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
 from jpyfunc._limits import (
@@ -19,6 +25,7 @@ from jpyfunc._limits import (
     PATIENCE_BEFORE,
     QUIET,
 )
+from jpyfunc._runtime.clients import is_in_body, is_private
 
 # By thread, the clock of its time on a CPU, and the number, of the body that runs there.
 _running: dict[int, tuple[int, int]] = {}
@@ -30,7 +37,7 @@ _assignments: set[tuple[_compat.Device, ...]] = set()
 
 def note_devices(devices: Sequence[_compat.Device]) -> None:
     """Note what devices of this process a program with bodies is over."""
-    if devices and not _compat.is_private(devices[0]):
+    if devices and not is_private(devices[0]):
         _assignments.add(tuple(devices))
         _assignments.update((device,) for device in devices)
 
@@ -98,9 +105,47 @@ def taken(flights: list[Any]) -> Any:
 
 def _fences() -> list[Any]:
     """Fences behind all that this thread has dispatched; in a body, none."""
-    if _compat.is_in_body():
+    if is_in_body():
         return []
-    return [_compat.fence(devices) for devices in _assignments.copy()]
+    return [_fence(devices) for devices in _assignments.copy()]
+
+
+def _fence(devices: tuple[_compat.Device, ...]) -> jax.Array:
+    """An array that is ready when all that this thread has dispatched to `devices` is done.
+
+    Programs of one thread run in the order in which it dispatches them: those over one
+    device among each other, and those over several.
+
+    Args:
+        devices: of a program, those of this process.
+    """
+    with contextlib.ExitStack() as stack:
+        for refusal in _REFUSALS:
+            if refusal.value:  # which is about what the user runs
+                stack.enter_context(refusal(False))
+        program, operand = _fence_over(devices)
+        return program(operand)
+
+
+_REFUSALS = tuple(
+    _compat.config_states[name]
+    for name in ("jax_disable_jit", "jax_no_tracing", "jax_no_execution")
+)
+
+
+@functools.cache
+def _fence_over(devices: tuple[_compat.Device, ...]) -> tuple[Any, jax.Array]:
+    # Compiled ahead, for no trace of the caller's has a part in its call.
+    sharding = NamedSharding(
+        Mesh(np.array(devices), ("devices",)), PartitionSpec("devices")
+    )
+    with (
+        set_current_trace(_compat.eval_trace),
+        _compat.no_mesh(),
+        jax.transfer_guard("allow"),
+    ):
+        operand = jax.device_put(np.zeros(len(devices), np.float32), sharding)
+        return jax.jit(lambda x: x + 1).lower(operand).compile(), operand
 
 
 def _pauses() -> Iterable[float]:
@@ -160,7 +205,7 @@ def _wait_at_exit() -> None:
     if not _assignments or os.getpid() != _process:
         return
     clients = {devices[0].client: devices[0] for devices in _assignments}
-    arrays = [x for device in clients.values() for x in _compat.live_arrays(device)]
+    arrays = [x for device in clients.values() for x in device.client.live_arrays()]
     pending: Sequence[Any] = [*_fences(), *arrays]
     idle, last = _Idle(), time.monotonic()
     for pause in _pauses():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal, Primitive, jaxprs_in_params, set_current_trace
+from jax.extend.core.primitives import jit_p
 
 from jpyfunc import _compat
 from jpyfunc._errors import line_of, place_of_frame, user_frame
@@ -209,7 +210,7 @@ class AbstractTrace(BodyTrace):
         outs = outs if primitive.multiple_results else [outs]
         jaxpr = params.get("jaxpr")
         what = primitive, params
-        if primitive is _compat.jit_p and any(map(is_abstract, jaxpr.consts)):
+        if primitive is jit_p and any(map(is_abstract, jaxpr.consts)):
             call, operands = _compat.opened(jaxpr), [*jaxpr.consts, *tracers]
             results = self._note(what, call, operands, outs, _size(jaxpr))
         else:

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpyfunc import _compat
 from jpyfunc._errors import InferenceError, ResultError, place_of
 from jpyfunc._limits import (
     MAX_BRANCH_POINTS,
     MAX_STAGED_OPERATIONS,
 )
+from jpyfunc._mesh import vary_alike
 from jpyfunc._staging.abstract import (
     AbstractTrace,
     BranchPoint,
@@ -302,10 +302,10 @@ class _Emission:
             results = step.call(*map(value, step.operands))
             known.update(enumerate(results, step.first))
         if isinstance(node.end, Calls):
-            return _compat.vary_alike(self.call(needed), self.operands)
+            return vary_alike(self.call(needed), self.operands)
         if isinstance(node.end, Returns):
             results = map(_as_declared, map(value, node.end.results), self.leaves)
-            return _compat.vary_alike([*results], self.operands)
+            return vary_alike([*results], self.operands)
         test = jnp.reshape(value(node.decision.test), ())
         test = test if test.dtype == jnp.bool_ else test != 0
 

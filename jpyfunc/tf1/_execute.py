@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from jpyfunc import _compat
 from jpyfunc._runtime.exceptions import failures, original_of
+from jpyfunc._runtime.transfers import allowed_transfers
 from jpyfunc.tf1._nodes import Tensor
 from jpyfunc.tf1._values import convert, fits
 
@@ -38,7 +38,7 @@ def execute(plan: Plan, values: Iterable[Any]) -> Any:
     """Run a compiled program, and raise the original exception if a body fails."""
     arguments = [_fed(t, value) for t, value in zip(plan.feeds, values, strict=True)]
     # Feeds and fetches are NumPy's: a transfer that the user has asked for.
-    with failures, _compat.allowed_transfers():
+    with failures, allowed_transfers():
         try:
             arrays = plan.program(*[arguments[i] for i in plan.order])
             return plan.tree.unflatten([read(arrays[i]) for i, read in plan.reads])

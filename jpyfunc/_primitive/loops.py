@@ -1,0 +1,159 @@
+"""Stateful calls in `cond`, `while_loop` and `scan`: refused, or run as often as written.
+
+JAX has no hook for an effect in the rules of these primitives, so the rules are replaced
+by ones that ask for `StatefulEffect` first. A program without it meets JAX's own rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core.primitives import jit_p
+from jax.interpreters import batching, partial_eval
+
+from jpyfunc import _compat
+from jpyfunc._errors import UnsupportedError
+from jpyfunc._primitive.primitive import StatefulEffect
+
+
+def guard_stateful_calls() -> None:
+    """Replace JAX's rules of `cond`, `while_loop` and `scan`."""
+    batchers = batching.fancy_primitive_batchers
+    cond_p, while_p = jax.lax.cond_p, jax.lax.while_p
+    batchers[cond_p] = _refusing_in_cond(batchers[cond_p])
+    batchers[while_p] = _refusing_in_while(batchers[while_p])
+    partial_evals = partial_eval.custom_partial_eval_rules
+    partial_evals[while_p] = _refusing_in_linearized_while(partial_evals[while_p])
+    _compat.wrap_hoisting_of_scan(_hoisting_unless_stateful)
+
+
+def _refusing_in_cond(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The batching rule of `cond`, which computes all branches where elements differ.
+
+    Raises:
+        UnsupportedError: a branch has a stateful call, which would run where not taken.
+    """
+
+    def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
+        # The index of a choice by platform becomes one for all elements again.
+        differ = dims[0] is not None and "branches_platforms" not in params
+        for effect in _stateful(*params["branches"]) if differ else ():
+            raise _refusal(
+                effect, "cond or switch", "executes every branch for every element"
+            )
+        return rule(axis_data, operands, dims, **params)
+
+    return batch
+
+
+def _refusing_in_while(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The batching rule of `while_loop`, which runs until the last element is done.
+
+    Raises:
+        UnsupportedError: elements may end at different iterations, and it has a stateful
+            call.
+    """
+
+    def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
+        # Only then ask what JAX's rule is about to find out itself.
+        for effect in _stateful(params["cond_jaxpr"], params["body_jaxpr"]):
+            if _is_test_batched(dims, **params):
+                raise _refusal(
+                    effect,
+                    "while_loop",
+                    "executes every iteration for every element, those that are done too",
+                )
+        return rule(axis_data, operands, dims, **params)
+
+    return batch
+
+
+def _is_test_batched(
+    dims: Sequence[Any],
+    *,
+    cond_jaxpr: Any,
+    cond_nconsts: int,
+    body_jaxpr: Any,
+    body_nconsts: int,
+) -> bool:
+    """Whether elements of a batched `while_loop` may differ in when they end."""
+    batched = [d is not None for d in dims]
+    n = cond_nconsts + body_nconsts
+    of_test, of_body, carry = batched[:cond_nconsts], batched[cond_nconsts:n], batched[n:]
+    before = None
+    while carry != before:  # what is batched after one iteration is so from the next on
+        before = carry
+        after = _batched(body_jaxpr, of_body + carry)
+        carry = [a or b for a, b in zip(carry, after, strict=True)]
+    return _batched(cond_jaxpr, of_test + carry)[0]
+
+
+def _batched(jaxpr: Any, operands: Sequence[bool]) -> list[bool]:
+    """Which results of a jaxpr depend on operands that are batched."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    live = {id(v) for v, b in zip(inner.invars, operands, strict=True) if b}
+    for eqn in inner.eqns:
+        into = [id(v) in live for v in eqn.invars]
+        out = (
+            _batched(eqn.params["jaxpr"], into)
+            if eqn.primitive is jit_p
+            else [any(into)] * len(eqn.outvars)
+        )
+        live |= {id(v) for v, b in zip(eqn.outvars, out, strict=True) if b}
+    return [id(v) in live for v in inner.outvars]
+
+
+def _refusal(effect: StatefulEffect, what: str, does: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{effect.name} is stateful and is called inside {what} under vmap, which {does}. "
+        f"Loop over the elements with jax.lax.map, or {effect.remedy}."
+    )
+
+
+def _refusing_in_linearized_while(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The partial evaluation of `while_loop`, which runs the loop again for its tangents.
+
+    `jax.linearize` computes the primals with one loop, and the tangents with a second one
+    that computes the primals again. A stateful call would run in both, and the tangents
+    would belong to another execution than the primals.
+
+    Raises:
+        UnsupportedError: the loop has a stateful call.
+    """
+
+    def partial_eval_while(trace: Any, *tracers: Any, **params: Any) -> Any:
+        if not all(t.pval.is_known() for t in tracers):
+            for effect in _stateful(params["cond_jaxpr"], params["body_jaxpr"]):
+                raise UnsupportedError(
+                    f"{effect.name} is stateful and is called inside a while_loop that "
+                    "is linearized, which would run the loop a second time for the "
+                    "tangents. Use jax.jvp or jax.jacfwd, or a loop of a fixed number "
+                    f"of iterations (jax.lax.scan), or {effect.remedy}."
+                )
+        return rule(trace, *tracers, **params)
+
+    return partial_eval_while
+
+
+def _hoisting_unless_stateful(hoist: Callable[..., Any]) -> Callable[..., Any]:
+    """The hoisting out of the `scan` that reverse mode makes, which stateful calls stop.
+
+    `scan` moves residuals that depend on constants alone out of its loop, and with them
+    the calls that compute them, effects or not (jax-ml/jax#16637): a call whose operands
+    do not change from one iteration to the next would run once.
+    """
+
+    def hoist_unless_stateful(jaxpr: Any, consts: Any, size: int, *rest: Any) -> Any:
+        if _stateful(jaxpr):
+            return jaxpr, consts, [False] * size, []
+        return hoist(jaxpr, consts, size, *rest)
+
+    return hoist_unless_stateful
+
+
+def _stateful(*jaxprs: Any) -> list[StatefulEffect]:
+    """The effects of stateful calls in jaxprs."""
+    effects = (effect for jaxpr in jaxprs for effect in jaxpr.effects)
+    return [effect for effect in effects if isinstance(effect, StatefulEffect)]
