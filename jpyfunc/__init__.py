@@ -1,7 +1,5 @@
 """Ordinary Python, run eagerly and differentiably from inside compiled JAX."""
 
-from jpyfunc._api import numpy_func as numpy_func
-from jpyfunc._api import py_func as py_func
 from jpyfunc._bodies.profile import profile as profile
 from jpyfunc._bodies.tape_cache import set_tape_limit as set_tape_limit
 from jpyfunc._bodies.tape_cache import tape_bytes as tape_bytes
@@ -13,6 +11,8 @@ from jpyfunc._errors import ResultError as ResultError
 from jpyfunc._errors import TapeLostError as TapeLostError
 from jpyfunc._errors import UnsupportedError as UnsupportedError
 from jpyfunc._explain import explain as explain
+from jpyfunc._py_func import numpy_func as numpy_func
+from jpyfunc._py_func import py_func as py_func
 from jpyfunc._runtime.exceptions import raise_original as raise_original
 
 __version__ = "0.4.1"

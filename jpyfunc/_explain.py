@@ -8,10 +8,9 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
-from jpyfunc._api import PyFunc, py_func, with_arrays_traced
+from jpyfunc._py_func import py_func
 from jpyfunc._staging.branch_tree import BranchNode, BranchTree, Calls
+from jpyfunc._wrapped import PyFunc
 
 
 def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
@@ -53,9 +52,7 @@ def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
             "explain(func, *args)."
         )
     wrapped = func if isinstance(func, PyFunc) else py_func(func)
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    tree = with_arrays_traced(leaves, lambda traced: wrapped.foresee(traced, structure)[0])
-    return Explanation(wrapped.__name__, tree)
+    return Explanation(wrapped.__name__, wrapped.branch_tree(args, kwargs))
 
 
 class Explanation:

@@ -70,7 +70,7 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
     graph = common_graph(inputs) if inputs else graph
     name = graph.unique_name(func.node_name or "PyFunc")
     if not jax.tree.leaves((args, kwargs)):
-        func = func.keeping_first()
+        func = func.reusing_first()
     func = func.for_node(f"in graph operation {name!r}")
     template = func.template
     if template is not None:

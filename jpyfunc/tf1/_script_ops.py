@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jpyfunc._api import numpy_func
+from jpyfunc._py_func import numpy_func
 from jpyfunc.tf1._graph import get_default_graph
 
 

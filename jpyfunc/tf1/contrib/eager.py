@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jpyfunc._api
+import jpyfunc._py_func
 from jpyfunc.tf1._script_ops import add_call
 
 
@@ -50,4 +50,4 @@ def py_func(
 
     Source: `tf.contrib.eager.py_func` of TensorFlow 1.
     """
-    return add_call(jpyfunc._api.py_func, func, inp, Tout, name, stateful=True)
+    return add_call(jpyfunc._py_func.py_func, func, inp, Tout, name, stateful=True)

@@ -1,0 +1,388 @@
+"""From a call of a wrapped function to an eager run, a bind, or a staged program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray, Tracer
+from jax.extend.core import set_current_trace
+
+from jpyfunc import _compat
+from jpyfunc._arguments import (
+    Arguments,
+    has_value,
+    is_array,
+    is_float0,
+    misfit,
+    signature_of,
+    static_leaf,
+    unsharded_aval,
+    with_arrays_traced,
+)
+from jpyfunc._bodies.primal import KeyLeaf, Primal, physical_aval, read_only
+from jpyfunc._bodies.profile import Run, annotated, measure, note, open_profiles
+from jpyfunc._errors import (
+    InferenceError,
+    ResultError,
+    not_differentiable,
+    note_without_values,
+    refuse_partial,
+)
+from jpyfunc._hashable import ById, unwrapped
+from jpyfunc._interpreters.batch_tracer import running_batch
+from jpyfunc._interpreters.eager import runs_now
+from jpyfunc._interpreters.tape_tracer import is_tape_tracer
+from jpyfunc._limits import MAX_ABSTRACT_RUNS
+from jpyfunc._mesh import align
+from jpyfunc._options import Callee, not_by_branch, not_staged
+from jpyfunc._primitive.primitive import Params, bind
+from jpyfunc._runtime.configuration import current_config
+from jpyfunc._runtime.transfers import allowed_transfers
+from jpyfunc._staging.branch_tree import BranchTree, emit, stage, warn_if_large
+from jpyfunc._staging.closure import fingerprint, refuse_traced_closure
+from jpyfunc._staging.inference import exploration, found_once, infer
+from jpyfunc._tout import Template, check_x64, is_key_dtype, is_weak, parse
+
+_NUMBERS = (bool, int, float, complex)  # of Python, and not those derived of them
+
+
+def call(callee: Callee, arguments: Arguments) -> Any:
+    """Call a function: eagerly where all its arguments have values, else by a bind."""
+    leaves = arguments.leaves
+    by_rule = callee.rules and any(map(is_tape_tracer, leaves))
+    if runs_now() and not by_rule and all(map(has_value, leaves)):
+        return _call_eagerly(callee, arguments)
+    return _stage_out(callee, arguments)
+
+
+def _call_eagerly(callee: Callee, arguments: Arguments) -> Any:
+    """Call the function here and now, with the checks that a bind has."""
+    if callee.is_host_function and any(map(is_tape_tracer, arguments.leaves)):
+        raise not_differentiable(callee.label)
+    batch = running_batch()
+    if batch and callee.stateful:
+        batch.cannot(f"{callee.label}, which is stateful")
+    if callee.ordered:
+        jax.effects_barrier()  # what was dispatched before it runs before it
+    arguments = arguments.converted(callee.label)
+    if open_profiles:
+        execute = functools.partial(_run, callee, arguments)
+        return measure(callee.name, callee.function, arguments.leaves, execute)
+    return _run(callee, arguments, annotated)
+
+
+def _run(callee: Callee, arguments: Arguments, run: Run) -> Any:
+    """Run the function on values and return its results as it declares them."""
+    label = callee.label
+    template = _declared(callee, arguments)
+    if callee.is_host_function:  # which has no PRNG keys, so they stay what they are
+        refuse_partial(arguments.leaves, label)
+        arguments = arguments.with_leaves(
+            [
+                read_only(x) if is_array(x) and not is_key_dtype(x.dtype) else x
+                for x in arguments.leaves
+            ]
+        )
+    args, kwargs = arguments.unflatten()
+    batch = running_batch()
+    if batch and template is not None and not template.leaves:
+        batch.cannot(f"{label}, which returns nothing")
+    note(runs=1, elements=len(batch.subset.rows) - 1 if batch else 0)
+    try:
+        result = run(callee.name, callee.function, *args, **kwargs)
+    except jax.errors.JAXTypeError as error:
+        note_without_values(error, label)
+        raise
+    if template is None:
+        template = Template.undeclared(result, label)
+        if any(type(x) in _NUMBERS for x in jax.tree.leaves(result)):
+            # On another branch it may be an array, whose dtype it then takes.
+            template = _joined_over_branches(callee, arguments, template, result)
+    if not template.leaves and batch:
+        batch.cannot(f"{label}, which returns nothing")
+    with allowed_transfers():
+        outputs = [
+            # A declared dtype is a strong one, and what the body returned on the host
+            # becomes an array of the caller's device.
+            jnp.asarray(x, leaf.dtype if is_weak(x) and not leaf.weak_type else None)
+            for x, leaf in zip(template.check(result, label), template.leaves, strict=True)
+        ]
+    return jax.tree.unflatten(template.tree, outputs)
+
+
+def _joined_over_branches(
+    callee: Callee, arguments: Arguments, template: Template, result: Any
+) -> Template:
+    """Return `template` with dtypes for Python numbers, as all branches join.
+
+    `jax.jit` of the call infers the dtype of a result from all branches of the body. An
+    eager call, which sees one of them, has to return the same dtype.
+    """
+
+    def inferred(traced: Arguments) -> Template:
+        avals = [unsharded_aval(x) for x in traced.leaves if is_array(x)]
+        try:
+            return infer(_on_abstract_values(callee, traced), avals, None, callee.label)
+        except (InferenceError, ResultError):
+            return template
+
+    found = with_arrays_traced(arguments, inferred)
+    if found.tree != template.tree:
+        return template
+    joined = [
+        b if type(x) in _NUMBERS and b.dtype not in (None, jnp.result_type(x)) else a
+        for a, b, x in zip(
+            template.leaves, found.leaves, jax.tree.leaves(result), strict=True
+        )
+    ]
+    return replace(template, leaves=tuple(joined))
+
+
+def _stage_out(callee: Callee, arguments: Arguments) -> Any:
+    """Bind the primitive, or emit the operations of a body that is staged."""
+    refuse_traced_closure(callee.function, callee.label)
+    # The program is computed later, and the caller may write to them meanwhile.
+    arguments = arguments.copied()
+    explored = exploration()
+    if callee.max_runs and not (explored and explored.for_shapes):
+        template, results = _emit_tree(callee, arguments, is_nested=bool(explored))
+    else:
+        operands = arguments.operands(callee.label)
+        _check_signature(callee, arguments)
+        template = _complete_template(callee, arguments, operands)
+        results = _bind(callee, arguments, template, operands)
+    return jax.tree.unflatten(template.tree, results)
+
+
+def _complete_template(
+    callee: Callee, arguments: Arguments, operands: Sequence[jax.Array]
+) -> Template:
+    """Return what is declared of the results, with what is not inferred."""
+    template = _declared(callee, arguments)
+    if template is not None and template.complete:
+        return template
+    template = found_once(
+        lambda: _call_key(callee, arguments, template),
+        lambda: infer(
+            _on_abstract_values(callee, arguments),
+            [*map(unsharded_aval, operands)],
+            template,
+            callee.label,
+        ),
+    )
+    check_x64(template, callee.label)
+    return template
+
+
+def _emit_tree(
+    callee: Callee, arguments: Arguments, is_nested: bool
+) -> tuple[Template, list[Any]]:
+    """Put the branches of a body into the program, with calls where they end.
+
+    Args:
+        callee: what is called.
+        arguments: of the call.
+        is_nested: whether the call is inside a body that is being explored itself.
+
+    Returns:
+        What the body returns, and the results, flat.
+    """
+    tree, operands = _explore(callee, arguments)
+    if tree.failure:
+        raise tree.failure
+    template = tree.template
+    check_x64(template, callee.label)
+    if not template.leaves:
+        raise not_staged(callee.label, "returns nothing, so that its runs count")
+    warn_if_large(tree, callee.label)
+
+    def program(*operands: Any) -> list[Any]:
+        return emit(
+            tree,
+            operands,
+            lambda needed: _bind(callee, arguments, template, operands, needed),
+        )
+
+    if is_nested:  # one operation of the body that calls this one, and traced once
+        program = found_once(lambda: ById(tree), lambda: jax.jit(program))
+    return template, program(*operands)
+
+
+def branch_tree(callee: Callee, arguments: Arguments) -> BranchTree:
+    """Return the tree of branches of a body, on arguments that need no data.
+
+    Args:
+        callee: the function.
+        arguments: a `jax.ShapeDtypeStruct` among them stands for an array.
+    """
+    return with_arrays_traced(arguments, lambda traced: _explore(callee, traced)[0])
+
+
+def _explore(
+    callee: Callee, arguments: Arguments
+) -> tuple[BranchTree, Sequence[jax.Array]]:
+    """Trace the branches of a body.
+
+    The operands are aligned before the body is traced, and not where it uses them: the
+    transpose of `pvary` is a sum over shards, and each shard has to come to that. In a
+    branch it would add up those that take the branch, or wait for the others.
+
+    Returns:
+        Its tree of branches, and the operands to emit that with.
+    """
+    _check_signature(callee, arguments)
+    operands = align(arguments.operands(callee.label))
+    template = _declared(callee, arguments)
+    tree = found_once(
+        lambda: _call_key(callee, arguments, template),
+        lambda: stage(
+            _on_abstract_values(callee, arguments),
+            [jax.typeof(x) for x in operands],
+            template,
+            callee.label,
+            callee.max_runs or MAX_ABSTRACT_RUNS,
+        ),
+    )
+    return tree, operands
+
+
+def _call_key(callee: Callee, arguments: Arguments, template: Template | None) -> Any:
+    """Return what tells a call from others, whose function may be another object."""
+    values = fingerprint([callee.function, *arguments.leaves])
+    if values is None:
+        return None
+    config = current_config()
+    return values, arguments.tree, template, callee.max_runs, callee.label, config
+
+
+def _bind(
+    callee: Callee,
+    arguments: Arguments,
+    template: Template,
+    arrays: Sequence[Any],
+    needed: Any = None,
+) -> list[Any]:
+    """Bind the primitive.
+
+    Args:
+        callee: what is called.
+        arguments: of the call.
+        template: what it returns, complete.
+        arrays: the arrays among the arguments.
+        needed: None, or a boolean that says under `jax.vmap` which elements need the call.
+
+    Returns:
+        The results, flat.
+    """
+    avals = [jax.typeof(x) for x in arrays]
+    keys = [KeyLeaf(a.dtype) if is_key_dtype(a.dtype) else None for a in avals]
+    operands = [
+        jax.random.key_data(x) if key else x for x, key in zip(arrays, keys, strict=True)
+    ]
+    in_avals = [physical_aval(a.shape, a.dtype, a.weak_type) for a in avals]
+    if needed is not None:
+        operands.insert(0, needed)
+        in_avals.insert(0, ShapedArray((), np.bool_))
+    of_arrays = iter(keys)
+    body = Primal(
+        callee.func,
+        callee.name,
+        arguments.tree,
+        tuple(next(of_arrays) if is_array(x) else static_leaf(x) for x in arguments.leaves),
+        template,
+        tuple(in_avals),
+        callee.is_host_function,
+        needed is not None,
+        callee.rules,
+    )
+    stateful = callee.stateful or not template.leaves
+    if stateful and callee.vmap_method == "by_branch":
+        raise not_by_branch(callee.label, "returns nothing, so that its runs count")
+    default = "sequential" if stateful or callee.is_host_function else "by_branch"
+    params = Params(
+        body,
+        stateful,
+        callee.ordered,
+        callee.vmap_method or default,
+        current_config(),
+    )
+    return [
+        jax.random.wrap_key_data(x, dtype=leaf.dtype) if leaf.is_key else x
+        for x, leaf in zip(bind(operands, params), template.leaves, strict=True)
+    ]
+
+
+def _declared(callee: Callee, arguments: Arguments) -> Template | None:
+    """Return `Tout` for these arguments, or None if it is left out."""
+    template = callee.template
+    if callee.tout is not None:
+        tout = _call_tout(callee, *arguments.structs().unflatten())
+        template = parse(tout, callee.label)
+    if template is not None:
+        check_x64(template, callee.label)
+    return template
+
+
+def _call_tout(callee: Callee, args: Any, kwargs: Any) -> Any:
+    tout = unwrapped(callee.tout)
+    try:
+        return tout(*args, **kwargs)
+    except Exception as error:
+        problem = misfit(tout, args, kwargs)
+        if problem:
+            _refuse_misfit(callee, args, kwargs)
+            own = signature_of(callee.function)
+            expected = own or f"of {len(args) + len(kwargs)} arguments"
+            raise TypeError(
+                f"{callee.label}: Tout is called with the arguments of the function, "
+                f"and {problem}: expected the parameters {expected}, got "
+                f"{signature_of(tout)}. Write a Tout that takes them, such as "
+                "Tout=lambda *args: args[0]."
+            ) from None
+        error.add_note(
+            f"{callee.label}: this was raised by Tout, which is called with a "
+            "jax.ShapeDtypeStruct for each array, not with data."
+        )
+        raise
+
+
+def _check_signature(callee: Callee, arguments: Arguments) -> None:
+    """Raise here, not on the host, where the function does not take the arguments."""
+    _refuse_misfit(callee, *arguments.unflatten())
+
+
+def _refuse_misfit(callee: Callee, args: Any, kwargs: Any) -> None:
+    problem = misfit(callee.function, args, kwargs)
+    if problem:
+        raise TypeError(
+            f"{callee.label}: {problem}; call it with the arguments of "
+            f"{signature_of(callee.function)}."
+        )
+
+
+def _on_abstract_values(callee: Callee, arguments: Arguments) -> Callable[[list[Any]], Any]:
+    """Return the function of one abstract value for each array; known arrays stay."""
+    with set_current_trace(_compat.eval_trace):
+        known = [
+            jnp.asarray(x) if is_array(x) and not isinstance(x, Tracer) else x
+            for x in (static_leaf(x).value if is_float0(x) else x for x in arguments.leaves)
+        ]
+
+    def on_values(values: list[Any]) -> Any:
+        rest = iter(values)
+        of_arrays = [next(rest) if is_array(x) else None for x in arguments.leaves]
+        args, kwargs = arguments.with_leaves(
+            [
+                value if isinstance(x, Tracer) else x
+                for x, value in zip(known, of_arrays, strict=True)
+            ]
+        ).unflatten()
+        return callee.function(*args, **kwargs)
+
+    return on_values

@@ -1,0 +1,200 @@
+"""The options of a wrapped function: as they were given, and checked for its calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
+
+from jpyfunc._bodies.primal import CustomRules
+from jpyfunc._hashable import hashable, unwrapped
+from jpyfunc._limits import MAX_ABSTRACT_RUNS
+from jpyfunc._primitive.batching import BATCHERS
+from jpyfunc._tout import Template, is_function, parse
+
+Kind = Literal["py_func", "numpy_func"]
+
+
+class _Inferred:
+    """The default of `Tout`: nothing is declared, everything is inferred."""
+
+    def __reduce__(self) -> str:
+        return "INFERRED"
+
+    def __repr__(self) -> str:
+        return "<inferred>"
+
+
+INFERRED = _Inferred()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """The options of `py_func` and `numpy_func`, as given."""
+
+    Tout: Any = INFERRED
+    name: str | None = None
+    stateful: bool = False
+    ordered: bool = False
+    vmap_method: str | None = None
+    staged: bool | int = False
+
+    def over(self, inner: Options) -> Options:
+        """Return these options, with those of `inner` where none is given here."""
+        given = {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) is not field.default
+        }
+        return dataclasses.replace(inner, **given)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Callee:
+    """A function and how it is called: options that are checked and fit each other.
+
+    It compares by value, because as part of a wrapped function it is in the key of
+    `jax.jit`'s cache.
+
+    Attributes:
+        kind: which of the two decorators wraps it.
+        func: the function, made `hashable`.
+        name: its name in errors and profiles.
+        template: `Tout`, parsed; None if it is left out or is a function.
+        tout: `Tout`, made `hashable`, if it is a function of the arguments; else None.
+        stateful: whether each execution of the program runs it exactly once.
+        ordered: whether it runs in program order with other ordered calls.
+        vmap_method: how it is batched; None for the default.
+        max_runs: how many abstract runs may stage it; 0 if it is not staged.
+        rules: its derivatives, of a `numpy_func`.
+    """
+
+    kind: Kind
+    func: Hashable
+    name: str
+    template: Template | None
+    tout: Hashable
+    stateful: bool
+    ordered: bool
+    vmap_method: str | None
+    max_runs: int
+    rules: CustomRules | None = None
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return unwrapped(self.func)
+
+    @property
+    def label(self) -> str:
+        """What errors call it."""
+        return f"{self.kind} {self.name!r}"
+
+    @property
+    def is_host_function(self) -> bool:
+        """Whether it takes and returns NumPy arrays."""
+        return self.kind == "numpy_func"
+
+
+def check_options(kind: Kind, func: Callable[..., Any], options: Options) -> Callee:
+    """Return how `func` is called with these options.
+
+    Raises:
+        TypeError: an option of the wrong kind.
+        ValueError: options that do not fit each other, or are unknown.
+    """
+    _check_name(kind, options.name)
+    name = options.name or name_of(func)
+    label = f"{kind} {name!r}"
+    method = options.vmap_method
+    if method is not None and method not in BATCHERS:
+        raise ValueError(
+            f"{label}: expected vmap_method to be one of "
+            f"{', '.join(map(repr, BATCHERS))}, got {method!r}."
+        )
+    for option in ("stateful", "ordered"):
+        value = getattr(options, option)
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"{label}: expected {option} to be True or False, got {value!r}; "
+                f"write {option}=True."
+            )
+    tout = options.Tout
+    has_function = is_function(tout)
+    template = None if tout is INFERRED or has_function else parse(tout, label)
+    stateful = options.stateful or options.ordered
+    if method == "by_branch" and (kind == "numpy_func" or stateful):
+        what = "takes NumPy arrays" if kind == "numpy_func" else "is stateful"
+        raise not_by_branch(label, what)
+    max_runs = _max_runs(label, options.staged)
+    if max_runs and stateful:
+        raise not_staged(label, "is stateful, so that its runs count")
+    if max_runs and method not in (None, "by_branch", "sequential"):
+        raise not_staged(label, f"has vmap_method={method!r}")
+    return Callee(
+        kind,
+        hashable(func),
+        name,
+        template,
+        hashable(tout) if has_function else None,
+        stateful,
+        options.ordered,
+        method,
+        max_runs,
+    )
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """Return the name of a function, or that of its class if it has none."""
+    inner = without_partial(func)
+    own = getattr(inner, "__name__", None)
+    return own if own and isinstance(own, str) else type(inner).__name__
+
+
+def without_partial(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a partial, which has its name and its documentation."""
+    return func.func if isinstance(func, functools.partial) else func
+
+
+def _check_name(kind: Kind, name: object) -> None:
+    """Refuse a `name` that errors and programs cannot show."""
+    if name is None:
+        return
+    if not isinstance(name, str) or not name:
+        raise TypeError(
+            f"{kind}: expected name to be a string that is not empty, got {name!r}; write "
+            "name='solver', for example, or leave it out."
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{kind}: expected name to be text, got {name!r}, which UTF-8 cannot encode "
+            f"({error.reason}); write another."
+        ) from None
+
+
+def _max_runs(label: str, staged: object) -> int:
+    """Return how many abstract runs `staged` allows."""
+    if not isinstance(staged, int) or staged < 0:
+        raise ValueError(
+            f"{label}: expected staged to be True, False or a number of runs on "
+            f"abstract values, got {staged!r}; write staged=True."
+        )
+    return MAX_ABSTRACT_RUNS if staged is True else int(staged)
+
+
+def not_staged(label: str, what: str) -> ValueError:
+    """Return the error of a function that cannot be staged."""
+    return ValueError(
+        f"{label}: staged compiles what a pure body does for one element, and "
+        f"this one {what}. Leave out one of the two."
+    )
+
+
+def not_by_branch(label: str, what: str) -> ValueError:
+    """Return the error of a function that cannot be batched by branch."""
+    return ValueError(
+        f"{label}: vmap_method='by_branch' runs a body on many elements at once, "
+        f"and this one {what}. Leave vmap_method out, or write 'sequential'."
+    )
