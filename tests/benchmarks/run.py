@@ -1,6 +1,6 @@
 """Time py_func against the same thing by hand: `python tests/benchmarks/run.py`.
 
-Each row names its peer. Ours and the peer take turns in rounds, and the ratio is the
+Each row names its peer. Ours and the peer alternate in rounds, and the ratio is the
 median of the ratios of the rounds, so that a machine that slows down slows down both.
 
     --peers tensorflow=PYTHON   adds rows for `tf.py_function`, run by that interpreter
@@ -104,7 +104,7 @@ def ten_layers(x, w):
     return (x**2).sum()
 
 
-def turns(x, n):
+def iterate(x, n):
     y = x
     for _ in range(int(n)):
         y = jnp.sin(y) * x + 0.1
@@ -143,7 +143,7 @@ class Row:
 def interleave(
     ours: Callable[[], Any], peer: Callable[[], Any], rounds: int = ROUNDS
 ) -> tuple[list, list]:
-    """Times of both in turns, each over as many calls as take some 20 ms."""
+    """Time both alternately, each over as many calls as take some 20 ms."""
     for function in (ours, peer):
         for _ in range(3):
             jax.block_until_ready(function())
@@ -299,7 +299,7 @@ def derivative_rows() -> Iterator[Row]:
 
     numbers = np.random.default_rng(0).integers(1, 61, 1000).tolist()
     mine, theirs = itertools.cycle(numbers), itertools.cycle(numbers)
-    ours_loop, plain_loop = jax.jit(jax.grad(wrap(turns))), jax.grad(turns)
+    ours_loop, plain_loop = jax.jit(jax.grad(wrap(iterate))), jax.grad(iterate)
     for _ in range(100):
         ours_loop(1.3, next(mine)), plain_loop(1.3, next(theirs))
     compiled = []
@@ -312,7 +312,7 @@ def derivative_rows() -> Iterator[Row]:
         ours_loop(1.3, next(mine))
     count = len(compiled)
     row = compare(
-        "loop of 1 to 60 turns, grad", "plain eager JAX",
+        "loop of 1 to 60 iterations, grad", "plain eager JAX",
         lambda: ours_loop(1.3, next(mine)), lambda: plain_loop(1.3, next(theirs)), 0.7,
     )  # fmt: skip
     row.limit += f", 0 compiled later: {count}"
