@@ -26,7 +26,7 @@ from jpyfunc._arguments import (
     with_arrays_traced,
 )
 from jpyfunc._bodies.primal import KeyLeaf, Primal, physical_aval, read_only
-from jpyfunc._bodies.profile import Run, annotated, measure, note, open_profiles
+from jpyfunc._bodies.profile import Row, measured
 from jpyfunc._errors import (
     InferenceError,
     ResultError,
@@ -35,7 +35,6 @@ from jpyfunc._errors import (
     refuse_partial,
 )
 from jpyfunc._hashable import ById, unwrapped
-from jpyfunc._interpreters.batch_tracer import running_batch
 from jpyfunc._interpreters.eager import runs_now
 from jpyfunc._interpreters.tape_tracer import is_tape_tracer
 from jpyfunc._limits import MAX_ABSTRACT_RUNS
@@ -43,6 +42,7 @@ from jpyfunc._mesh import align
 from jpyfunc._options import Callee, not_by_branch, not_staged
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._runtime.configuration import current_config
+from jpyfunc._runtime.context import Context, current, running_batch
 from jpyfunc._runtime.transfers import allowed_transfers
 from jpyfunc._staging.branch_tree import BranchTree, emit, stage, warn_if_large
 from jpyfunc._staging.closure import fingerprint, refuse_traced_closure
@@ -71,13 +71,12 @@ def _call_eagerly(callee: Callee, arguments: Arguments) -> Any:
     if callee.ordered:
         jax.effects_barrier()  # what was dispatched before it runs before it
     arguments = arguments.converted(callee.label)
-    if open_profiles:
-        execute = functools.partial(_run, callee, arguments)
-        return measure(callee.name, callee.function, arguments.leaves, execute)
-    return _run(callee, arguments, annotated)
+    row = Row(callee.name, callee.function)
+    execute = functools.partial(_run, callee, arguments)
+    return measured(row, current(), arguments.leaves, execute)
 
 
-def _run(callee: Callee, arguments: Arguments, run: Run) -> Any:
+def _run(callee: Callee, arguments: Arguments, context: Context, _: Any) -> Any:
     """Run the function on values and return its results as it declares them."""
     label = callee.label
     template = _declared(callee, arguments)
@@ -93,9 +92,9 @@ def _run(callee: Callee, arguments: Arguments, run: Run) -> Any:
     batch = running_batch()
     if batch and template is not None and not template.leaves:
         batch.cannot(f"{label}, which returns nothing")
-    note(runs=1, elements=len(batch.subset.rows) - 1 if batch else 0)
+    context.count(runs=1, elements=context.elements - 1)
     try:
-        result = run(callee.name, callee.function, *args, **kwargs)
+        result = context.timed(callee.name, callee.function, *args, **kwargs)
     except jax.errors.JAXTypeError as error:
         note_without_values(error, label)
         raise

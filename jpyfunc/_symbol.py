@@ -3,28 +3,8 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
-
-
-class _Building(threading.local):
-    def __init__(self) -> None:
-        self.graphs: list[Any] = []
-
-
-# The graphs of a thread's `with` blocks, in which calls without tensors are nodes, too.
-building = _Building()
-
-
-class not_building:  # noqa: N801 - a context manager
-    """Make calls without tensors calls, not nodes, while a graph or a body runs."""
-
-    def __enter__(self) -> None:
-        self._graphs, building.graphs = building.graphs, []
-
-    def __exit__(self, *exc_info: object) -> None:
-        building.graphs = self._graphs
 
 
 class Symbol:

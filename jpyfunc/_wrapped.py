@@ -20,9 +20,10 @@ from jpyfunc._errors import is_called_from
 from jpyfunc._hashable import hashable, unwrapped
 from jpyfunc._options import Kind, Options, check_options, without_partial
 from jpyfunc._runtime.clients import is_in_body
+from jpyfunc._runtime.context import building
 from jpyfunc._staging.abstract import AbstractTrace
 from jpyfunc._staging.branch_tree import BranchTree
-from jpyfunc._symbol import Symbol, building, noting
+from jpyfunc._symbol import Symbol, noting
 from jpyfunc._tout import Template
 
 P = ParamSpec("P")
@@ -109,8 +110,9 @@ class PyFunc(Generic[P, R]):
         for leaf in arguments.leaves:
             if isinstance(leaf, Symbol):
                 return leaf.call_py_func(self, args, kwargs)
-        if building.graphs and _compat.is_eager() and not is_in_body():
-            return building.graphs[-1].call_py_func(self, args, kwargs)
+        graph = building()
+        if graph and _compat.is_eager() and not is_in_body():
+            return graph.call_py_func(self, args, kwargs)
         return call(self._callee, arguments)
 
     def defvjp(self, fwd: Callable[P, Any], bwd: Callable[..., Any]) -> None:

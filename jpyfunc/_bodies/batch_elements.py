@@ -15,7 +15,7 @@ from jpyfunc import _compat
 from jpyfunc._bodies import tape_cache
 from jpyfunc._bodies.derivatives import call
 from jpyfunc._bodies.derived import Batch, Transpose, WithTape, recorded_of, ticket_of
-from jpyfunc._bodies.profile import Run, elements_counted, note, note_why, title_of
+from jpyfunc._bodies.profile import title_of
 from jpyfunc._bodies.random_draws import drawn_since, generators
 from jpyfunc._errors import warn_at_function
 from jpyfunc._hashable import unwrapped
@@ -30,14 +30,13 @@ from jpyfunc._limits import (
     REFUSAL_CACHE_SIZE,
 )
 from jpyfunc._runtime.configuration import is_debugging
+from jpyfunc._runtime.context import Context, current
 from jpyfunc._runtime.transfers import put
 
 
-def evaluate_batch(
-    batch: Batch, operands: Sequence[Any], device: _compat.Device, run: Run
-) -> list[Any]:
+def evaluate_batch(batch: Batch, operands: Sequence[Any], context: Context) -> list[Any]:
     """As `evaluate`, of a batch."""
-    elements = BatchElements(batch, device, run)
+    elements = BatchElements(batch, context)
     if not elements.count:
         return [np.zeros(aval.shape, aval.dtype) for aval in batch.out_avals]
     if any(isinstance(x, Tracer) for x in operands):
@@ -65,14 +64,14 @@ class BatchElements:
         is_done: of each element, whether it did; nothing is added to a sum twice.
     """
 
-    def __init__(self, batch: Batch, device: _compat.Device, run: Run) -> None:
+    def __init__(self, batch: Batch, context: Context) -> None:
         levels: list[Any] = [batch]
         while isinstance(levels[-1].base, Batch):
             levels.append(levels[-1].base)
         self.base = levels[-1].base
         self.sizes = tuple(level.size for level in levels)
         self.count = math.prod(self.sizes)
-        self._device, self._run = device, run
+        self._device = context.device
         self._stacked_in = [*zip(*(level.stacked_in for level in levels), strict=True)]
         self._stacked_out = [*zip(*(level.stacked_out for level in levels), strict=True)]
 
@@ -134,7 +133,8 @@ class BatchElements:
 
     def run(self, operands: Sequence[Any]) -> list[Any]:
         """Run the base, on one element or on a part that runs by branch."""
-        return self._run(title_of(self.base), call, self.base, operands, self._device)
+        context = current()
+        return context.timed(title_of(self.base), call, self.base, operands, context)
 
     def run_each(self, rows: np.ndarray) -> None:
         """Run elements one by one, those that are not done."""
@@ -273,24 +273,25 @@ class ResultColumn:
 
 
 def _by_branch(elements: BatchElements) -> None:
+    context = current()
     if why := _why_not(elements):
-        note_why(why)
+        context.count(one_by_one=why)
         elements.run_each(np.arange(elements.count))
         return
     most = max(1, MAX_BATCH_BYTES // max(1, elements.nbytes))
     parts = [part for root in _roots(elements) for part in _chunks(root, most)]
     if not parts:
         return
-    before, counted = generators(), elements_counted()
+    before, counted = generators(), context.counted_elements()
     which, why = _run_parts(elements, parts)
     drawn = drawn_since(before)
     if drawn:
         which, why = ANY, f"numbers are drawn from {drawn}"
         elements.restart()
-        elements_counted(counted)
+        context.recount_elements(counted)
         before = generators()
     if why:
-        note_why(why)
+        context.count(one_by_one=why)
         # As it would have been from the start, the first exception included, of which
         # nothing is to be remembered.
         elements.run_each(np.sort(np.concatenate([part.rows for part in parts])))
@@ -369,20 +370,21 @@ def _run_part(elements: BatchElements, root: Subset) -> Iterator[int | str]:
     batch = ByBranchTrace(elements.base.primal.label, elements.sizes)
     operands = elements.part(batch, root)
     waiting: list[Any] = [(root, ())]
+    context = current()
     while waiting:
         part, log = waiting.pop()
         if part.length == 1 and part is not root:  # arrays of one are no longer than others
             elements.run_each(part.rows)
             yield len(waiting)
             continue
-        counted = elements_counted()
+        counted = context.counted_elements()
         results = _attempt(elements, batch, part, log, operands)
         if isinstance(results, str):
-            elements_counted(counted)
+            context.recount_elements(counted)
             yield results
             return
         elements.put(batch.subset, results)
-        note(elements=len(batch.subset.rows) - 1)
+        context.count(elements=len(batch.subset.rows) - 1)
         waiting += batch.waiting
         batch.waiting = []
         yield len(waiting)

@@ -10,77 +10,71 @@ import jax
 import numpy as np
 from jax.core import ShapedArray
 
-from jpyfunc import _compat
 from jpyfunc._bodies import custom_rules, tape_cache
 from jpyfunc._bodies.derived import AtTape, FlatBody, Jvp, Transpose, Vjp, WithTape, others
 from jpyfunc._bodies.primal import Primal
-from jpyfunc._bodies.profile import note
 from jpyfunc._errors import TapeLostError, not_linear, place_of
-from jpyfunc._interpreters.batch_tracer import running_batch
 from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._limits import (
     LARGE_ARRAY_BYTES,
 )
+from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.transfers import put
 
 
-def call(body: FlatBody, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+def call(body: FlatBody, operands: Sequence[Any], context: Context) -> list[Any]:
     """The results of `body`.
 
     Args:
         body: what to compute.
         operands: NumPy or JAX arrays, one per `body.in_avals`.
-        device: where NumPy operands are put, if they are needed.
+        context: the current one.
     """
     if body.primal.guarded and not operands[0]:
-        note(elements=-_elements())
+        context.count(elements=-context.elements)
         return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
-    return RULES[type(body)](body, operands, device)
+    return RULES[type(body)](body, operands, context)
 
 
-def _elements() -> int:
-    """How many elements of a batch run now."""
-    batch = running_batch()
-    return len(batch.subset.rows) if batch else 1
+def _primal(body: Primal, operands: Sequence[Any], context: Context) -> list[Any]:
+    context.count(runs=1)
+    return body(operands if body.numpy else _put(operands, body.in_avals, context))
 
 
-def _primal(body: Primal, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
-    note(runs=1)
-    return body(operands if body.numpy else _put(operands, body.in_avals, device))
-
-
-def _recording(
-    body: WithTape, operands: Sequence[Any], device: _compat.Device
-) -> list[Any]:
+def _recording(body: WithTape, operands: Sequence[Any], context: Context) -> list[Any]:
     if body.base.rules:
-        return _recording_by_rule(body, operands)
-    operands = _put(operands, body.in_avals, device)
+        return _recording_by_rule(body, operands, context)
+    operands = _put(operands, body.in_avals, context)
     if not tape_cache.keeps():
-        return [*_primal(body.base, operands, device), tape_cache.keep(body, None)]
-    function = functools.partial(_primal, body.base, device=device)
+        return [*_primal(body.base, operands, context), tape_cache.keep(body, None)]
+    function = functools.partial(_primal, body.base, context=context)
     run = run_on_tape(function, operands, body.wrt, body.primal.label)
     return [*run.values, tape_cache.keep(body, run)]
 
 
-def _recording_by_rule(body: WithTape, operands: Sequence[Any]) -> list[Any]:
+def _recording_by_rule(
+    body: WithTape, operands: Sequence[Any], context: Context
+) -> list[Any]:
     if not body.base.rules.fwd:
-        note(runs=1)
+        context.count(runs=1)
         return [*body.base(operands), tape_cache.keep(body, None)]
     results, residuals = custom_rules.forward(body.base, operands)
     return [*results, tape_cache.keep(body, residuals if tape_cache.keeps() else None)]
 
 
-def _residuals(body: Any, operands: Sequence[Any]) -> custom_rules.RuleResiduals:
+def _residuals(
+    body: Any, operands: Sequence[Any], context: Context
+) -> custom_rules.RuleResiduals:
     """What the forward rule left of a run, or leaves now."""
     *primals, ticket = operands
     run: Any = tape_cache.find(body, ticket)
     if not run and not body.repeatable:
         raise _lost(body)
-    _note_source(bool(run))
+    _count_source(bool(run), context)
     return run or custom_rules.forward(body.base, primals)[1]
 
 
-def _recorded(body: AtTape, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+def _recorded(body: AtTape, operands: Sequence[Any], context: Context) -> list[Any]:
     *primals, ticket = operands
     run = tape_cache.find(body, ticket)
     if run and not run.covers(primals):
@@ -90,9 +84,9 @@ def _recorded(body: AtTape, operands: Sequence[Any], device: _compat.Device) -> 
             return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
         if not body.repeatable:
             raise _lost(body)
-        primals = _put(primals, body.base.in_avals, device)
-    _note_source(run is not None)
-    results = run.replay if run else functools.partial(_primal, body.base, device=device)
+        primals = _put(primals, body.base.in_avals, context)
+    _count_source(run is not None, context)
+    results = run.replay if run else functools.partial(_primal, body.base, context=context)
     if body.under:
         return run_on_tape(results, primals, body.under, body.primal.label).values
     return results(primals)
@@ -106,7 +100,7 @@ def _lost(body: AtTape) -> TapeLostError:
     )
 
 
-def _jvp(body: Jvp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+def _jvp(body: Jvp, operands: Sequence[Any], context: Context) -> list[Any]:
     n = len(body.base.in_avals)
     if body.primal.rules:
         if tape_cache.is_void(operands[n - 1]):
@@ -114,46 +108,44 @@ def _jvp(body: Jvp, operands: Sequence[Any], device: _compat.Device) -> list[Any
         return custom_rules.push(
             body.primal, operands[: n - 1], body.wrt, operands[n:], body.of
         )
-    run = _run(body, operands[:n], device)
-    return run.push(body.wrt, _put_large(operands[n:], device), body.of)
+    run = _run(body, operands[:n], context)
+    return run.push(body.wrt, _put_large(operands[n:], context), body.of)
 
 
-def _vjp(body: Vjp, operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+def _vjp(body: Vjp, operands: Sequence[Any], context: Context) -> list[Any]:
     n = len(body.base.in_avals)
     if body.primal.rules:
         if tape_cache.is_void(operands[n - 1]):
             return [np.zeros(aval.shape, aval.dtype) for aval in body.out_avals]
-        run = _residuals(body.base, operands[:n])
+        run = _residuals(body.base, operands[:n], context)
         return custom_rules.backward(body.primal, run, body.of, operands[n:], body.wrt)
-    run = _run(body, operands[:n], device)
-    return run.pull(body.of, _put_large(operands[n:], device), body.wrt)
+    run = _run(body, operands[:n], context)
+    return run.pull(body.of, _put_large(operands[n:], context), body.wrt)
 
 
-def _run(body: Jvp | Vjp, operands: Sequence[Any], device: _compat.Device) -> Tape:
+def _run(body: Jvp | Vjp, operands: Sequence[Any], context: Context) -> Tape:
     """A run of the base that the derivative can be taken of."""
     base = body.base
     if isinstance(base, AtTape):
         run = tape_cache.find(base, operands[-1])
         if run and run.serves(body.wrt, operands, bool(base.under)):
-            _note_source(True)
+            _count_source(True, context)
             return run
-    primals = _put(operands, base.in_avals, device)
+    primals = _put(operands, base.in_avals, context)
     label = body.primal.label
-    return run_on_tape(lambda values: call(base, values, device), primals, body.wrt, label)
+    return run_on_tape(lambda values: call(base, values, context), primals, body.wrt, label)
 
 
-def _note_source(is_kept: bool) -> None:
+def _count_source(is_kept: bool, context: Context) -> None:
     """Count the elements that run now."""
-    note(**{"from_tape" if is_kept else "reran": _elements()})
+    context.count(**{"from_tape" if is_kept else "reran": context.elements})
 
 
-def _transpose(
-    body: Transpose, operands: Sequence[Any], device: _compat.Device
-) -> list[Any]:
+def _transpose(body: Transpose, operands: Sequence[Any], context: Context) -> list[Any]:
     if body.primal.rules:
-        note(runs=1)
+        context.count(runs=1)
         return custom_rules.transpose(body, operands)
-    rest = _put(operands, body.in_avals, device)
+    rest = _put(operands, body.in_avals, context)
     primals: list[Any] = [None] * len(body.base.in_avals)
     for i in others(body.base, body.wrt):
         primals[i] = rest.pop(0)
@@ -166,7 +158,7 @@ def _transpose(
         full = list(primals)
         for i, value in zip(body.wrt, values, strict=True):
             full[i] = value
-        results = call(body.base, full, device)
+        results = call(body.base, full, context)
         return [results[i] for i in body.of]
 
     try:
@@ -191,14 +183,14 @@ def _use_of_value(error: jax.errors.JAXTypeError) -> str:
     return "reads the value of"
 
 
-def _put(operands: Sequence[Any], avals: Any, device: _compat.Device) -> list[Any]:
+def _put(operands: Sequence[Any], avals: Any, context: Context) -> list[Any]:
     return [
-        x if isinstance(x, jax.Array) else put(x, aval, device)
+        x if isinstance(x, jax.Array) else put(x, aval, context.device)
         for x, aval in zip(operands, avals, strict=True)
     ]
 
 
-def _put_large(operands: Sequence[Any], device: _compat.Device) -> list[Any]:
+def _put_large(operands: Sequence[Any], context: Context) -> list[Any]:
     """What operations alone take, which put small NumPy arrays on the device themselves.
 
     They would do so with large ones on threads that the program holds.
@@ -206,12 +198,12 @@ def _put_large(operands: Sequence[Any], device: _compat.Device) -> list[Any]:
     return [
         x
         if isinstance(x, jax.Array) or x.nbytes < LARGE_ARRAY_BYTES
-        else put(x, ShapedArray(x.shape, x.dtype), device)
+        else put(x, ShapedArray(x.shape, x.dtype), context.device)
         for x in operands
     ]
 
 
-RULES: dict[type, Callable[[Any, Sequence[Any], _compat.Device], list[Any]]] = {
+RULES: dict[type, Callable[[Any, Sequence[Any], Context], list[Any]]] = {
     Primal: _primal,
     WithTape: _recording,
     AtTape: _recorded,

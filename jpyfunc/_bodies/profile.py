@@ -12,11 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.profiler import TraceAnnotation
 
 from jpyfunc._bodies import tape_cache
 from jpyfunc._bodies.derived import (
@@ -33,6 +32,8 @@ from jpyfunc._bodies.primal import (
 )
 from jpyfunc._errors import code_of
 from jpyfunc._hashable import unwrapped
+from jpyfunc._runtime.context import Context, current, entered
+from jpyfunc._runtime.counts import Counts
 from jpyfunc._runtime.in_flight import Flight, taken
 
 # Profiles whose block is open. A list that changes in place, so that the modules that
@@ -49,27 +50,7 @@ KINDS = {
     Transpose: "vjp",
 }
 
-# Runs a function, given its name in traces and its arguments.
-Run = Callable[..., Any]
 FunctionKey = tuple[str, str]  # name and source of a function
-
-
-_measuring = threading.local()  # `.counts`: of the calls that run on this thread
-
-
-def note(**counts: float) -> None:
-    """Add to the counts of the call that runs on this thread, if it is measured."""
-    running = getattr(_measuring, "counts", None)
-    if running:
-        for name, count in counts.items():
-            setattr(running[-1], name, getattr(running[-1], name) + count)
-
-
-def note_why(why: str) -> None:
-    """Say of the call on this thread, if it is measured, why it ran a batch one by one."""
-    running = getattr(_measuring, "counts", None)
-    if running:
-        running[-1].one_by_one = why
 
 
 _COMPILING = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
@@ -78,32 +59,7 @@ _COMPILING = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
 def _note_compiling(event: str, duration_secs: float, **_: Any) -> None:
     """What JAX calls when it has compiled something, on the thread that it did so on."""
     if event.endswith(_COMPILING):
-        note(compile_seconds=duration_secs)
-
-
-_OF_ELEMENTS = ("elements", "from_tape", "reran")
-
-
-def elements_counted(back_to: Sequence[int] | None = None) -> list[int]:
-    """The elements that the call on this thread has counted so far.
-
-    Args:
-        back_to: what it gave before, to forget those of a run whose results are not used.
-    """
-    running = getattr(_measuring, "counts", None)
-    if not running:
-        return []
-    for name, count in zip(_OF_ELEMENTS, back_to or (), strict=False):
-        setattr(running[-1], name, count)
-    return [getattr(running[-1], name) for name in _OF_ELEMENTS]
-
-
-def annotated(name: str, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call `func` under `name` in the traces of `jax.profiler`."""
-    if not TraceAnnotation.is_enabled():  # a quarter of what an unused one costs
-        return func(*args, **kwargs)
-    with TraceAnnotation(name):
-        return func(*args, **kwargs)
+        current().count(compile_seconds=duration_secs)
 
 
 def kind_of(body: Body) -> str:
@@ -119,58 +75,61 @@ def title_of(body: Body) -> str:
     return name if kind == "forward" else f"{name} ({kind})"
 
 
-def measure_body(body: Body, operands: Iterable[Any], execute: Callable[[Run], Any]) -> Any:
-    """`measure` for a body of the primitive."""
+class Row(NamedTuple):
+    """A row of a profile.
+
+    Attributes:
+        name: of the user's function.
+        func: the user's function.
+        kind: what it is run for.
+    """
+
+    name: str
+    func: Callable[..., Any]
+    kind: str = "forward"
+
+
+def row_of(body: Body) -> Row:
+    """The row that calls of `body` are counted in."""
     primal = body.primal
-    func = unwrapped(primal.func)
-    return measure(primal.title, func, operands, execute, kind_of(body))
+    return Row(primal.title, unwrapped(primal.func), kind_of(body))
 
 
-def measure(
-    name: str,
-    func: Callable[..., Any],
-    operands: Iterable[Any],
-    execute: Callable[[Run], Any],
-    kind: str = "forward",
+def measured(
+    row: Row,
+    context: Context,
+    operands: Sequence[Any],
+    execute: Callable[[Context, Sequence[Any]], Any],
 ) -> Any:
-    """Do a call and add it to the open profiles.
+    """Do a call, and add it to the open profiles.
 
     Args:
-        name: name of the user's function.
-        func: the user's function.
+        row: where it is counted.
+        context: what it runs in; it is entered here.
         operands: what enters the call; its arrays count as bytes in.
-        execute: does the call and returns its results; given what to run bodies with.
-        kind: what it counts as.
+        execute: does the call, in the context that it is given.
 
     Returns:
         The results.
     """
+    if not open_profiles:
+        with entered(context):
+            return execute(context, operands)
     profiles = set(open_profiles)
     counts = Counts(calls=1, bytes_in=_nbytes(operands))
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        counts.elements += 1
-        begin = time.perf_counter()
-        try:
-            return annotated(*args, **kwargs)
-        finally:
-            counts.body_seconds += time.perf_counter() - begin
-
-    running = _measuring.__dict__.setdefault("counts", [])
-    running.append(counts)
     begin = time.perf_counter()
     try:
-        results = execute(timed)
+        with entered(dataclasses.replace(context, counts=counts)) as context:
+            results = execute(context, operands)
         counts.bytes_out = _nbytes(jax.tree.leaves(results))
         return results
     except BaseException:
         counts.exceptions = 1
         raise
     finally:
-        running.pop()
         counts.crossing_seconds = time.perf_counter() - begin - counts.body_seconds
         for each in profiles:
-            each._add((name, _source(func)), kind, counts, id(func))
+            each._add((row.name, _source(row.func)), row.kind, counts, id(row.func))
 
 
 def _nbytes(values: Iterable[Any]) -> int:
@@ -181,31 +140,6 @@ def _source(func: Any) -> str:
     """File and line of a function, or of the class of a callable object."""
     code = code_of(func)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else "built-in"
-
-
-@dataclasses.dataclass(slots=True)
-class Counts:
-    """What the calls of one function and kind add up to; the keys of `as_dict`."""
-
-    calls: int = 0
-    elements: int = 0
-    runs: int = 0
-    body_seconds: float = 0.0
-    crossing_seconds: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    exceptions: int = 0
-    from_tape: int = 0
-    reran: int = 0
-    compile_seconds: float = 0.0
-    one_by_one: str = ""
-
-    def add(self, other: Counts) -> None:
-        """Add the counts of `other` to these; of texts, the later one stays."""
-        for field in dataclasses.fields(self):
-            mine, others = getattr(self, field.name), getattr(other, field.name)
-            total = others or mine if isinstance(mine, str) else mine + others
-            setattr(self, field.name, total)
 
 
 class profile:  # noqa: N801 - a context manager, named like JAX's own

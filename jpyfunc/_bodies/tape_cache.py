@@ -31,7 +31,6 @@ from jpyfunc._bodies.primal import (
     Primal,
 )
 from jpyfunc._hashable import unwrapped
-from jpyfunc._interpreters.batch_tracer import running_batch
 from jpyfunc._interpreters.operations import aval_of
 from jpyfunc._interpreters.subset import Subset
 from jpyfunc._interpreters.tape import Tape
@@ -43,6 +42,7 @@ from jpyfunc._limits import (
     SPENT_SHARE,
     SPENT_STATEFUL_SHARE,
 )
+from jpyfunc._runtime.context import running_batch
 
 AnyTape = Tape | RuleResiduals
 

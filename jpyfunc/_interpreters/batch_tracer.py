@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -15,34 +14,12 @@ from jax.extend.core import set_current_trace
 from jpyfunc import _compat
 from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import MAX_UNSTACKED_ROWS, SHOWN_ROWS
+from jpyfunc._runtime.context import running_batch, running_batches
 from jpyfunc._runtime.transfers import put
-
-_local = (
-    threading.local()
-)  # `.running`: the traces by branch of this thread, innermost last
 
 
 class CannotBatch(BaseException):
     """Something that a body does cannot be done for many elements at once."""
-
-
-def running_batch() -> Any:
-    """The trace that a body runs by branch under, on this thread, or None."""
-    running = getattr(_local, "running", None)
-    return running[-1] if running else None
-
-
-class enter_batch:  # noqa: N801 - a context manager
-    """Make a trace the one that `running_batch` gives."""
-
-    def __init__(self, trace: Any) -> None:
-        self._trace = trace
-
-    def __enter__(self) -> None:
-        _local.__dict__.setdefault("running", []).append(self._trace)
-
-    def __exit__(self, *exc_info: object) -> None:
-        _local.running.pop()
 
 
 def is_batch_tracer(value: Any) -> bool:
@@ -99,7 +76,7 @@ class BatchTracer(Tracer):
     @property
     def is_running(self) -> bool:
         """Whether the run that it is of goes on, on this thread."""
-        return self._trace in getattr(_local, "running", ())
+        return self._trace in running_batches()
 
     def check_runs(self) -> None:
         """Refuse a use outside of a run."""

@@ -21,7 +21,6 @@ from jpyfunc._interpreters.batch_tracer import (
     BatchTracer,
     CannotBatch,
     data_of,
-    enter_batch,
 )
 from jpyfunc._interpreters.eager import EagerTrace, ground, run
 from jpyfunc._interpreters.operations import CompiledOperation, UncachedOperation
@@ -29,6 +28,7 @@ from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import (
     MAX_LOG_BYTES,
 )
+from jpyfunc._runtime.context import enter_batch
 
 # An operation of a run, its operands and its results.
 Entry = tuple[CompiledOperation, Sequence[Any], list[Any]]

@@ -11,11 +11,12 @@ from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._errors import NotDifferentiableError, UnsupportedError
-from jpyfunc._interpreters.batch_tracer import is_batch_tracer, running_batch
+from jpyfunc._interpreters.batch_tracer import is_batch_tracer
 from jpyfunc._interpreters.eager import EagerTrace, run
 from jpyfunc._interpreters.reverse_sweep import pull, whole_pull
 from jpyfunc._interpreters.tape_trace import TapeTrace, is_tape_trace
 from jpyfunc._interpreters.tape_tracer import REMEDIES, is_tape_tracer
+from jpyfunc._runtime.context import running_batch
 
 Indices = tuple[int, ...]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +15,16 @@ from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._bodies.derived import Body
-from jpyfunc._bodies.evaluate import evaluate_with
+from jpyfunc._bodies.evaluate import evaluate
 from jpyfunc._bodies.primal import Primal
-from jpyfunc._bodies.profile import Run, annotated, measure_body, open_profiles
+from jpyfunc._bodies.profile import measured, row_of
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._interpreters.on_device import OnDevice
 from jpyfunc._limits import (
     REPORT_BYTES,
 )
 from jpyfunc._runtime.configuration import Config, enter_config
+from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.exceptions import caller, failing, leave
 from jpyfunc._runtime.in_flight import running_body
 from jpyfunc._staging.closure import held
@@ -58,10 +58,11 @@ class HostCall:
     __slots__ = (
         "_body",
         "_config",
-        "_device",
+        "_context",
         "_on_device",
         "_raises_at_once",
         "_reports",
+        "_row",
     )
 
     def __init__(
@@ -74,7 +75,8 @@ class HostCall:
     ) -> None:
         self._body = body
         self._config = config
-        self._device = device
+        self._context = Context(device)
+        self._row = row_of(body)
         self._reports = reports
         self._raises_at_once = raises_at_once
         # It costs each operation JAX's fast path, some 60 us, so only where needed.
@@ -83,11 +85,7 @@ class HostCall:
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
             with running_body():
-                if open_profiles:
-                    execute = functools.partial(self._cross, operands)
-                    results = measure_body(self._body, operands, execute)
-                else:
-                    results = self._cross(operands, annotated)
+                results = measured(self._row, self._context, operands, self._cross)
         except BaseException as error:  # noqa: BLE001 - it is raised, as XLA takes it
             text = failing(error, self._body.primal.label, self._raises_at_once)
         else:
@@ -97,14 +95,14 @@ class HostCall:
         zeros = (np.zeros(aval.shape, aval.dtype) for aval in self._body.out_avals)
         return (*zeros, _report(text))
 
-    def _cross(self, operands: Sequence[Any], run: Run) -> tuple[np.ndarray, ...]:
-        device = self._device
+    def _cross(self, context: Context, operands: Sequence[Any]) -> tuple[np.ndarray, ...]:
+        device: Any = context.device
         with enter_config(self._config, device), _thread_hooks():
             if self._on_device:
                 with set_current_trace(OnDevice(device)):
-                    results = evaluate_with(self._body, operands, device, run)
+                    results = evaluate(self._body, context, operands)
             else:
-                results = evaluate_with(self._body, operands, device, run)
+                results = evaluate(self._body, context, operands)
             return tuple(np.asarray(result) for result in results)
 
     def __reduce__(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import weakref
 from collections.abc import Sequence
@@ -27,12 +28,13 @@ from jpyfunc._bodies.derived import (
 )
 from jpyfunc._bodies.evaluate import evaluate
 from jpyfunc._bodies.primal import Primal
+from jpyfunc._bodies.profile import measured, row_of
 from jpyfunc._errors import no_rule, no_second_order, no_transpose, refuse_partial
 from jpyfunc._mesh import align, like_operands
 from jpyfunc._runtime.clients import default_device
 from jpyfunc._runtime.configuration import Config
+from jpyfunc._runtime.context import current
 from jpyfunc._runtime.transfers import put
-from jpyfunc._symbol import not_building
 
 py_func_p = Primitive("py_func")
 py_func_p.multiple_results = True
@@ -189,8 +191,8 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
         refuse_partial(arrays, params.name)
     devices = set().union(*(x.devices() for x in arrays))
     device = devices.pop() if len(devices) == 1 else default_device()
-    with _compat.no_axis_names(), not_building():
-        results = evaluate(params.body, arrays, device)
+    with _compat.no_axis_names():
+        results = _evaluate(params.body, arrays, device, graphs=())
     is_foreign = params.body.primal.numpy  # the user may write to what it returned
     return [
         _as_declared(result, aval)
@@ -202,7 +204,14 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
 
 def _py_func_call(operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     """Run the body under the tape that a surrounding body runs under."""
-    return evaluate(params["params"].body, operands, default_device())
+    return _evaluate(params["params"].body, operands, default_device())
+
+
+def _evaluate(
+    body: Body, operands: Sequence[Any], device: _compat.Device, **changes: Any
+) -> list[Any]:
+    context = dataclasses.replace(current(), device=device, **changes)
+    return measured(row_of(body), context, operands, functools.partial(evaluate, body))
 
 
 def _as_declared(result: jax.Array, aval: ShapedArray) -> jax.Array:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jpyfunc._symbol import building
+from jpyfunc._runtime.context import begin_building, end_building
 from jpyfunc.tf1._apply import Spec, apply_py_func
 from jpyfunc.tf1._nodes import Operation, Tensor
 from jpyfunc.tf1._stacks import remove_last, stacks
@@ -43,12 +43,12 @@ class Graph:
     def as_default(self) -> Iterator[Graph]:
         """Make this the graph that new nodes go to on this thread."""
         stacks.graphs.append(self)
-        building.graphs.append(self)
+        begin_building(self)
         try:
             yield self
         finally:
             remove_last(stacks.graphs, self)
-            remove_last(building.graphs, self)
+            end_building(self)
 
     def call_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a node of a call without tensors, made by each run that needs it."""

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jpyfunc._symbol import building
+from jpyfunc._runtime.context import begin_building, end_building
 from jpyfunc.tf1._execute import Plan, execute, wait
 from jpyfunc.tf1._graph import Graph, get_default_graph
 from jpyfunc.tf1._lower import lower
@@ -150,7 +150,7 @@ class Session:
 
     def __enter__(self) -> Session:
         self._be_default()
-        building.graphs.append(self._graph)
+        begin_building(self._graph)
         return self
 
     def _be_default(self) -> None:
@@ -159,7 +159,7 @@ class Session:
         stacks.graphs.append(self._graph)
 
     def __exit__(self, *exc_info: object) -> None:
-        remove_last(building.graphs, self._graph)
+        end_building(self._graph)
         remove_last(stacks.sessions, self)
         remove_last(stacks.graphs, self._graph)
         self.close()

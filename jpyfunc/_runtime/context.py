@@ -1,0 +1,166 @@
+"""The context of a run: what surrounds a body while it runs on a thread.
+
+A context is frozen, and each thread has one at a time. Whoever runs a body enters the
+context of that run and leaves it afterwards. A thread begins with the default context, so a
+body that XLA calls on a thread of its own sees nothing of where the program was dispatched.
+One that runs on the dispatching thread must see nothing of it either, or it would depend on
+what else is in flight where it runs: `HostCall` enters a context that it made beforehand,
+which says nothing but the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from jax.profiler import TraceAnnotation
+
+from jpyfunc import _compat
+from jpyfunc._runtime.counts import Counts
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Context:
+    """What surrounds a body while it runs.
+
+    Attributes:
+        device: where NumPy operands are put; None where no body of a call runs.
+        counts: of the call that is measured; None if no profile is open.
+        batches: the batches that run by branch, innermost last. None is a run inside of one
+            that is not of many elements.
+        thread: the one that entered the innermost batch. `asyncio.to_thread` takes the
+            context along, and a read there would split the batch while this thread computes
+            on all of it.
+        graphs: the graphs of TensorFlow 1 that are being built, in which a call without
+            tensors is a node; innermost last.
+    """
+
+    device: _compat.Device | None = None
+    counts: Counts | None = None
+    batches: tuple[Any, ...] = ()
+    thread: int = 0
+    graphs: tuple[Any, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """How many elements of a batch a run in this context is of."""
+        batch = self.batches[-1] if self.batches else None
+        return 1 if batch is None else len(batch.subset.rows)
+
+    def count(self, **amounts: float | str) -> None:
+        """Add to the counts of the call that is measured, if one is."""
+        if self.counts is not None:
+            self.counts.count(**amounts)
+
+    def timed(
+        self, title: str, run: Callable[..., Result], /, *args: Any, **kwargs: Any
+    ) -> Result:
+        """Run a body, or its derivative, and time it if the call is measured.
+
+        Args:
+            title: what `jax.profiler` shows it as.
+            run: what to call.
+            *args: its arguments.
+            **kwargs: its arguments by name.
+        """
+        counts = self.counts
+        if counts is None:
+            return _annotated(title, run, *args, **kwargs)
+        counts.elements += 1
+        begin = time.perf_counter()
+        try:
+            return _annotated(title, run, *args, **kwargs)
+        finally:
+            counts.body_seconds += time.perf_counter() - begin
+
+    def counted_elements(self) -> tuple[int, int, int]:
+        """The elements counted so far, for `recount_elements`."""
+        counts = self.counts or Counts()
+        return counts.elements, counts.from_tape, counts.reran
+
+    def recount_elements(self, counted: tuple[int, int, int]) -> None:
+        """Forget the elements counted since then: their results are not used."""
+        if self.counts is not None:
+            self.counts.elements, self.counts.from_tape, self.counts.reran = counted
+
+
+def _annotated(
+    title: str, run: Callable[..., Result], /, *args: Any, **kwargs: Any
+) -> Result:
+    if not TraceAnnotation.is_enabled():  # a quarter of what an unused one costs
+        return run(*args, **kwargs)
+    with TraceAnnotation(title):
+        return run(*args, **kwargs)
+
+
+_current: ContextVar[Context] = ContextVar("jpyfunc", default=Context())  # noqa: B039 - frozen
+
+current = _current.get  # the context of this thread
+
+
+class entered:  # noqa: N801 - a context manager
+    """Make a context the current one in a block."""
+
+    __slots__ = ("_context", "_token")
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def __enter__(self) -> Context:
+        self._token = _current.set(self._context)
+        return self._context
+
+    def __exit__(self, *exc_info: object) -> None:
+        _current.reset(self._token)
+
+
+def running_batch() -> Any:
+    """The trace that runs by branch on this thread, or None."""
+    batches = running_batches()
+    return batches[-1] if batches else None
+
+
+def running_batches() -> tuple[Any, ...]:
+    """The traces that run by branch on this thread, innermost last."""
+    context = current()
+    is_here = context.batches and context.thread == threading.get_ident()
+    return context.batches if is_here else ()
+
+
+def enter_batch(trace: Any) -> entered:
+    """Make a trace the one that `running_batch` gives in a block; None masks the others."""
+    c, thread = current(), threading.get_ident()
+    outer = c.batches if c.thread == thread else ()
+    return entered(Context(c.device, c.counts, (*outer, trace), thread, c.graphs))
+
+
+def building() -> Any:
+    """The graph that is being built, in which a call without tensors is a node, or None."""
+    graphs = current().graphs
+    return graphs[-1] if graphs else None
+
+
+def begin_building(graph: Any) -> None:
+    """Make `graph` the one that is being built, until `end_building`."""
+    _current.set(dataclasses.replace(current(), graphs=(*current().graphs, graph)))
+
+
+def end_building(graph: Any) -> None:
+    """Go back to the graph before; the blocks of graphs need not be nested."""
+    graphs = [*current().graphs]
+    for i in reversed(range(len(graphs))):
+        if graphs[i] is graph:
+            del graphs[i]
+            break
+    _current.set(dataclasses.replace(current(), graphs=tuple(graphs)))
+
+
+def not_building() -> entered:
+    """Make calls without tensors calls, not nodes, while a graph runs."""
+    return entered(dataclasses.replace(current(), graphs=()))
