@@ -22,20 +22,20 @@ import jpyfunc
 import jpyfunc.tf1 as tf
 from jpyfunc import py_func, raise_original
 
-# Of float32, through a handful of operations and a logarithm.
+# What float32 loses in a handful of operations and a logarithm.
 TOLERANCE = 1e-5
 SECONDS_PER_COST = 0.4
 
 
 def log_huber(x: Any, m: Any) -> Any:
-    """The body: a square near zero, a logarithm beyond `m`."""
+    """Body of the example: a square near zero, a logarithm beyond `m`."""
     if jnp.abs(x) <= m:
         return x**2
     return m**2 * (1 - 2 * jnp.log(m) + jnp.log(x**2))
 
 
 def closed_form(x: float, m: float) -> tuple[float, float, float]:
-    """Value, first and second derivative by `x` of log-huber, without JAX."""
+    """Compute log-huber and its first two derivatives with respect to `x`, without JAX."""
     if abs(x) <= m:
         return x**2, 2 * x, 2.0
     value = m**2 * (1 - 2 * math.log(m) + math.log(x**2))
@@ -44,7 +44,7 @@ def closed_form(x: float, m: float) -> tuple[float, float, float]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Check:
-    """One expression of the example: what it gave against what it must."""
+    """One expression of the example, with the numbers that it gave and should give."""
 
     name: str
     got: list[float]
@@ -53,7 +53,7 @@ class Check:
 
     @property
     def reason(self) -> str:
-        """Why the check failed; empty where it did not."""
+        """Why the check failed; empty if it passed."""
         if self.error:
             return f"{self.name} raised {self.error}"
         if len(self.got) == len(self.expected) and np.allclose(
@@ -64,7 +64,7 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """Run the example, in the style of JAX and in that of TensorFlow 1."""
+    """Run the example, as a JAX program and as a TensorFlow 1 program."""
     f = py_func(log_huber, Tout=jax.ShapeDtypeStruct((), jnp.float32))
     xs = np.linspace(0.5, 4.0, 7, dtype=np.float32)
     near, far = closed_form(1.0, 2.0), closed_form(3.0, 2.0)
@@ -95,14 +95,14 @@ def _check(name: str, compute: Callable[[], Any], expected: Any) -> Check:
     try:
         with raise_original():
             got = [float(x) for x in np.ravel(compute())]
-    except Exception as error:  # noqa: BLE001 - whatever went wrong is what to report
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong is reported
         text = " ".join(str(error).split())
         return Check(name, [], list(expected), f"{type(error).__name__}: {text}")
     return Check(name, got, list(expected))
 
 
 def measure_costs() -> dict[str, float]:
-    """Median microseconds of a jitted call: one crossing, forward and gradient."""
+    """Measure the median microseconds of jitted calls: identity, forward and gradient."""
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     identity = py_func(lambda x: x, Tout=scalar)
     f = py_func(log_huber, Tout=scalar)
@@ -127,7 +127,7 @@ def _median(func: Callable[..., Any], *args: Any) -> float:
 
 
 def make_report() -> dict[str, Any]:
-    """All that is reported, as plain values; the costs only if every check passed."""
+    """Make the report as plain values, with the costs only if every check passed."""
     checks = run_checks()
     failures = [check.reason for check in checks if check.reason]
     return {
@@ -155,7 +155,7 @@ def make_report() -> dict[str, Any]:
 
 
 def _json_number(x: float) -> float | str:
-    """JSON has no infinities and no NaN."""
+    """Convert infinities and NaN, which JSON lacks, to strings."""
     return x if math.isfinite(x) else str(x)
 
 
@@ -164,11 +164,11 @@ def _numbers(values: list[Any]) -> str:
 
 
 def to_text(report: dict[str, Any], marks: tuple[str, str]) -> str:
-    """The report for people.
+    """Format the report for people.
 
     Args:
-        report: of `make_report`.
-        marks: of a check that passed and of one that did not.
+        report: from `make_report`.
+        marks: the signs for a check that passed and for one that failed.
     """
     width = max(map(len, marks))
     names = max(len(check["name"]) for check in report["checks"])
@@ -181,12 +181,12 @@ def to_text(report: dict[str, Any], marks: tuple[str, str]) -> str:
     if report["ok"]:
         lines += ["", "median of a jitted call, in microseconds"]
         titles = {
-            "crossing": "one crossing (identity of a scalar)",
+            "crossing": "one host round trip (identity of a scalar)",
             "forward": "f, forward",
             "gradient": "f, gradient",
         }
         lines += [
-            f"  {title:35}  {report['median_microseconds'][key]:8.0f}"
+            f"  {title:41}  {report['median_microseconds'][key]:8.0f}"
             for key, title in titles.items()
         ]
     versions = "  ".join(f"{name} {v}" for name, v in report["versions"].items())
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         encoding = sys.stdout.encoding or "ascii"
         text = to_text(report, _marks(encoding))
-        # A reason quotes an exception, whose text may be in any script.
+        # A failure quotes an exception, whose text may hold any character.
         print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0 if report["ok"] else 1
 
