@@ -8,7 +8,7 @@ import linecache
 import re
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
 from typing import Any
 
@@ -211,3 +211,23 @@ def warn_at_function(func: Any, text: str, category: type[Warning]) -> None:
         warnings.warn(text, category, stacklevel=1)
     else:
         warnings.warn_explicit(text, category, code.co_filename, code.co_firstlineno)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, once: a body may raise one object several times."""
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def adding_note(func: Callable[..., Any], note: str) -> Callable[..., Any]:
+    """Return `func`, with `note` added to the exceptions that it raises."""
+
+    @functools.wraps(func, updated=())
+    def with_note(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return func(*args, **kwargs)
+        except Exception as error:
+            add_note(error, note)
+            raise
+
+    return with_note

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jpyfunc._arguments import is_array
+from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._options import INFERRED, Kind, Options
-from jpyfunc._symbol import Symbol
 from jpyfunc._tout import is_dtype
 from jpyfunc._wrapped import PyFunc
 
@@ -198,7 +198,7 @@ def _dispatch(kind: Kind, func: Any, inp: Any, options: Options) -> Any:
         return wrapped
     if isinstance(inp, list | tuple):
         return wrapped(*inp)
-    if is_array(inp) or isinstance(inp, Symbol):
+    if is_array(inp) or isinstance(inp, GraphTensor):
         return wrapped(inp)
     if is_dtype(inp) or isinstance(inp, jax.ShapeDtypeStruct):
         raise TypeError(

@@ -16,14 +16,14 @@ from jpyfunc import _compat
 from jpyfunc._arguments import Arguments
 from jpyfunc._bodies.primal import CustomRules
 from jpyfunc._calling import branch_tree, call
-from jpyfunc._errors import is_called_from
+from jpyfunc._errors import adding_note, is_called_from
+from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._hashable import hashable, unwrapped
 from jpyfunc._options import Kind, Options, check_options, without_partial
 from jpyfunc._runtime.clients import is_in_body
 from jpyfunc._runtime.context import building
 from jpyfunc._staging.abstract import AbstractTrace
 from jpyfunc._staging.branch_tree import BranchTree
-from jpyfunc._symbol import Symbol, noting
 from jpyfunc._tout import Template
 
 P = ParamSpec("P")
@@ -108,11 +108,11 @@ class PyFunc(Generic[P, R]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         arguments = Arguments.flatten(args, kwargs, self._callee.label)
         for leaf in arguments.leaves:
-            if isinstance(leaf, Symbol):
-                return leaf.call_py_func(self, args, kwargs)
+            if isinstance(leaf, GraphTensor):
+                return leaf.add_py_func(self, args, kwargs)
         graph = building()
         if graph and _compat.is_eager() and not is_in_body():
-            return graph.call_py_func(self, args, kwargs)
+            return graph.add_py_func(self, args, kwargs)
         return call(self._callee, arguments)
 
     def defvjp(self, fwd: Callable[P, Any], bwd: Callable[..., Any]) -> None:
@@ -241,7 +241,7 @@ class PyFunc(Generic[P, R]):
 
     def for_node(self, note: str) -> PyFunc[P, R]:
         """Return a copy for a node of a graph, which adds `note` to exceptions."""
-        return self._replace(func=hashable(noting(self._callee.function, note)))
+        return self._replace(func=hashable(adding_note(self._callee.function, note)))
 
     def with_template(self, template: Template) -> PyFunc[P, R]:
         """Return a copy that declares its results as `template` does."""

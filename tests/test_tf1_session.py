@@ -1,6 +1,7 @@
 """`Session`: what is fed, run, returned, cached and refused."""
 
 import collections
+import contextvars
 import gc
 import sys
 import threading
@@ -527,6 +528,16 @@ class TestDefaultSession:
         with tf.InteractiveSession() as sess:
             assert tf.get_default_session() is sess
         assert tf.get_default_session() is None
+
+    def test_an_interactive_session_outlasts_the_cell_that_opens_it(self, graph):
+        """A cell of a notebook that awaits something runs in a context of its own."""
+        sess = contextvars.copy_context().run(tf.InteractiveSession, tf.Graph())
+        assert tf.get_default_session() is sess
+        assert tf.constant(2.0).graph is sess.graph
+        with tf.Graph().as_default() as inner:
+            assert tf.get_default_graph() is inner
+        sess.close()
+        assert tf.get_default_graph() is graph
 
 
 def test_make_callable(sess):

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from jax.profiler import TraceAnnotation
 
 from jpyfunc import _compat
+from jpyfunc._graph_tensor import AddsNodes, GraphBlock
 from jpyfunc._runtime.counts import Counts
 
 Result = TypeVar("Result")
@@ -37,7 +38,7 @@ class Context:
         thread: the one that entered the innermost batch. `asyncio.to_thread` takes the
             context along, and a read there would split the batch while this thread computes
             on all of it.
-        graphs: the graphs of TensorFlow 1 that are being built, in which a call without
+        graphs: the blocks that build graphs of TensorFlow 1, in which a call without
             tensors is a node; innermost last.
     """
 
@@ -45,7 +46,7 @@ class Context:
     counts: Counts | None = None
     batches: tuple[Any, ...] = ()
     thread: int = 0
-    graphs: tuple[Any, ...] = ()
+    graphs: tuple[GraphBlock, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -140,25 +141,21 @@ def enter_batch(trace: Any) -> entered:
     return entered(Context(c.device, c.counts, (*outer, trace), thread, c.graphs))
 
 
-def building() -> Any:
-    """The graph that is being built, in which a call without tensors is a node, or None."""
+def building() -> AddsNodes | None:
+    """Return the graph that is being built, in which a call without tensors is a node."""
     graphs = current().graphs
-    return graphs[-1] if graphs else None
+    return graphs[-1].graph if graphs else None
 
 
-def begin_building(graph: Any) -> None:
-    """Make `graph` the one that is being built, until `end_building`."""
-    _current.set(dataclasses.replace(current(), graphs=(*current().graphs, graph)))
+def begin_building(block: GraphBlock) -> None:
+    """Make the graph of `block` the one that is being built, until `end_building`."""
+    _current.set(dataclasses.replace(current(), graphs=(*current().graphs, block)))
 
 
-def end_building(graph: Any) -> None:
-    """Go back to the graph before; the blocks of graphs need not be nested."""
-    graphs = [*current().graphs]
-    for i in reversed(range(len(graphs))):
-        if graphs[i] is graph:
-            del graphs[i]
-            break
-    _current.set(dataclasses.replace(current(), graphs=tuple(graphs)))
+def end_building(block: GraphBlock) -> None:
+    """Go back to the graph before; blocks need not be nested."""
+    graphs = tuple(other for other in current().graphs if other is not block)
+    _current.set(dataclasses.replace(current(), graphs=graphs))
 
 
 def not_building() -> entered:

@@ -48,6 +48,7 @@ from jpyfunc.tf1._arrays import unstack as unstack
 from jpyfunc.tf1._arrays import where as where
 from jpyfunc.tf1._arrays import zeros as zeros
 from jpyfunc.tf1._arrays import zeros_like as zeros_like
+from jpyfunc.tf1._defaults import get_default_session as get_default_session
 from jpyfunc.tf1._dtypes import bfloat16 as bfloat16
 from jpyfunc.tf1._dtypes import bool as bool
 from jpyfunc.tf1._dtypes import complex64 as complex64
@@ -79,7 +80,6 @@ from jpyfunc.tf1._session import Session as Session
 from jpyfunc.tf1._sources import constant as constant
 from jpyfunc.tf1._sources import placeholder as placeholder
 from jpyfunc.tf1._sources import placeholder_with_default as placeholder_with_default
-from jpyfunc.tf1._stacks import get_default_session as get_default_session
 from jpyfunc.tf1.math import abs as abs
 from jpyfunc.tf1.math import acos as acos
 from jpyfunc.tf1.math import acosh as acosh

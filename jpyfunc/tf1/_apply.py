@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpyfunc._errors import InferenceError
-from jpyfunc._symbol import Symbol, add_note
+from jpyfunc._errors import InferenceError, add_note
+from jpyfunc._graph_tensor import GraphTensor
 
 Spec = tuple[Any, tuple[int | None, ...] | None]  # dtype and shape, None if unknown
 
@@ -155,7 +155,7 @@ def _add_call(
 
 def tensors_in(args: Any, kwargs: Any) -> list[Any]:
     """Find the tensors among the arguments of a call."""
-    return [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Symbol)]
+    return [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, GraphTensor)]
 
 
 def close_over(
@@ -163,7 +163,7 @@ def close_over(
 ) -> Callable[[Sequence[Any]], Any]:
     """Return a call as a function of the values of its tensors alone."""
     leaves, tree = jax.tree.flatten((args, kwargs))
-    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Symbol)]
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, GraphTensor)]
 
     def call(values: Sequence[Any]) -> Any:
         filled = list(leaves)

@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jpyfunc._runtime.context import begin_building, end_building
 from jpyfunc.tf1._apply import Spec, apply_py_func
+from jpyfunc.tf1._defaults import begin_block, end_block, open_blocks
 from jpyfunc.tf1._nodes import Operation, Tensor
-from jpyfunc.tf1._stacks import remove_last, stacks
 
 _NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*")
 
@@ -42,15 +41,13 @@ class Graph:
     @contextlib.contextmanager
     def as_default(self) -> Iterator[Graph]:
         """Make this the graph that new nodes go to on this thread."""
-        stacks.graphs.append(self)
-        begin_building(self)
+        begin_block(self)
         try:
             yield self
         finally:
-            remove_last(stacks.graphs, self)
-            end_building(self)
+            end_block(self)
 
-    def call_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def add_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a node of a call without tensors, made by each run that needs it."""
         return apply_py_func(func, args, kwargs, self)
 
@@ -175,7 +172,8 @@ def get_default_graph() -> Graph:
 
     Source: `tf.get_default_graph` of TensorFlow 1.
     """
-    return stacks.graphs[-1] if stacks.graphs else _global_graph
+    blocks = open_blocks()
+    return blocks[-1].graph if blocks else _global_graph
 
 
 def reset_default_graph() -> None:
@@ -193,7 +191,7 @@ def reset_default_graph() -> None:
     Source: `tf.reset_default_graph` of TensorFlow 1.
     """
     global _global_graph
-    if stacks.graphs:
+    if open_blocks():
         raise RuntimeError(
             "reset_default_graph: the default graph was set by `with "
             "graph.as_default():`, a session's `with` or an InteractiveSession. "

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jpyfunc._symbol import Symbol
+from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc.tf1._apply import apply
 
 
@@ -71,6 +71,6 @@ def over_tensors(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _call(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
-    if any(isinstance(x, Symbol) for x in jax.tree.leaves((args, kwargs))):
+    if any(isinstance(x, GraphTensor) for x in jax.tree.leaves((args, kwargs))):
         return apply(func, args, kwargs, name)
     return func(*args, **kwargs)

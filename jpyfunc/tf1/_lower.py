@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpyfunc._errors import InferenceError
+from jpyfunc._errors import InferenceError, add_note
 from jpyfunc._runtime.context import not_building
-from jpyfunc._symbol import add_note
 from jpyfunc.tf1._nodes import Operation, Tensor
 from jpyfunc.tf1._pullback import Compute, with_pullback
 from jpyfunc.tf1._values import fits

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jpyfunc.tf1._apply import Spec, apply_py_func
+from jpyfunc.tf1._defaults import session_for
 from jpyfunc.tf1._operators import Operators
-from jpyfunc.tf1._stacks import session_for
 from jpyfunc.tf1._values import TensorShape, fits, parse_shape
 
 
@@ -89,7 +89,7 @@ class Tensor(Operators):
                 a if b is None else b for a, b in zip(sizes, known, strict=True)
             )
 
-    def call_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def add_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a node of a wrapped function in the graph."""
         return apply_py_func(func, args, kwargs)
 

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jpyfunc._symbol import Symbol
+from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc.tf1._apply import apply
 
 
@@ -42,7 +42,7 @@ def _refused(what: str) -> Any:
     return method
 
 
-class Operators(Symbol):
+class Operators(GraphTensor):
     """Mixin with the operators of `jax.Array`, except that `==` and `!=` compare identity.
 
     Tensors are keys of feed dictionaries; `tf.equal` compares values.

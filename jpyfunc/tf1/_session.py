@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jpyfunc._runtime.context import begin_building, end_building
+from jpyfunc.tf1._defaults import begin_block, begin_interactive, end_block, end_interactive
 from jpyfunc.tf1._execute import Plan, execute, wait
 from jpyfunc.tf1._graph import Graph, get_default_graph
 from jpyfunc.tf1._lower import lower
 from jpyfunc.tf1._nodes import Operation, Tensor
-from jpyfunc.tf1._stacks import remove_last, stacks
 from jpyfunc.tf1._values import to_numpy
 
 
@@ -149,19 +148,12 @@ class Session:
             self._programs.clear()
 
     def __enter__(self) -> Session:
-        self._be_default()
-        begin_building(self._graph)
+        self._check_open()
+        begin_block(self._graph, self)
         return self
 
-    def _be_default(self) -> None:
-        self._check_open()
-        stacks.sessions.append(self)
-        stacks.graphs.append(self._graph)
-
     def __exit__(self, *exc_info: object) -> None:
-        end_building(self._graph)
-        remove_last(stacks.sessions, self)
-        remove_last(stacks.graphs, self._graph)
+        end_block(self._graph, self)
         self.close()
 
     def _check_open(self) -> None:
@@ -242,7 +234,7 @@ class InteractiveSession(Session):
 
     def __init__(self, graph: Graph | None = None) -> None:
         super().__init__(graph)
-        self._be_default()
+        begin_interactive(self._graph, self)
 
     def __enter__(self) -> InteractiveSession:
         self._check_open()
@@ -250,9 +242,7 @@ class InteractiveSession(Session):
 
     def close(self) -> None:
         """Forget the compiled programs, and stop being the default session."""
-        if not self._closed:
-            remove_last(stacks.sessions, self)
-            remove_last(stacks.graphs, self._graph)
+        end_interactive(self)
         super().close()
 
     def __exit__(self, *exc_info: object) -> None:

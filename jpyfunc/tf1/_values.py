@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpyfunc._symbol import Symbol
+from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._tout import is_key_dtype, is_same_kind, kind_of, misfits
 
 Shape = tuple[int | None, ...]
@@ -76,7 +76,7 @@ def convert(value: Any, dtype: Any, shape: Shape | None, where: Callable[[], str
         TypeError: it is not an array, or its dtype does not convert.
         ValueError: it has another shape, or values that the dtype does not hold.
     """
-    if isinstance(value, Symbol):
+    if isinstance(value, GraphTensor):
         raise TypeError(
             f"{where()}: expected a value, got {value!r}; get its value with session.run "
             "first."
