@@ -67,7 +67,7 @@ def _call_eagerly(callee: Callee, arguments: Arguments) -> Any:
         raise not_differentiable(callee.label)
     batch = running_batch()
     if batch and callee.stateful:
-        batch.cannot(f"{callee.label}, which is stateful")
+        batch.refuse(f"{callee.label}, which is stateful")
     if callee.ordered:
         jax.effects_barrier()  # what was dispatched before it runs before it
     arguments = arguments.converted(callee.label)
@@ -91,7 +91,7 @@ def _run(callee: Callee, arguments: Arguments, context: Context, _: Any) -> Any:
     args, kwargs = arguments.unflatten()
     batch = running_batch()
     if batch and template is not None and not template.leaves:
-        batch.cannot(f"{label}, which returns nothing")
+        batch.refuse(f"{label}, which returns nothing")
     context.count(runs=1, elements=context.elements - 1)
     try:
         result = context.timed(callee.name, callee.function, *args, **kwargs)
@@ -104,7 +104,7 @@ def _run(callee: Callee, arguments: Arguments, context: Context, _: Any) -> Any:
             # On another branch it may be an array, whose dtype it then takes.
             template = _joined_over_branches(callee, arguments, template, result)
     if not template.leaves and batch:
-        batch.cannot(f"{label}, which returns nothing")
+        batch.refuse(f"{label}, which returns nothing")
     with allowed_transfers():
         outputs = [
             # A declared dtype is a strong one, and what the body returned on the host

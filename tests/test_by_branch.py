@@ -519,7 +519,7 @@ def test_an_exception_says_which_elements_ran(transform):
     nested = jax.vmap(jax.vmap(by_branch(body)))
     with pytest.raises(ValueError, match="too large") as caught, jpyfunc.raise_original():
         jax.block_until_ready(transform(nested)(x[:4].reshape(2, 2)))
-    note = "py_func 'body' ran on element (0, 1) of a batch of 2 by 2."
+    note = "py_func 'body' ran on element (0, 1) of a batch of 2 x 2."
     assert note in caught.value.__notes__
     got = transform(jax.vmap(by_branch(body)))(x[2:3])  # nothing is left broken
     assert got.tolist() == [1.5]

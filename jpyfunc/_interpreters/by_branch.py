@@ -1,15 +1,17 @@
-"""Runs a body on many elements of a batch at once, and splits them where it branches.
+"""Runs a function on many elements of a batch at once, and splits them where it branches.
 
-Each operation is run on arrays with one row per element. Where a truth test or a read finds
-elements that differ, those that agree go on. The others are run again from the start, where
-the operations up to the split are not: what they gave is taken over.
+Each operation is executed on arrays with one row per element. A truth test, or a read of a
+value, needs one answer for all elements that run. Where they differ, the run goes on with
+the largest group of elements that agree, and the other groups wait. Each is run later, from
+the start of the function, where the operations up to the split are replayed from a log. So
+the function runs once for each path that elements take through it, not once per element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -17,67 +19,236 @@ from jax.extend.core import set_current_trace
 from jax.extend.core.primitives import stop_gradient_p
 
 from jpyfunc import _compat
-from jpyfunc._interpreters.batch_tracer import (
-    BatchTracer,
-    CannotBatch,
-    data_of,
-)
+from jpyfunc._interpreters.batch_tracer import BatchTracer, CannotBatch
 from jpyfunc._interpreters.eager import EagerTrace, ground, run
-from jpyfunc._interpreters.operations import CompiledOperation, UncachedOperation
-from jpyfunc._interpreters.subset import Subset
-from jpyfunc._limits import (
-    MAX_LOG_BYTES,
+from jpyfunc._interpreters.operations import (
+    CompiledOperation,
+    UncachedOperation,
+    first_line,
 )
+from jpyfunc._interpreters.replay_log import LogEntry, ReplayLog
+from jpyfunc._interpreters.subset import Subset
+from jpyfunc._limits import SHOWN_ROWS
 from jpyfunc._runtime.context import enter_batch
 
-# An operation of a run, its operands and its results.
-Entry = tuple[CompiledOperation, Sequence[Any], list[Any]]
+Function = Callable[[Sequence[Any]], Sequence[Any]]  # from operands to results
+
+
+class Column(Protocol):
+    """One operand of a function, for all elements of a batch."""
+
+    def element(self, row: int) -> Any:
+        """The operand of one element."""
+        ...
+
+    def batched(self, trace: ByBranchTrace, subset: Subset) -> Any:
+        """The operand of a subset: a batch tracer, or an array that its elements share."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ElementNames:
+    """What errors call a function and the elements of its batch.
+
+    Attributes:
+        label: of the function.
+        sizes: of the batch axes.
+    """
+
+    label: str
+    sizes: tuple[int, ...]
+
+    def index(self, row: int) -> int | tuple[int, ...]:
+        """The index of an element: a number, or a tuple if the batch has several axes."""
+        if len(self.sizes) == 1:
+            return row
+        return tuple(int(i) for i in np.unravel_index(row, self.sizes))
+
+    def add_note(self, error: BaseException, rows: Sequence[int]) -> None:
+        """Add to an error which elements ran."""
+        shown = ", ".join(str(self.index(row)) for row in rows[:SHOWN_ROWS])
+        more = ", ..." if len(rows) > SHOWN_ROWS else ""
+        error.add_note(
+            f"{self.label} ran on element{'s' if len(rows) > 1 else ''} {shown}{more} of a "
+            f"batch of {' x '.join(map(str, self.sizes))}."
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why elements are better run one by one.
+
+    Attributes:
+        why: the reason, as `profile` shows it.
+        is_of_paths: whether the reason is that there are many paths for so few elements: a
+            larger batch may have as many.
+    """
+
+    why: str
+    is_of_paths: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Path:
+    """Elements that wait to run, and the log of what they executed before."""
+
+    subset: Subset
+    entries: Sequence[LogEntry] = ()
+
+
+def run_by_branch(
+    function: Function,
+    columns: Sequence[Column],
+    subsets: Sequence[Subset],
+    names: ElementNames,
+    max_paths: int,
+    collect: Callable[[np.ndarray, list[np.ndarray]], None],
+) -> Refusal | None:
+    """Run a function on elements of a batch, once for each path that they take.
+
+    Args:
+        function: from operands to results.
+        columns: the operands.
+        subsets: the elements; those of one subset begin together.
+        names: what errors call them.
+        max_paths: how often the function may run; it stops once it knows of more paths.
+        collect: is given the results of each path: the rows of its elements, and for each
+            result an array with one row per element.
+
+    Returns:
+        None, or why the elements that were not collected are to be run one by one.
+    """
+    runs = 0
+    for root in subsets:
+        trace = ByBranchTrace(names)
+        operands: list[Any] | None = None
+        waiting = [Path(root)]
+        while waiting:
+            path = waiting.pop()
+            if _runs_alone(path.subset, root):
+                results = run_alone(function, columns, int(path.subset.rows[0]), names)
+                collect(path.subset.rows, [np.asarray(result)[None] for result in results])
+            else:
+                if operands is None:
+                    operands = [column.batched(trace, root) for column in columns]
+                outcome = _run_path(function, operands, trace, path)
+                if isinstance(outcome, Refusal):
+                    return outcome
+                rows, split = outcome
+                collect(trace.subset.rows, rows)
+                waiting += split
+            runs += 1
+            paths = runs + len(waiting)
+            if paths > max_paths:
+                count = sum(len(subset.rows) for subset in subsets)
+                why = f"{paths} paths or more for {count} elements"
+                why = f"reads or branches tell elements apart: {why}"
+                return Refusal(why, is_of_paths=True)
+    return None
+
+
+def _runs_alone(subset: Subset, root: Subset) -> bool:
+    """Whether a subset is one element, and runs as if there were no batch.
+
+    A root that was taken from the subset of a tape runs by branch, as the tape was made.
+    An element that was split off does so, too, and replays what it executed before, unless
+    its arrays are so large that they are not padded: alone it is no slower then.
+    """
+    if subset is root:
+        return len(subset.rows) == 1 and subset.parent is None
+    return subset.length == 1
+
+
+def run_alone(
+    function: Function, columns: Sequence[Column], row: int, names: ElementNames
+) -> Sequence[Any]:
+    """The results of a function for one element."""
+    try:
+        return function([column.element(row) for column in columns])
+    except BaseException as error:
+        names.add_note(error, [row])
+        raise
+
+
+def _run_path(
+    function: Function, operands: Sequence[Any], trace: ByBranchTrace, path: Path
+) -> tuple[list[np.ndarray], list[Path]] | Refusal:
+    """Run the elements of `path`.
+
+    Returns:
+        The results of those that stay together, a row for each, and the paths of those
+        that were split off.
+    """
+    try:
+        results, split = trace.run(function, operands, path)
+        # A result that a body kept from other elements raises here.
+        rows = [_rows_of(result, trace.subset) for result in results]
+    except (CannotBatch, Exception) as error:  # noqa: BLE001 - raised again one by one
+        return Refusal(trace.refusal or first_line(error))
+    except BaseException as error:
+        trace.names.add_note(error, trace.subset.rows.tolist())
+        raise
+    # The body may have caught `CannotBatch`, and what it returned then is nothing.
+    return Refusal(trace.refusal) if trace.refusal else (rows, split)
+
+
+def _rows_of(result: Any, subset: Subset) -> np.ndarray:
+    count = len(subset.rows)
+    if isinstance(result, BatchTracer):
+        return np.asarray(result.padded_rows(subset))[:count]
+    array = np.asarray(result)
+    return np.broadcast_to(array, (count, *array.shape))
 
 
 class ByBranchTrace(EagerTrace):
-    """Runs operations on a subset of a batch, which gets smaller where elements differ.
+    """Executes operations on a subset of a batch, which gets smaller where elements differ.
 
     Attributes:
+        names: what errors call the function and the elements.
         subset: the elements that run now.
-        waiting: the subsets that were split off, each with the operations before.
-        refused: why something could not be done for many elements, so that what the run
-            returns is nothing; the body may have caught the exception. Empty if nothing.
-        label: what errors call the function that is run.
-        sizes: the axes of the batch.
+        refusal: why something could not be done for many elements; empty if nothing.
     """
 
-    def __init__(self, label: str, sizes: tuple[int, ...]) -> None:
+    def __init__(self, names: ElementNames) -> None:
         super().__init__(ground())
-        self.label = label
-        self.sizes = sizes
+        self.names = names
         self.subset: Subset
-        self.waiting: list[tuple[Subset, Sequence[Entry]]] = []
-        self.refused = ""
-        self._log: list[Entry] = []
-        self._done = 0  # how many operations of the log this run has come to
-        self._nbytes = 0  # of what the log holds
+        self.refusal = ""
+        self._paths: list[Path] = []  # of the elements that were split off
+        self._log = ReplayLog()
         self._primitive: Any = None  # that was bound last
 
-    @contextmanager
-    def running(self, subset: Subset, log: Sequence[Entry]) -> Iterator[None]:
-        """Run what is called in the block on `subset`, which did `log` already."""
-        # A list of its own: one log belongs to all subsets that were split off at one read.
-        self.subset, self._log, self._done = subset, [*log], 0
-        self._nbytes = sum(map(_nbytes, log))
+    def run(
+        self, function: Function, operands: Sequence[Any], path: Path
+    ) -> tuple[Sequence[Any], list[Path]]:
+        """Run a function on the elements of `path`.
+
+        Args:
+            function: from operands to results.
+            operands: those of all elements of the batch that began together.
+            path: elements among them.
+
+        Returns:
+            The results of the elements that stay together, which are `subset` then, and the
+            paths of those that were split off.
+        """
+        self.subset, self.refusal = path.subset, ""
+        self._log = ReplayLog(path.entries)
         try:
             with enter_batch(self), set_current_trace(self):
-                yield
+                return function(operands), self._paths
         finally:
-            self._log = []
+            # A tracer that the body stores keeps this trace alive, but not these arrays.
+            self._log, self._paths = ReplayLog(), []
 
-    def cannot(self, why: str) -> NoReturn:
+    def note_refusal(self, why: str) -> None:
+        """Let the run end as refused, even if the body goes on."""
+        self.refusal = why
+
+    def refuse(self, why: str) -> NoReturn:
         """End a run that cannot be of many elements."""
-        self.refused = why
+        self.note_refusal(why)
         raise CannotBatch
-
-    def number(self, row: int) -> int | tuple[int, ...]:
-        """What the user calls an element."""
-        return number_of(row, self.sizes)
 
     def agree(self, rows: np.ndarray) -> Any:
         """Go on with elements that have one value; return it.
@@ -94,133 +265,82 @@ class ByBranchTrace(EagerTrace):
         return rows[0]
 
     def _split(self, values: np.ndarray) -> int:
-        """Go on with the most elements that have one value; return where one of them is."""
+        """Go on with the largest group of elements that have one value.
+
+        Returns:
+            The place of one of these elements in the subset before.
+        """
         _, labels, counts = np.unique(values, return_inverse=True, return_counts=True)
         places = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+        # The group of the first element comes last, and so runs next, as in a loop.
         groups = sorted(places, key=lambda group: group[0], reverse=True)
         largest = max(groups, key=lambda group: (len(group), -group[0]))
-        subset, log = self.subset, tuple(self._log[: self._done])
-        self.waiting += [(subset.take(g), log) for g in groups if g is not largest]
+        subset, entries = self.subset, self._log.so_far()
+        self._paths += [
+            Path(subset.take(group), entries) for group in groups if group is not largest
+        ]
         self.subset = subset.take(largest)
         return int(largest[0])
 
     def batched(self, value: Any) -> BatchTracer:
-        """An array with a row for each element of the subset, padded."""
+        """The tracer of an array with a row for each element of the subset, padded."""
         return BatchTracer(self, self.subset, value)
 
     def apply(
         self, operation: CompiledOperation | UncachedOperation, operands: Sequence[Any]
     ) -> list[Any]:
-        """Run an operation on all elements of the subset."""
+        """Execute an operation for all elements of the subset, or replay it."""
         if isinstance(operation, UncachedOperation):
             with set_current_trace(self):
                 return operation.call(*operands)
-        if self._done < len(self._log):
-            known, before, results = self._log[self._done]
-            if known is operation and all(map(_is_same, operands, before)):
-                self._done += 1
-                return [*results]
-            del self._log[self._done :]  # the body is not as it was
-        axes = tuple([0 if type(x) is BatchTracer else None for x in operands])
-        if 0 not in axes:
-            # A reference is read and written once for each element.
-            if operation.is_stateful:
-                self.cannot("a stateful call in a loop or a branch of JAX")
-            if any(isinstance(x, jax.Ref) for x in operands):
-                self.cannot("a jax.Ref is read or written")
-            with enter_batch(None):
-                results = run(self.parent, operation, operands)
-        else:
-            if operation.is_wide:
-                self.cannot("arrays of 64 bits while these are off")
-            function = operation.batched(axes)
-            if function is None:
-                self.cannot(operation.refusal)
-            subset = self.subset = self.subset.with_arrays_of(operation.nbytes)
-            values = [
-                x.padded_rows(subset) if type(x) is BatchTracer else x for x in operands
-            ]
-            if self.move is not None:
-                values = [self.move(x) for x in values]
-            with set_current_trace(_compat.eval_trace):
-                results = [self.batched(y) for y in function(*values)]
-        self._note(operation, operands, results)
+        results = self._log.replay(operation, operands)
+        if results is None:
+            results = self._execute(operation, operands)
+            self._log.record(operation, operands, results)
         return [*results]
 
-    def _note(
-        self, operation: CompiledOperation, operands: Any, results: list[Any]
-    ) -> None:
-        # What has no room ends the log: the run that takes it over goes on from there.
-        self._nbytes += _nbytes((operation, operands, results))
-        if self._nbytes <= MAX_LOG_BYTES:
-            self._log.append((operation, [*map(_unchanging, operands)], results))
-            self._done += 1
+    def _execute(self, operation: CompiledOperation, operands: Sequence[Any]) -> list[Any]:
+        axes = tuple([0 if type(x) is BatchTracer else None for x in operands])
+        if 0 not in axes:
+            return self._execute_once(operation, operands)
+        if operation.is_wide:
+            self.refuse("arrays of 64 bits while these are off")
+        function = operation.batched(axes)
+        if function is None:
+            self.refuse(operation.refusal)
+        subset = self.subset = self.subset.with_arrays_of(operation.nbytes)
+        values = [x.padded_rows(subset) if type(x) is BatchTracer else x for x in operands]
+        if self.move is not None:
+            values = [self.move(x) for x in values]
+        with set_current_trace(_compat.eval_trace):
+            return [self.batched(y) for y in function(*values)]
+
+    def _execute_once(
+        self, operation: CompiledOperation, operands: Sequence[Any]
+    ) -> list[Any]:
+        """Execute an operation whose operands all elements share.
+
+        One that has an effect would have to happen for each element.
+        """
+        if operation.is_stateful:
+            self.refuse("a stateful call in a loop or a branch of JAX")
+        if any(isinstance(x, jax.Ref) for x in operands):
+            self.refuse("a jax.Ref is read or written")
+        with enter_batch(None):
+            return run(self.parent, operation, operands)
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive is stop_gradient_p:
             return tracers[0]
         if "debug" in primitive.name:  # once for each element, whatever it prints
-            self.cannot(f"{primitive.name} runs for each element")
+            self.refuse(f"{primitive.name} runs for each element")
         self._primitive = primitive
         return super().process_primitive(primitive, tracers, params)
 
     def apply_uncacheable(
         self, loose: UncachedOperation, operands: Sequence[Any]
     ) -> list[Any]:
-        self.cannot(f"{self._primitive.name} may be another operation in every run")
+        self.refuse(f"{self._primitive.name} may be another operation in every run")
 
     def process_shard_map(self, *_: Any, **__: Any) -> Any:
-        self.cannot("shard_map")
-
-
-def number_of(row: int, sizes: tuple[int, ...]) -> int | tuple[int, ...]:
-    """What the user calls an element of a batch with axes of these sizes."""
-    if len(sizes) == 1:
-        return row
-    return tuple(int(i) for i in np.unravel_index(row, sizes))
-
-
-def _nbytes(entry: Entry) -> int:
-    """What an entry of a log keeps alive: arrays of many elements, and copies."""
-    _, operands, results = entry
-    size = 0  # in loops, because this is on the way of every operation
-    for x in results:
-        if type(x) is BatchTracer:
-            size += x.value.nbytes
-    for x in operands:
-        if isinstance(x, np.ndarray):
-            size += x.nbytes
-    return size
-
-
-def _unchanging(x: Any) -> Any:
-    """An operand as it is now: the body may write to an array of NumPy's later."""
-    return np.array(x) if isinstance(x, np.ndarray) else x
-
-
-def _is_same(x: Any, before: Any) -> bool:
-    """Whether an operand has the value that it had in the run before.
-
-    The same object will do for what cannot change, which an array of NumPy's can. What a
-    body makes anew in each run, as `np.arange(3)`, is the same by its content.
-    """
-    if type(x) is BatchTracer or type(before) is BatchTracer:
-        return x is before
-    if isinstance(x, np.ndarray):
-        return isinstance(before, np.ndarray) and _has_bits_of(x, before)
-    if x is before:
-        return True
-    if type(x) is not type(before):
-        return False
-    if isinstance(x, jax.Array | np.generic):
-        is_weak = getattr(x, "weak_type", False)
-        return is_weak == getattr(before, "weak_type", False) and _has_bits_of(x, before)
-    # 0.0 equals -0.0, of which a body may take the sign.
-    return isinstance(x, bool | int | float | complex) and repr(x) == repr(before)
-
-
-def _has_bits_of(x: Any, before: Any) -> bool:
-    if x.shape != before.shape or x.dtype != before.dtype:
-        return False
-    bits, others = (np.ascontiguousarray(data_of(y)).view(np.uint8) for y in (x, before))
-    return np.array_equal(bits, others)
+        self.refuse("shard_map")
