@@ -30,8 +30,8 @@ from jpyfunc._bodies.profile import Row, measured
 from jpyfunc._errors import (
     InferenceError,
     ResultError,
+    add_inner_jit_remedy,
     not_differentiable,
-    note_without_values,
     refuse_partial,
 )
 from jpyfunc._hashable import ById, unwrapped
@@ -96,7 +96,7 @@ def _run(callee: Callee, arguments: Arguments, context: Context, _: Any) -> Any:
     try:
         result = context.timed(callee.name, callee.function, *args, **kwargs)
     except jax.errors.JAXTypeError as error:
-        note_without_values(error, label)
+        add_inner_jit_remedy(error, label)
         raise
     if template is None:
         template = Template.undeclared(result, label)

@@ -16,7 +16,8 @@ from jpyfunc import _compat
 from jpyfunc._arguments import Arguments
 from jpyfunc._bodies.primal import CustomRules
 from jpyfunc._calling import branch_tree, call
-from jpyfunc._errors import adding_note, is_called_from
+from jpyfunc._errors import adding_note
+from jpyfunc._frames import is_called_from
 from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._hashable import hashable, unwrapped
 from jpyfunc._options import Kind, Options, check_options, without_partial

@@ -45,7 +45,7 @@ from jpyfunc._bodies.derived import Batch, Transpose, WithTape, recorded_of, tic
 from jpyfunc._bodies.primal import Primal
 from jpyfunc._bodies.profile import title_of
 from jpyfunc._bodies.random_draws import drawn_since, generators
-from jpyfunc._errors import warn_at_function
+from jpyfunc._frames import warn_at_function
 from jpyfunc._hashable import unwrapped
 from jpyfunc._interpreters.by_branch import (
     ElementNames,

@@ -13,7 +13,8 @@ from jax.core import ShapedArray
 from jpyfunc._bodies import custom_rules, tape_cache
 from jpyfunc._bodies.derived import AtTape, FlatBody, Jvp, Transpose, Vjp, WithTape, others
 from jpyfunc._bodies.primal import Primal
-from jpyfunc._errors import TapeLostError, not_linear, place_of
+from jpyfunc._errors import TapeLostError, not_linear
+from jpyfunc._frames import place_of
 from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._limits import (
     LARGE_ARRAY_BYTES,

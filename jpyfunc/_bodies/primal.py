@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.core import ShapedArray
 
-from jpyfunc._errors import note_without_values
+from jpyfunc._errors import add_inner_jit_remedy
 from jpyfunc._hashable import unwrapped
 from jpyfunc._tout import Template, is_key_dtype
 
@@ -119,7 +119,7 @@ class Primal:
         try:
             result = unwrapped(self.func)(*args, **kwargs)
         except jax.errors.JAXTypeError as error:
-            note_without_values(error, self.label)
+            add_inner_jit_remedy(error, self.label)
             raise
         results = self.template.check(result, self.label)
         return [

@@ -30,7 +30,7 @@ from jpyfunc._bodies.derived import (
 from jpyfunc._bodies.primal import (
     Primal,
 )
-from jpyfunc._errors import code_of
+from jpyfunc._frames import code_of
 from jpyfunc._hashable import unwrapped
 from jpyfunc._runtime.context import Context, current, entered
 from jpyfunc._runtime.counts import Counts

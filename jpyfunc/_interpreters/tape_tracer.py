@@ -8,14 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jpyfunc._errors import (
-    GradientCutWarning,
-    NotDifferentiableError,
-    line_of,
-    place_of_frame,
-    user_frame,
-    warn_at,
-)
+from jpyfunc._errors import GradientCutWarning, NotDifferentiableError
+from jpyfunc._frames import line_of, place_of_frame, user_frame, warn_at
 from jpyfunc._interpreters.base_tracer import BodyTracer
 from jpyfunc._interpreters.operations import aval_of
 

@@ -15,7 +15,7 @@ from jax.extend.core import Literal, Primitive, jaxprs_in_params, set_current_tr
 from jax.extend.core.primitives import jit_p
 
 from jpyfunc import _compat
-from jpyfunc._errors import line_of, place_of_frame, user_frame
+from jpyfunc._frames import line_of, place_of_frame, user_frame
 from jpyfunc._interpreters.base_trace import BodyTrace
 from jpyfunc._interpreters.operations import calls_host, is_host_call
 from jpyfunc._limits import (

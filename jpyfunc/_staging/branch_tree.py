@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpyfunc._errors import InferenceError, ResultError, place_of
+from jpyfunc._errors import InferenceError, ResultError
+from jpyfunc._frames import place_of
 from jpyfunc._limits import (
     MAX_BRANCH_POINTS,
     MAX_STAGED_OPERATIONS,

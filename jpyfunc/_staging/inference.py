@@ -20,13 +20,8 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import set_current_trace, take_current_trace
 
-from jpyfunc._errors import (
-    InferenceError,
-    ResultError,
-    place_of,
-    user_frame,
-    without_values,
-)
+from jpyfunc._errors import InferenceError, ResultError, inner_jit_remedy
+from jpyfunc._frames import place_of, user_frame
 from jpyfunc._limits import (
     MAX_ABSTRACT_RUNS,
     MAX_BRANCH_POINTS,
@@ -164,7 +159,7 @@ def no_result(
             f"{declare}"
         )
     if isinstance(error, _UNKNOWN):
-        remedy = without_values(error) or declare
+        remedy = inner_jit_remedy(error) or declare
         return InferenceError(f"{start} needs a concrete value{place}: {what}. {remedy}")
     return InferenceError(
         f"{name}: {type(error).__name__}{place}: {error}\nThe body raised this on values "

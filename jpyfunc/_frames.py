@@ -1,0 +1,99 @@
+"""Frames of the user's code: where errors and warnings say that something happened."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from types import CodeType, FrameType
+from typing import Any
+
+# Packages whose frames are skipped in the search for the user's.
+_LIBRARIES = ("jax", "jaxlib", "jpyfunc", "matplotlib", "numpy", "scipy")
+
+
+def user_frame(frames: Iterable[FrameType] | None = None) -> FrameType | None:
+    """Return the first frame that runs the user's code, or None.
+
+    Args:
+        frames: innermost first; by default the stack of the caller.
+    """
+    if frames is None:
+        frames = (frame for frame, _ in traceback.walk_stack(None))
+    for frame in frames:
+        if _package_of(frame) not in _LIBRARIES:
+            return frame
+    return None
+
+
+def is_called_from(package: str) -> bool:
+    """Tell whether a function of `package` is on this thread's stack."""
+    return any(_package_of(frame) == package for frame, _ in traceback.walk_stack(None))
+
+
+def _package_of(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+def place_of(error: BaseException) -> str:
+    """Return where the user's code raised `error`, as ` at FILE:LINE`, or ""."""
+    lines = {frame: line for frame, line in traceback.walk_tb(error.__traceback__)}
+    frame = user_frame(reversed(lines))
+    return f" at {frame.f_code.co_filename}:{lines[frame]}" if frame else ""
+
+
+def place_of_frame(frame: FrameType | None) -> str:
+    """Return the line that a frame is executing, as ` at FILE:LINE`, or ""."""
+    return f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
+
+
+def line_of(frame: FrameType | None) -> str:
+    """Return the source text of the line that a frame is executing."""
+    if frame is None:
+        return ""
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+
+
+def warn_at(frame: FrameType | None, text: str, category: type[Warning]) -> None:
+    """Warn at the line that a frame is executing.
+
+    `warnings.warn` counts frames from here, and how many frames of libraries are in between
+    varies. The registry of the user's module makes it once per line by default.
+    """
+    if frame is None:
+        warnings.warn(text, category, stacklevel=1)
+        return
+    namespace = frame.f_globals
+    warnings.warn_explicit(
+        text,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=namespace.get("__name__"),
+        registry=namespace.setdefault("__warningregistry__", {}),
+    )
+
+
+def warn_at_function(func: Callable[..., Any], text: str, category: type[Warning]) -> None:
+    """Warn at the line that defines a function, if it is written in Python."""
+    code = code_of(func)
+    if code is None:
+        warnings.warn(text, category, stacklevel=1)
+    else:
+        warnings.warn_explicit(text, category, code.co_filename, code.co_firstlineno)
+
+
+def code_of(func: Callable[..., Any]) -> CodeType | None:
+    """Return the code of a function, or of a callable object's class.
+
+    Returns:
+        None if it is written in C.
+    """
+    while isinstance(func, functools.partial):
+        func = func.func
+    func = inspect.unwrap(func)
+    code = getattr(func, "__code__", None)
+    return code or getattr(type(func).__call__, "__code__", None)
