@@ -254,7 +254,10 @@ def test_what_depends_on_data_is_for_a_body():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: tf.add_n([A, A[0]]), r"add_n: expected arrays of one shape, got \(2, 3\)"),
+        (
+            lambda: tf.add_n([A, A[0]]),
+            r"add_n: expected arrays of the same shape, got \(2, 3\)",
+        ),
         (lambda: tf.unstack(A, 3), "unstack: expected num to be 2, got 3"),
         (
             lambda: tf.split(A, [1, 1], 1),

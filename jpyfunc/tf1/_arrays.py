@@ -1,85 +1,96 @@
-"""TensorFlow 1's functions that make, join, cut and reshape arrays, at the top of `tf`.
+"""TensorFlow 1's functions that create, join, slice and reshape arrays, such as `tf.zeros`.
 
-As those of `math`: with TensorFlow's parameters and meaning, and functions of JAX where
-no argument is a tensor. Shapes, axes and sizes are Python numbers, not tensors.
+As in `math`, parameters and semantics are TensorFlow's, and without a tensor among the
+arguments each is a function of JAX. Shapes, axes and sizes are Python numbers, not tensors.
 """
 
 from __future__ import annotations
 
 import itertools
+import typing
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jpyfunc.tf1._lift import over_tensors
-from jpyfunc.tf1.math import as_axes
+from jpyfunc.tf1.math import Axes, as_axes
 
 
 @over_tensors
-def identity(input: Any, name: str | None = None) -> Any:
-    """Return the array itself, as another node."""
+def identity(input: ArrayLike, name: str | None = None) -> jax.Array:
+    """Return the same array, as a new node."""
     return jnp.asarray(input)
 
 
 @over_tensors
-def stop_gradient(input: Any, name: str | None = None) -> Any:
-    """Return the array itself, of which gradients are zero."""
+def stop_gradient(input: ArrayLike, name: str | None = None) -> jax.Array:
+    """Return the same array, with a gradient of zero."""
     return jax.lax.stop_gradient(jnp.asarray(input))
 
 
 @over_tensors
-def convert_to_tensor(value: Any, dtype: Any = None, name: str | None = None) -> Any:
-    """Make an array of a value; a tensor stays one."""
+def convert_to_tensor(
+    value: ArrayLike, dtype: DTypeLike | None = None, name: str | None = None
+) -> jax.Array:
+    """Convert a value to an array; a tensor stays a tensor."""
     return jnp.asarray(value, dtype)
 
 
 @over_tensors
-def cast(x: Any, dtype: Any, name: str | None = None) -> Any:
-    """Convert to a dtype; a float becomes an integer by rounding to zero."""
+def cast(x: ArrayLike, dtype: DTypeLike, name: str | None = None) -> jax.Array:
+    """Convert to a dtype; a float converted to an integer is rounded towards zero."""
     return jnp.asarray(x).astype(dtype)
 
 
 @over_tensors
-def to_float(x: Any, name: str | None = None) -> Any:
+def to_float(x: ArrayLike, name: str | None = None) -> jax.Array:
     """Convert to `tf.float32`."""
     return jnp.asarray(x).astype(jnp.float32)
 
 
 @over_tensors
-def to_int32(x: Any, name: str | None = None) -> Any:
+def to_int32(x: ArrayLike, name: str | None = None) -> jax.Array:
     """Convert to `tf.int32`."""
     return jnp.asarray(x).astype(jnp.int32)
 
 
 @over_tensors
-def zeros(shape: Any, dtype: Any = jnp.float32, name: str | None = None) -> Any:
+def zeros(
+    shape: Sequence[int], dtype: DTypeLike = jnp.float32, name: str | None = None
+) -> jax.Array:
     """Make an array of zeros."""
     return jnp.zeros(shape, dtype)
 
 
 @over_tensors
-def ones(shape: Any, dtype: Any = jnp.float32, name: str | None = None) -> Any:
+def ones(
+    shape: Sequence[int], dtype: DTypeLike = jnp.float32, name: str | None = None
+) -> jax.Array:
     """Make an array of ones."""
     return jnp.ones(shape, dtype)
 
 
 @over_tensors
-def zeros_like(tensor: Any, dtype: Any = None, name: str | None = None) -> Any:
-    """Make an array of zeros of the shape of another, and of its dtype or a given one."""
+def zeros_like(
+    tensor: ArrayLike, dtype: DTypeLike | None = None, name: str | None = None
+) -> jax.Array:
+    """Make an array of zeros with the shape of another and, by default, its dtype."""
     return jnp.zeros_like(tensor, dtype)
 
 
 @over_tensors
-def ones_like(tensor: Any, dtype: Any = None, name: str | None = None) -> Any:
-    """Make an array of ones of the shape of another, and of its dtype or a given one."""
+def ones_like(
+    tensor: ArrayLike, dtype: DTypeLike | None = None, name: str | None = None
+) -> jax.Array:
+    """Make an array of ones with the shape of another and, by default, its dtype."""
     return jnp.ones_like(tensor, dtype)
 
 
 @over_tensors
-def fill(dims: Any, value: Any, name: str | None = None) -> Any:
+def fill(dims: Sequence[int], value: ArrayLike, name: str | None = None) -> jax.Array:
     """Make an array of shape `dims` whose elements are all `value`."""
     return jnp.full(dims, value)
 
@@ -89,9 +100,9 @@ def eye(
     num_rows: int,
     num_columns: int | None = None,
     batch_shape: Sequence[int] | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     name: str | None = None,
-) -> Any:
+) -> jax.Array:
     """Make an identity matrix, or a batch of them."""
     matrix = jnp.eye(num_rows, num_columns, dtype=dtype)
     return jnp.broadcast_to(matrix, (*(batch_shape or ()), *matrix.shape))
@@ -99,107 +110,121 @@ def eye(
 
 @over_tensors
 def range(
-    start: Any,
-    limit: Any = None,
-    delta: Any = 1,
-    dtype: Any = None,
+    start: ArrayLike,
+    limit: ArrayLike | None = None,
+    delta: ArrayLike = 1,
+    dtype: DTypeLike | None = None,
     name: str | None = None,
-) -> Any:
-    """Count from `start`, by default 0, to `limit` in steps of `delta`."""
+) -> jax.Array:
+    """Count from `start`, by default 0, up to but not including `limit`."""
     start, limit = (0, start) if limit is None else (start, limit)
     return jnp.arange(start, limit, delta, dtype)
 
 
 @over_tensors
-def linspace(start: Any, stop: Any, num: int, name: str | None = None) -> Any:
-    """Make `num` evenly spaced numbers, with both ends."""
+def linspace(
+    start: ArrayLike, stop: ArrayLike, num: int, name: str | None = None
+) -> jax.Array:
+    """Make `num` evenly spaced numbers, including both ends."""
     return jnp.linspace(start, stop, num)
 
 
 @over_tensors
-def shape(input: Any, name: str | None = None, out_type: Any = jnp.int32) -> Any:
+def shape(
+    input: ArrayLike, name: str | None = None, out_type: DTypeLike = jnp.int32
+) -> jax.Array:
     """Return the shape as an array of integers."""
     return jnp.asarray(np.shape(input), out_type)
 
 
 @over_tensors
-def size(input: Any, name: str | None = None, out_type: Any = jnp.int32) -> Any:
+def size(
+    input: ArrayLike, name: str | None = None, out_type: DTypeLike = jnp.int32
+) -> jax.Array:
     """Return the number of elements."""
     return jnp.asarray(np.size(input), out_type)
 
 
 @over_tensors
-def rank(input: Any, name: str | None = None) -> Any:
+def rank(input: ArrayLike, name: str | None = None) -> jax.Array:
     """Return the number of axes."""
     return jnp.asarray(np.ndim(input), jnp.int32)
 
 
 @over_tensors
-def reshape(tensor: Any, shape: Any, name: str | None = None) -> Any:
-    """Give an array another shape, in which one size may be -1."""
+def reshape(tensor: ArrayLike, shape: Sequence[int], name: str | None = None) -> jax.Array:
+    """Change the shape of an array; one size may be -1, which means the rest."""
     return jnp.reshape(tensor, shape)
 
 
 @over_tensors
-def broadcast_to(input: Any, shape: Any, name: str | None = None) -> Any:
-    """Repeat an array to a shape, as arithmetic does."""
+def broadcast_to(
+    input: ArrayLike, shape: Sequence[int], name: str | None = None
+) -> jax.Array:
+    """Broadcast an array to a shape."""
     return jnp.broadcast_to(input, tuple(shape))
 
 
 @over_tensors
 def expand_dims(
-    input: Any, axis: Any = None, name: str | None = None, dim: Any = None
-) -> Any:
+    input: ArrayLike,
+    axis: int | None = None,
+    name: str | None = None,
+    dim: int | None = None,
+) -> jax.Array:
     """Add an axis of length 1."""
-    return jnp.expand_dims(input, dim if axis is None else axis)
+    return jnp.expand_dims(input, typing.cast(int, dim if axis is None else axis))
 
 
 @over_tensors
 def squeeze(
-    input: Any, axis: Any = None, name: str | None = None, squeeze_dims: Any = None
-) -> Any:
-    """Remove axes of length 1: all, or those of `axis`, an integer or a list."""
+    input: ArrayLike, axis: Axes = None, name: str | None = None, squeeze_dims: Axes = None
+) -> jax.Array:
+    """Remove axes of length 1: all of them, or those in `axis`, an integer or a list."""
     axes = as_axes(squeeze_dims if axis is None else axis)
     return jnp.squeeze(input, None if axes == () else axes)
 
 
 @over_tensors
 def transpose(
-    a: Any, perm: Any = None, name: str | None = None, conjugate: bool = False
-) -> Any:
-    """Permute the axes, by default to the reverse order."""
+    a: ArrayLike,
+    perm: Sequence[int] | None = None,
+    name: str | None = None,
+    conjugate: bool = False,
+) -> jax.Array:
+    """Permute the axes; by default, reverse their order."""
     result = jnp.transpose(a, None if perm is None else tuple(map(int, perm)))
     return jnp.conj(result) if conjugate else result
 
 
 @over_tensors
-def reverse(tensor: Any, axis: Any, name: str | None = None) -> Any:
-    """Reverse the order along the axes of a list."""
+def reverse(tensor: ArrayLike, axis: Sequence[int], name: str | None = None) -> jax.Array:
+    """Reverse the elements along the given axes."""
     return jnp.flip(tensor, as_axes(axis))
 
 
 @over_tensors
-def tile(input: Any, multiples: Any, name: str | None = None) -> Any:
+def tile(input: ArrayLike, multiples: Sequence[int], name: str | None = None) -> jax.Array:
     """Repeat an array, `multiples` times along each axis."""
     return jnp.tile(input, tuple(multiples))
 
 
 @over_tensors
 def pad(
-    tensor: Any,
-    paddings: Any,
+    tensor: ArrayLike,
+    paddings: Sequence[Sequence[int]],
     mode: str = "CONSTANT",
     name: str | None = None,
-    constant_values: Any = 0,
-) -> Any:
+    constant_values: ArrayLike = 0,
+) -> jax.Array:
     """Pad an array with a constant, or by reflection.
 
     Args:
-        tensor: what to pad.
+        tensor: the array.
         paddings: for each axis, how many elements to add before and after.
         mode: `"CONSTANT"`, `"REFLECT"` or `"SYMMETRIC"`.
         name: name of the node.
-        constant_values: the constant.
+        constant_values: the constant for `"CONSTANT"`.
     """
     where = {"constant_values": constant_values} if mode.upper() == "CONSTANT" else {}
     widths = [(int(before), int(after)) for before, after in paddings]
@@ -207,23 +232,25 @@ def pad(
 
 
 @over_tensors
-def concat(values: Any, axis: int, name: str | None = None) -> Any:
-    """Join arrays along an axis that they have."""
+def concat(
+    values: ArrayLike | Sequence[ArrayLike], axis: int, name: str | None = None
+) -> jax.Array:
+    """Concatenate arrays along an existing axis."""
     arrays = values if isinstance(values, list | tuple) else [values]
     return jnp.concatenate([*map(jnp.asarray, arrays)], axis)
 
 
 @over_tensors
-def stack(values: Any, axis: int = 0, name: str | None = None) -> Any:
-    """Join arrays of one shape along a new axis."""
+def stack(values: Sequence[ArrayLike], axis: int = 0, name: str | None = None) -> jax.Array:
+    """Stack arrays of the same shape along a new axis."""
     return jnp.stack([*map(jnp.asarray, values)], axis)
 
 
 @over_tensors
 def unstack(
-    value: Any, num: int | None = None, axis: int = 0, name: str | None = None
-) -> Any:
-    """Split an array along an axis, which its parts do not have, to a list."""
+    value: ArrayLike, num: int | None = None, axis: int = 0, name: str | None = None
+) -> list[jax.Array]:
+    """Split an array along an axis into a list of slices without that axis."""
     array = jnp.moveaxis(jnp.asarray(value), axis, 0)
     if num is not None and num != len(array):
         raise ValueError(f"unstack: expected num to be {len(array)}, got {num}.")
@@ -232,13 +259,13 @@ def unstack(
 
 @over_tensors
 def split(
-    value: Any,
-    num_or_size_splits: Any,
+    value: ArrayLike,
+    num_or_size_splits: int | Sequence[int],
     axis: int = 0,
     num: int | None = None,
     name: str | None = None,
-) -> Any:
-    """Split an array along an axis to a list of equal parts, or of parts of given sizes."""
+) -> list[jax.Array]:
+    """Split an array along an axis into equal pieces, or into pieces of given sizes."""
     array = jnp.asarray(value)
     if isinstance(num_or_size_splits, int | np.integer):
         return jnp.split(array, num_or_size_splits, axis)
@@ -251,14 +278,16 @@ def split(
 
 
 @over_tensors
-def slice(input_: Any, begin: Any, size: Any, name: str | None = None) -> Any:
-    """Cut out the block of shape `size` at `begin`; a size of -1 is all the rest."""
+def slice(
+    input_: ArrayLike, begin: Sequence[int], size: Sequence[int], name: str | None = None
+) -> jax.Array:
+    """Extract the block of shape `size` at `begin`; a size of -1 means the rest."""
     array = jnp.asarray(input_)
     ends = [
         whole if length == -1 else start + length
         for start, length, whole in zip(begin, size, array.shape, strict=True)
     ]
-    # lax.slice clips eagerly what it refuses under jit.
+    # Eagerly, lax.slice would clip what it refuses under jit.
     if not all(
         0 <= start <= end <= whole
         for start, end, whole in zip(begin, ends, array.shape, strict=True)
@@ -272,31 +301,36 @@ def slice(input_: Any, begin: Any, size: Any, name: str | None = None) -> Any:
 
 @over_tensors
 def gather(
-    params: Any,
-    indices: Any,
-    validate_indices: Any = None,
+    params: ArrayLike,
+    indices: ArrayLike,
+    validate_indices: bool | None = None,
     name: str | None = None,
     axis: int = 0,
-) -> Any:
-    """Take slices along an axis; NaN stands for those that are out of bounds."""
+) -> jax.Array:
+    """Take slices along an axis; indices that are out of bounds give NaN."""
     return jnp.take(jnp.asarray(params), jnp.asarray(indices), axis, mode="fill")
 
 
 @over_tensors
-def gather_nd(params: Any, indices: Any, name: str | None = None) -> Any:
-    """Take slices at multi-dimensional indices, the last axis of `indices`."""
+def gather_nd(params: ArrayLike, indices: ArrayLike, name: str | None = None) -> jax.Array:
+    """Take slices at multi-dimensional indices, which are the last axis of `indices`."""
     at = jnp.moveaxis(jnp.asarray(indices), -1, 0)
     return jnp.asarray(params).at[tuple(at)].get(mode="fill")
 
 
 @over_tensors
-def where(condition: Any, x: Any = None, y: Any = None, name: str | None = None) -> Any:
+def where(
+    condition: ArrayLike,
+    x: ArrayLike | None = None,
+    y: ArrayLike | None = None,
+    name: str | None = None,
+) -> jax.Array:
     """Take elements of `x` where the condition is true, and of `y` elsewhere.
 
     Args:
-        condition: of the shape of `x` and `y`, or a vector that chooses among their rows.
-        x: array or scalar; left out with `y`, the indices of true elements are returned,
-            one per row, for which a `py_func` has to be around this call.
+        condition: has the shape of `x` and `y`, or is a vector that selects their rows.
+        x: array or scalar. Without `x` and `y`, the indices of true elements are returned,
+            one per row; their number depends on data, so call it in a `py_func`.
         y: array or scalar.
         name: name of the node.
     """
@@ -312,15 +346,15 @@ def where(condition: Any, x: Any = None, y: Any = None, name: str | None = None)
 
 @over_tensors
 def one_hot(
-    indices: Any,
+    indices: ArrayLike,
     depth: int,
-    on_value: Any = None,
-    off_value: Any = None,
+    on_value: ArrayLike | None = None,
+    off_value: ArrayLike | None = None,
     axis: int | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     name: str | None = None,
-) -> Any:
-    """Make arrays of `off_value`, which is 0, with `on_value`, which is 1, at indices."""
+) -> jax.Array:
+    """Make arrays of `off_value` (0) with `on_value` (1) at the given indices."""
     given = [jnp.asarray(x) for x in (on_value, off_value) if x is not None]
     if dtype is None:
         dtype = jnp.result_type(*given) if given else jnp.float32
@@ -332,6 +366,8 @@ def one_hot(
 
 
 @over_tensors
-def meshgrid(*args: Any, indexing: str = "xy", name: str | None = None) -> Any:
-    """Repeat vectors to arrays of one shape, one axis per vector."""
+def meshgrid(
+    *args: ArrayLike, indexing: str = "xy", name: str | None = None
+) -> list[jax.Array]:
+    """Broadcast vectors against each other, one axis per vector."""
     return jnp.meshgrid(*map(jnp.asarray, args), indexing=indexing)

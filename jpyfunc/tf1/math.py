@@ -1,36 +1,43 @@
-"""What TensorFlow 1 has under `tf.math`: elementwise functions, reductions, products.
+"""TensorFlow 1's `tf.math`: elementwise functions, reductions, products.
 
-Each has TensorFlow's parameters and its meaning, where that is not `jax.numpy`'s, too.
-Without a tensor among the arguments it is a function of JAX, so it works in bodies.
+Parameters and semantics are TensorFlow's, also where they differ from those of `jax.numpy`.
+Without a tensor among the arguments, each is a function of JAX, and so works in bodies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jpyfunc.tf1._lift import over_tensors
 
+Axes = int | Sequence[int] | None
 
-def _unary(tf_name: str, func: Callable[[Any], Any]) -> Callable[..., Any]:
-    def unary(x: Any, name: str | None = None) -> Any:
+
+def _unary(tf_name: str, func: Callable[[ArrayLike], jax.Array]) -> Callable[..., Any]:
+    def unary(x: ArrayLike, name: str | None = None) -> jax.Array:
         return func(x)
 
     return _named(unary, tf_name, func)
 
 
-def _binary(tf_name: str, func: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    def binary(x: Any, y: Any, name: str | None = None) -> Any:
+def _binary(
+    tf_name: str, func: Callable[[ArrayLike, ArrayLike], jax.Array]
+) -> Callable[..., Any]:
+    def binary(x: ArrayLike, y: ArrayLike, name: str | None = None) -> jax.Array:
         return func(x, y)
 
     return _named(binary, tf_name, func)
 
 
-def _named(function: Any, tf_name: str, func: Any) -> Callable[..., Any]:
+def _named(
+    function: Callable[..., jax.Array], tf_name: str, func: Callable[..., jax.Array]
+) -> Callable[..., Any]:
     function.__name__ = function.__qualname__ = tf_name
     function.__doc__ = f"Apply `{func.__module__}.{func.__name__}` to each element."
     return over_tensors(function)
@@ -103,39 +110,39 @@ truediv = _binary("truediv", jnp.true_divide)
 
 
 @over_tensors
-def rsqrt(x: Any, name: str | None = None) -> Any:
+def rsqrt(x: ArrayLike, name: str | None = None) -> jax.Array:
     """Compute the reciprocal of the square root of each element."""
     return jax.lax.rsqrt(jnp.asarray(x))
 
 
 @over_tensors
-def squared_difference(x: Any, y: Any, name: str | None = None) -> Any:
+def squared_difference(x: ArrayLike, y: ArrayLike, name: str | None = None) -> jax.Array:
     """Compute `(x - y)(x - y)` for each element."""
     return jnp.square(jnp.subtract(x, y))
 
 
 @over_tensors
-def div(x: Any, y: Any, name: str | None = None) -> Any:
-    """Divide as Python 2 does: integers are rounded down."""
+def div(x: ArrayLike, y: ArrayLike, name: str | None = None) -> jax.Array:
+    """Divide as Python 2 does: the quotient of integers is rounded down."""
     x, y = jnp.asarray(x), jnp.asarray(y)
     is_whole = jnp.issubdtype(jnp.result_type(x, y), jnp.integer)
     return jnp.floor_divide(x, y) if is_whole else jnp.true_divide(x, y)
 
 
 @over_tensors
-def complex(real: Any, imag: Any, name: str | None = None) -> Any:
+def complex(real: ArrayLike, imag: ArrayLike, name: str | None = None) -> jax.Array:
     """Combine real and imaginary parts."""
     return jax.lax.complex(jnp.asarray(real), jnp.asarray(imag))
 
 
 @over_tensors
-def add_n(inputs: Any, name: str | None = None) -> Any:
-    """Add the arrays of a list, which all have one shape."""
+def add_n(inputs: Sequence[ArrayLike], name: str | None = None) -> jax.Array:
+    """Add arrays of the same shape."""
     first, *others = inputs
     for x in others:
         if np.shape(x) != np.shape(first):
             raise ValueError(
-                "add_n: expected arrays of one shape, got "
+                "add_n: expected arrays of the same shape, got "
                 f"{np.shape(first)} and {np.shape(x)}."
             )
         first = jnp.add(first, x)
@@ -144,29 +151,32 @@ def add_n(inputs: Any, name: str | None = None) -> Any:
 
 @over_tensors
 def clip_by_value(
-    t: Any, clip_value_min: Any, clip_value_max: Any, name: str | None = None
-) -> Any:
-    """Clip each element; where the limits cross, it is the lower one."""
+    t: ArrayLike,
+    clip_value_min: ArrayLike,
+    clip_value_max: ArrayLike,
+    name: str | None = None,
+) -> jax.Array:
+    """Clip each element; the lower limit wins if it is above the upper one."""
     return jnp.maximum(jnp.minimum(t, clip_value_max), clip_value_min)
 
 
 @over_tensors
 def matmul(
-    a: Any,
-    b: Any,
+    a: ArrayLike,
+    b: ArrayLike,
     transpose_a: bool = False,
     transpose_b: bool = False,
     adjoint_a: bool = False,
     adjoint_b: bool = False,
     name: str | None = None,
-) -> Any:
-    """Multiply matrices, the last two axes of `a` and `b`."""
+) -> jax.Array:
+    """Multiply matrices, which are the last two axes of `a` and `b`."""
     return jnp.matmul(
-        _turned(a, transpose_a, adjoint_a), _turned(b, transpose_b, adjoint_b)
+        _transposed(a, transpose_a, adjoint_a), _transposed(b, transpose_b, adjoint_b)
     )
 
 
-def _turned(x: Any, transpose: bool, adjoint: bool) -> Any:
+def _transposed(x: ArrayLike, transpose: bool, adjoint: bool) -> jax.Array:
     x = jnp.asarray(x)
     if transpose or adjoint:
         x = jnp.swapaxes(x, -1, -2)
@@ -174,72 +184,77 @@ def _turned(x: Any, transpose: bool, adjoint: bool) -> Any:
 
 
 @over_tensors
-def tensordot(a: Any, b: Any, axes: Any, name: str | None = None) -> Any:
+def tensordot(
+    a: ArrayLike, b: ArrayLike, axes: int | Sequence[Any], name: str | None = None
+) -> jax.Array:
     """Contract `axes` of `a` and `b`, as `numpy.tensordot` does."""
     return jnp.tensordot(a, b, axes)
 
 
 @over_tensors
-def einsum(equation: str, *inputs: Any, name: str | None = None) -> Any:
-    """Contract as an equation in Einstein's notation says."""
+def einsum(equation: str, *inputs: ArrayLike, name: str | None = None) -> jax.Array:
+    """Contract arrays as an equation in Einstein notation says."""
     return jnp.einsum(equation, *inputs)
 
 
 def _reduction(tf_name: str, func: Callable[..., Any], doc: str) -> Callable[..., Any]:
     def reduce(
-        input_tensor: Any,
-        axis: Any = None,
-        keepdims: Any = None,
+        input_tensor: ArrayLike,
+        axis: Axes = None,
+        keepdims: bool | None = None,
         name: str | None = None,
-        reduction_indices: Any = None,
-        keep_dims: Any = None,
-    ) -> Any:
-        # The last two are the names that the second and third had until TensorFlow 1.5.
+        reduction_indices: Axes = None,
+        keep_dims: bool | None = None,
+    ) -> jax.Array:
+        # The last two parameters are what `axis` and `keepdims` were called before
+        # TensorFlow 1.5.
         x = jnp.asarray(input_tensor)
         axes = as_axes(reduction_indices if axis is None else axis)
         return func(x, axis=axes, keepdims=bool(keepdims or keep_dims))
 
     reduce.__name__ = reduce.__qualname__ = tf_name
-    reduce.__doc__ = f"{doc} over `axis`: an integer, a list of them, or None for all."
+    reduce.__doc__ = f"{doc} over `axis`: an integer, a list, or None for all axes."
     return over_tensors(reduce)
 
 
-def as_axes(axis: Any) -> Any:
-    """An axis, or a list of axes, as `jax.numpy` takes it."""
-    return axis if axis is None or np.ndim(axis) == 0 else tuple(map(int, axis))
+def as_axes(axis: Axes) -> int | tuple[int, ...] | None:
+    """Convert an axis or a list of axes to what `jax.numpy` takes."""
+    if axis is None or np.ndim(axis) == 0:
+        return cast(int | None, axis)
+    return tuple(map(int, cast(Sequence[int], axis)))
 
 
-def own_dtype(x: Any) -> Any:
-    """The dtype of a sum or product of `x`: TensorFlow does not widen small integers."""
+def own_dtype(x: jax.Array) -> np.dtype | None:
+    """Return the dtype of a sum or product of `x`: TensorFlow does not widen integers."""
     return None if x.dtype == jnp.bool_ else x.dtype
 
 
-def _sum(x: Any, **where: Any) -> Any:
+def _sum(x: jax.Array, **where: Any) -> jax.Array:
     return jnp.sum(x, dtype=own_dtype(x), **where)
 
 
-def _prod(x: Any, **where: Any) -> Any:
+def _prod(x: jax.Array, **where: Any) -> jax.Array:
     return jnp.prod(x, dtype=own_dtype(x), **where)
 
 
-def _mean(x: Any, **where: Any) -> Any:
+def _mean(x: jax.Array, **where: Any) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.integer):
         return jnp.mean(x, **where)
-    # That of integers is an integer, rounded to zero: [1, 0, 1, 0] has the mean 0.
-    total = jnp.sum(x, **where)  # not in the dtype of small integers, which overflows
+    # The mean of integers is an integer, rounded towards zero: [1, 0, 1, 0] has mean 0.
+    total = jnp.sum(x, **where)  # in a wide dtype: the sum of small integers may overflow
     count = jnp.asarray(x.size // max(total.size, 1), total.dtype)
     return jax.lax.div(total, count).astype(x.dtype)
 
 
-reduce_all = _reduction("reduce_all", jnp.all, "Tell whether all elements are true")
-reduce_any = _reduction("reduce_any", jnp.any, "Tell whether any element is true")
+reduce_all = _reduction("reduce_all", jnp.all, "Test whether all elements are true")
+reduce_any = _reduction("reduce_any", jnp.any, "Test whether any element is true")
 reduce_logsumexp = _reduction(
     "reduce_logsumexp",
     jax.nn.logsumexp,
     "Compute the logarithm of the sum of exponentials",
 )
 reduce_max = _reduction("reduce_max", jnp.max, "Compute the maximum")
-reduce_mean = _reduction("reduce_mean", _mean, "Compute the mean, of integers an integer,")
+reduce_mean = _reduction("reduce_mean", _mean, "Compute the mean, rounded for integers,")
 reduce_min = _reduction("reduce_min", jnp.min, "Compute the minimum")
 reduce_prod = _reduction("reduce_prod", _prod, "Multiply elements")
 reduce_sum = _reduction("reduce_sum", _sum, "Add elements")
@@ -247,29 +262,35 @@ reduce_sum = _reduction("reduce_sum", _sum, "Add elements")
 
 @over_tensors
 def argmax(
-    input: Any,
-    axis: Any = None,
+    input: ArrayLike,
+    axis: int | None = None,
     name: str | None = None,
-    dimension: Any = None,
-    output_type: Any = None,
-) -> Any:
+    dimension: int | None = None,
+    output_type: DTypeLike | None = None,
+) -> jax.Array:
     """Find the index of the largest element along an axis, by default the first."""
     return _index(jnp.argmax, input, axis, dimension, output_type)
 
 
 @over_tensors
 def argmin(
-    input: Any,
-    axis: Any = None,
+    input: ArrayLike,
+    axis: int | None = None,
     name: str | None = None,
-    dimension: Any = None,
-    output_type: Any = None,
-) -> Any:
+    dimension: int | None = None,
+    output_type: DTypeLike | None = None,
+) -> jax.Array:
     """Find the index of the smallest element along an axis, by default the first."""
     return _index(jnp.argmin, input, axis, dimension, output_type)
 
 
-def _index(func: Any, x: Any, axis: Any, dimension: Any, output_type: Any) -> Any:
+def _index(
+    func: Callable[..., jax.Array],
+    x: ArrayLike,
+    axis: int | None,
+    dimension: int | None,
+    output_type: DTypeLike | None,
+) -> jax.Array:
     axis = dimension if axis is None else axis
     index = func(jnp.asarray(x), axis=0 if axis is None else axis)
     return index if output_type is None else index.astype(output_type)
@@ -277,31 +298,36 @@ def _index(func: Any, x: Any, axis: Any, dimension: Any, output_type: Any) -> An
 
 @over_tensors
 def cumsum(
-    x: Any,
+    x: ArrayLike,
     axis: int = 0,
     exclusive: bool = False,
     reverse: bool = False,
     name: str | None = None,
-) -> Any:
+) -> jax.Array:
     """Compute the sums of elements up to each one, or with `exclusive` before it."""
     return _scan(jnp.cumsum, 0, x, axis, exclusive, reverse)
 
 
 @over_tensors
 def cumprod(
-    x: Any,
+    x: ArrayLike,
     axis: int = 0,
     exclusive: bool = False,
     reverse: bool = False,
     name: str | None = None,
-) -> Any:
+) -> jax.Array:
     """Compute the products of elements up to each one, or with `exclusive` before it."""
     return _scan(jnp.cumprod, 1, x, axis, exclusive, reverse)
 
 
 def _scan(
-    func: Any, identity: int, x: Any, axis: int, exclusive: bool, reverse: bool
-) -> Any:
+    func: Callable[..., jax.Array],
+    identity: int,
+    x: ArrayLike,
+    axis: int,
+    exclusive: bool,
+    reverse: bool,
+) -> jax.Array:
     x = jnp.asarray(x)
     if reverse:
         x = jnp.flip(x, axis)
@@ -315,23 +341,23 @@ def _scan(
 
 @over_tensors
 def norm(
-    tensor: Any,
-    ord: Any = "euclidean",
-    axis: Any = None,
-    keepdims: Any = None,
+    tensor: ArrayLike,
+    ord: str | float = "euclidean",
+    axis: Axes = None,
+    keepdims: bool | None = None,
     name: str | None = None,
-    keep_dims: Any = None,
-) -> Any:
-    """Compute a norm: of all elements as one vector, along an axis, or of matrices.
+    keep_dims: bool | None = None,
+) -> jax.Array:
+    """Compute the norm of vectors, of matrices, or of all elements as one vector.
 
     Args:
-        tensor: what to compute it of.
-        ord: `"euclidean"`, which for matrices is `"fro"`, or what `numpy.linalg.norm`
-            takes.
-        axis: None for all elements, one axis of vectors, two of matrices.
+        tensor: the array.
+        ord: `"euclidean"`, which for matrices is `"fro"`, or an order of
+            `numpy.linalg.norm`.
+        axis: None for all elements, one axis for vectors, two for matrices.
         keepdims: whether to keep the axes, with length 1.
         name: name of the node.
-        keep_dims: the same as `keepdims`.
+        keep_dims: an older name of `keepdims`.
     """
     x, axes = jnp.asarray(tensor), as_axes(axis)
     keeps = bool(keepdims or keep_dims)
