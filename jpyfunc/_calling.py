@@ -44,9 +44,12 @@ from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._runtime.configuration import current_config
 from jpyfunc._runtime.context import Context, current, running_batch
 from jpyfunc._runtime.transfers import allowed_transfers
-from jpyfunc._staging.branch_tree import BranchTree, emit, stage, warn_if_large
-from jpyfunc._staging.closure import fingerprint, refuse_traced_closure
-from jpyfunc._staging.inference import exploration, found_once, infer
+from jpyfunc._staging.branch_tree import BranchTree, stage, warn_if_large
+from jpyfunc._staging.closure import refuse_traced_closure
+from jpyfunc._staging.emission import emit
+from jpyfunc._staging.exploration import current_exploration, once_per_exploration
+from jpyfunc._staging.fingerprint import fingerprint
+from jpyfunc._staging.inference import infer
 from jpyfunc._tout import Template, check_x64, is_key_dtype, is_weak, parse
 
 _NUMBERS = (bool, int, float, complex)  # of Python, and not those derived of them
@@ -148,9 +151,9 @@ def _stage_out(callee: Callee, arguments: Arguments) -> Any:
     refuse_traced_closure(callee.function, callee.label)
     # The program is computed later, and the caller may write to them meanwhile.
     arguments = arguments.copied()
-    explored = exploration()
-    if callee.max_runs and not (explored and explored.for_shapes):
-        template, results = _emit_tree(callee, arguments, is_nested=bool(explored))
+    exploration = current_exploration()
+    if callee.max_runs and not (exploration and exploration.shapes_only):
+        template, results = _emit_tree(callee, arguments, is_nested=bool(exploration))
     else:
         operands = arguments.operands(callee.label)
         _check_signature(callee, arguments)
@@ -166,7 +169,7 @@ def _complete_template(
     template = _declared(callee, arguments)
     if template is not None and template.complete:
         return template
-    template = found_once(
+    template = once_per_exploration(
         lambda: _call_key(callee, arguments, template),
         lambda: infer(
             _on_abstract_values(callee, arguments),
@@ -193,9 +196,9 @@ def _emit_tree(
         What the body returns, and the results, flat.
     """
     tree, operands = _explore(callee, arguments)
-    if tree.failure:
-        raise tree.failure
-    template = tree.template
+    template = tree.result
+    if not isinstance(template, Template):
+        raise template
     check_x64(template, callee.label)
     if not template.leaves:
         raise not_staged(callee.label, "returns nothing, so that its runs count")
@@ -204,12 +207,13 @@ def _emit_tree(
     def program(*operands: Any) -> list[Any]:
         return emit(
             tree,
+            template,
             operands,
             lambda needed: _bind(callee, arguments, template, operands, needed),
         )
 
     if is_nested:  # one operation of the body that calls this one, and traced once
-        program = found_once(lambda: ById(tree), lambda: jax.jit(program))
+        program = once_per_exploration(lambda: ById(tree), lambda: jax.jit(program))
     return template, program(*operands)
 
 
@@ -238,7 +242,7 @@ def _explore(
     _check_signature(callee, arguments)
     operands = align(arguments.operands(callee.label))
     template = _declared(callee, arguments)
-    tree = found_once(
+    tree = once_per_exploration(
         lambda: _call_key(callee, arguments, template),
         lambda: stage(
             _on_abstract_values(callee, arguments),

@@ -1,4 +1,4 @@
-"""`explain`: what of a body would be compiled, what would call Python, and why."""
+"""`explain`: show which paths of a body would be compiled, which call Python, and why."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jpyfunc._py_func import py_func
-from jpyfunc._staging.branch_tree import BranchNode, BranchTree, Calls
+from jpyfunc._staging.branch_tree import BranchNode, BranchTree, Fallback
+from jpyfunc._staging.equations import BranchPoint
 from jpyfunc._wrapped import PyFunc
 
 
 def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-    """Show what of a function could be compiled, and what would call Python, and why.
+    """Show which paths of a function can be compiled, which call Python, and why.
 
-    It is what `py_func(func, staged=True)` would do with such arguments: a tree of the
-    function's branches, each with the line that it is on and how many operations of JAX
-    come before it, and where the function would be called, with the reason. It is also the
-    answer to why the shapes of results cannot be inferred. Nothing is compiled, nor run on
-    data.
+    This is what `py_func(func, staged=True)` would do with such arguments: a tree of the
+    function's branches, each with its line of source and the number of JAX operations
+    before it, and where the function itself would be called, with the reason. It also
+    tells why the shapes of results cannot be inferred. Nothing is compiled, and nothing
+    runs on data.
 
     Args:
-        func: a function wrapped by `py_func`, staged or not, or one that would be.
+        func: a function, wrapped by `py_func` (staged or not) or not wrapped.
         *args: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
         **kwargs: its keyword arguments.
 
     Returns:
-        The tree. Printed, it is indented text; in a notebook, a nested list; and
+        The tree. It prints as indented text, and in a notebook as a nested list;
         `as_dict()` gives it as data.
 
     Raises:
-        TypeError: `func` is no such function.
+        TypeError: `func` is not a function.
 
     Example:
         >>> import jax.numpy as jnp, jpyfunc
@@ -56,41 +57,44 @@ def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
 
 
 class Explanation:
-    """What `explain` found."""
+    """The tree that `explain` returns."""
 
     def __init__(self, name: str, tree: BranchTree) -> None:
         self._name = name
         self._tree = tree
 
     def as_dict(self) -> dict[str, Any]:
-        """The tree as data.
+        """Return the tree as data.
 
         Returns:
-            `name`; `complete`, whether nothing calls Python; `operations` of JAX in all;
-            `runs` on abstract values that it took; `result`, the `Tout` that was
-            inferred, or None; `error`, why it was not, or None; and `tree`. A node of
-            that has `operations`, and either `place`, `line`, `true` and `false` of the
-            truth test that ends it, or `returns` (True), or `calls`: the reasons.
+            `name`; `complete`, whether nothing calls Python; `operations` of JAX in
+            total; `runs` on abstract values that it took; `result`, the `Tout` that was
+            inferred, or None; `error`, why it was not, or None; and `tree`. Each node of
+            the tree has `operations`, and either `place`, `line`, `true` and `false` of
+            the branch that follows, or `returns` (True), or `calls`, the reasons for a
+            call of Python.
         """
-        tree = self._tree
+        tree, result = self._tree, self._tree.result
+        is_failure = isinstance(result, Exception)
         return {
             "name": self._name,
-            "complete": tree.failure is None and not tree.root.calls,
+            "complete": not is_failure and not tree.root.falls_back,
             "operations": tree.size,
             "runs": tree.runs,
-            "result": None if tree.template is None else str(tree.template),
-            "error": None if tree.failure is None else str(tree.failure),
+            "result": None if is_failure else str(result),
+            "error": str(result) if is_failure else None,
             "tree": _as_dict(tree.root),
         }
 
     def _head(self) -> str:
         tree = self._tree
-        nodes = [*tree.root.nodes()]
-        returns = sum(node.decision is None for node in nodes)
-        calls = sum(isinstance(node.end, Calls) for node in nodes)
-        text = f"{self._name}: {_count(tree.size, 'operation')}, {returns} ways to its end"
-        text += f", {calls} of them by a call of Python" if calls else ", all compiled"
-        return text + (f"\n{tree.failure}" if tree.failure else "")
+        ends = [node.end for node in tree.root.nodes()]
+        paths = sum(not isinstance(end, BranchPoint) for end in ends)
+        calls = sum(isinstance(end, Fallback) for end in ends)
+        text = f"{self._name}: {_count(tree.size, 'operation')}, {_count(paths, 'path')}"
+        verb = "calls" if calls == 1 else "call"
+        text += f", {calls} of which {verb} Python" if calls else ", all compiled"
+        return text + (f"\n{tree.result}" if isinstance(tree.result, Exception) else "")
 
     def __repr__(self) -> str:
         lines = [self._head()]
@@ -111,36 +115,36 @@ def _count(number: int, what: str) -> str:
 
 
 def _short(text: str) -> str:
-    """`text` with the names of files alone for places."""
+    """`text` without the folders of the files that it names."""
     return re.sub(r"( at )\S*[/\\]", r"\1", text)
 
 
 def _as_dict(node: BranchNode) -> dict[str, Any]:
     entry: dict[str, Any] = {"operations": node.size}
-    if isinstance(node.end, Calls):
+    if isinstance(node.end, Fallback):
         return entry | {"calls": list(node.end.reasons)}
-    if node.decision is None:
+    if not isinstance(node.end, BranchPoint):
         return entry | {"returns": True}
     return entry | {
-        "place": node.decision.place.removeprefix(" at "),
-        "line": node.decision.line,
-        "true": _as_dict(node.sides[True]),
-        "false": _as_dict(node.sides[False]),
+        "place": node.end.place.removeprefix(" at "),
+        "line": node.end.line,
+        "true": _as_dict(node.branches[True]),
+        "false": _as_dict(node.branches[False]),
     }
 
 
 def _lines(node: BranchNode, depth: int) -> Iterator[tuple[int, str]]:
-    """The tree as lines of text, each with how far it is indented."""
+    """The tree as lines of text, each with its depth."""
     if node.size:
         yield depth, _count(node.size, "operation")
-    if isinstance(node.end, Calls):
+    if isinstance(node.end, Fallback):
         yield depth, f"calls Python: {_short('; '.join(node.end.reasons))}"
-    elif node.decision is None:
-        yield depth, "returns"
-    else:
-        place = _short(node.decision.place).removeprefix(" at ")
-        yield depth, f"{node.decision.line}  [{place}]"
+    elif isinstance(node.end, BranchPoint):
+        place = _short(node.end.place).removeprefix(" at ")
+        yield depth, f"{node.end.line}  [{place}]"
         for answer in (True, False):
-            (first, text), *rest = _lines(node.sides[answer], depth + 1)
+            (first, text), *rest = _lines(node.branches[answer], depth + 1)
             yield first, f"{answer}: {text}"
             yield from rest
+    else:
+        yield depth, "returns"

@@ -1,4 +1,4 @@
-"""Any object as part of a key: by its value where it can be hashed, else by itself."""
+"""Make any object part of a key: by its value if it can be hashed, else by its identity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class ById:
-    """Makes any object hashable, equal to itself alone."""
+    """Wrap an object to make it hashable, equal to nothing but itself."""
 
     value: Any
 
@@ -20,7 +20,7 @@ class ById:
 
 
 def hashable(value: Any) -> Any:
-    """`value` if it can be hashed, else a `ById` of it."""
+    """Return `value` if it can be hashed, else wrap it in `ById`."""
     try:
         hash(value)
     except TypeError:

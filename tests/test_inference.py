@@ -267,10 +267,10 @@ def test_branches_that_disagree_on_a_shape():
         return {"y": x}
 
     text = (
-        f"py_func 'body': the sides of the branch at {line(body, 3)} disagree on "
+        f"py_func 'body': the paths through the branch at {line(body, 3)} disagree on "
         + re.escape(
             "result['y']: if true, it is float32[2], else float32[3]. Return the same on "
-            "every side."
+            "every path."
         )
     )
     with pytest.raises(InferenceError, match=text):
@@ -386,8 +386,8 @@ def test_a_loop_that_never_ends_on_abstract_values():
 
     with pytest.raises(
         InferenceError,
-        match=r"more than 64 decisions before it returns, the last at .*test_inference.*"
-        r"In a jax.lax.while_loop there are none",
+        match=r"takes more than 64 branches before it returns, the last at "
+        r".*test_inference.*A loop in jax.lax.while_loop takes none",
     ):
         jax.jit(py_func(never))(2.0)
 

@@ -1,4 +1,4 @@
-"""What a body holds besides its arguments."""
+"""Search through what a body holds beside its arguments, and refuse traced values there."""
 
 from __future__ import annotations
 
@@ -8,31 +8,28 @@ import functools
 import gc
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from jpyfunc._hashable import ById
 from jpyfunc._interpreters.batch_tracer import is_batch_tracer
 from jpyfunc._interpreters.tape_tracer import value_if_over
 from jpyfunc._limits import (
-    MAX_FINGERPRINT_BYTES,
-    MAX_FINGERPRINT_OBJECTS,
     MAX_HELD_OBJECTS,
     MAX_OPENED_CONTAINERS,
 )
-from jpyfunc._staging.abstract import is_abstract
+from jpyfunc._staging.abstract_tracer import is_abstract
 
-CONTAINERS = (dict, list, tuple, set, frozenset)  # themselves, and not what derives of them
+CONTAINERS = (dict, list, tuple, set, frozenset)  # these classes alone, no subclasses
 ATOMS = (str, bytes, int, float, complex, bool, type(None), np.ndarray, np.generic)
-ITERATING = ("builtins", "itertools")  # modules whose iterators hold what they give
+ITERATING = ("builtins", "itertools")  # modules whose iterators hold what they yield
 LIBRARIES = ("builtins", "jax", "jaxlib", "jpyfunc", "numpy")
 
 
-def refuse_traced_closure(body: Any, where: str) -> None:
+def refuse_traced_closure(body: Callable[..., Any], where: str) -> None:
     """Raise if `body` holds a value that a transform is tracing.
 
     Looks into closures, defaults, `functools.partial`, methods, wrapped functions and
@@ -53,10 +50,10 @@ def refuse_traced_closure(body: Any, where: str) -> None:
 
 
 def refuse_traced_leaf(leaf: Any, where: str) -> None:
-    """Raise if a leaf of the arguments that is no array holds a value that is traced.
+    """Raise if a leaf of the arguments that is not an array holds a traced value.
 
     Raises:
-        TypeError: it does; the text says how JAX takes such an object apart.
+        TypeError: it does; the text says how to make a pytree of such an object.
     """
     for path, value in _traced(leaf):
         kind = type(leaf).__name__
@@ -69,16 +66,17 @@ def refuse_traced_leaf(leaf: Any, where: str) -> None:
         )
         raise TypeError(
             f"{where}: a {kind} holds a traced value, {value.aval.str_short()}, as {path}, "
-            f"and JAX does not look into a {kind}, which is no pytree. {remedy}, or pass "
-            "the value as an argument of its own."
+            f"and JAX does not look into a {kind}, which is not a pytree. {remedy}, or "
+            "pass the value as an argument of its own."
         )
 
 
 def _traced(value: Any) -> Iterator[tuple[str, Any]]:
-    """What `value` holds that a transform traces.
+    """Find the values that `value` holds and a transform traces.
 
-    What a body has left in it in a run that is over is no value any more, or its own: a
-    body may leave it there, and put another in its place. If it is used, that is refused.
+    A body may leave its own values in what it holds, and replace them in its next run.
+    Those of a run that is over are not traced any more; using one is refused where it is
+    used.
     """
     for path, item in held(value, with_globals=False):
         value = value_if_over(item)
@@ -88,9 +86,14 @@ def _traced(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
-    """Everything that `body` holds, each with the name that it goes by."""
-    # Not by recursion: what a body holds may be a list of any length, linked by
-    # attributes. `seen` keeps what was searched, so that no other takes its id.
+    """Find everything that `body` holds, each object once, with the name that it goes by.
+
+    Args:
+        body: any object.
+        with_globals: whether to look at the global variables that functions name, too.
+    """
+    # A stack in the place of recursion: a body may hold a list of any length that is linked
+    # by attributes. `seen` keeps the objects alive, so that no other one gets an id in it.
     seen: dict[int, Any] = {}
     opened: dict[int, Any] = {}
     stack: list[tuple[str, Any]] = [("itself", body)]
@@ -106,7 +109,7 @@ def held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
         seen[id(value)] = value
         yield path, value
         try:
-            stack.extend(_parts(value, path))
+            stack.extend(parts(value, path))
             if with_globals and isinstance(value, types.FunctionType):
                 stack.extend(_globals(value))
         except Exception:  # noqa: BLE001 - from attributes of a user's object
@@ -114,16 +117,16 @@ def held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _contents(container: Any, opened: dict[int, Any]) -> list[Any]:
-    """What is in a container and in those in it, down to what is no container, or an atom.
+    """Flatten a container, and those inside it, to what is neither a container nor an atom.
 
-    A body may hold a data set of millions of numbers in lists, and this is on the way of
-    every call that is traced. So each level is opened by one call of the collector's own
-    traversal, and sorted by functions in C: 4 ms for 20,000 lists, not 30. Objects in
-    containers are opened as these are, because there may be as many.
+    A body may hold a data set of millions of numbers in lists, and each traced call comes
+    here. So each level is opened by one call of the garbage collector's own traversal, and
+    sorted by functions in C: 4 ms for 20,000 lists, in the place of 30. A user's objects
+    inside containers are opened in the same way, because there may be as many.
 
     Args:
         container: one of `CONTAINERS`.
-        opened: those that were opened before, by id, which are not opened again.
+        opened: those that were opened before, by id. They are skipped, and added to.
     """
     contents: list[Any] = []
     level = {id(container): container}
@@ -139,122 +142,58 @@ def _contents(container: Any, opened: dict[int, Any]) -> list[Any]:
         for kind in kinds.difference(ATOMS):
             of_kind = [x for x in items if type(x) is kind] if len(kinds) > 1 else items
             distinct = dict(zip(map(id, of_kind), of_kind, strict=True))
-            if kind in CONTAINERS or _is_users(kind):
+            if kind in CONTAINERS or is_user_class(kind):
                 level |= distinct
             else:
                 contents += distinct.values()
     return contents
 
 
-def _is_users(kind: type) -> bool:
-    """Whether a class is a user's, so that its objects hold their attributes alone."""
+def is_user_class(kind: type) -> bool:
+    """Whether a class is a user's, so that its objects hold only their attributes."""
     is_made_by_python = kind.__flags__ & 1 << 9  # Py_TPFLAGS_HEAPTYPE
     return bool(is_made_by_python) and not (
-        issubclass(kind, type | jax.Array | Tracer) or _is_library(kind.__module__)
+        issubclass(kind, type | jax.Array | Tracer) or is_library(kind.__module__)
     )
 
 
-def fingerprint(values: Any) -> Any:
-    """What `values` are and hold, by value, to tell whether any of it is another by now.
-
-    Functions are told apart by their code and by what they hold, so that one that is
-    defined again in each run of another is the same; traced values by their avals; arrays
-    of NumPy by their content; what cannot be looked into by itself. What a body draws
-    from a generator, or reads from a file, is not seen.
-
-    Returns:
-        A hashable value, or None if there is too much to look at.
-    """
-    found: list[Any] = []
-    numbers: dict[int, int] = {}
-    stack = [values]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, str | bytes | int | float | complex | type(None)):
-            found.append((type(value), value))
-        elif id(value) in numbers:
-            found.append(numbers[id(value)])
-        elif len(numbers) == MAX_FINGERPRINT_OBJECTS or _is_large(value):
-            return None
-        else:
-            numbers[id(value)] = len(numbers)
-            try:
-                identity, parts = _looked_into(value)
-            except Exception:  # noqa: BLE001 - from attributes of a user's object
-                return None
-            found.append((identity, len(parts)))
-            stack += parts
-    return tuple(found)
+def is_library(module: str) -> bool:
+    """Whether a module is of a library whose objects are not looked into."""
+    return module.partition(".")[0] in LIBRARIES
 
 
-def _is_large(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and (
-        value.nbytes > MAX_FINGERPRINT_BYTES or value.dtype.hasobject
-    )
-
-
-def _looked_into(value: Any) -> tuple[Any, list[Any]]:
-    """What `value` is by itself, and what it holds."""
-    kind = type(value)
-    if isinstance(value, Tracer):
-        return value.aval, []
-    if isinstance(value, np.ndarray):
-        return (value.shape, value.dtype, value.tobytes()), []
-    if kind is dict:
-        return kind, [*value.keys(), *value.values()]
-    if kind in CONTAINERS:
-        return kind, list(value)
-    is_function = isinstance(value, types.FunctionType)
-    if not is_function and _is_library(
-        getattr(value, "__module__", None) or kind.__module__
-    ):
-        return ById(value), []
-    names_and_parts = [*_parts(value, "")]
-    names = tuple(name for name, _ in names_and_parts)
-    parts = [part for _, part in names_and_parts]
-    if is_function:
-        # Those of libraries may hold a user's, as what `jax.vmap` returns does.
-        is_users = not _is_library(value.__globals__.get("__name__", ""))
-        return (value.__code__, names), [*parts, *(_named(value) if is_users else ())]
-    if not isinstance(value, type):
-        parts += gc.get_referents(value)  # the items of a deque, which are no attributes
-    # A wrapped function has the `__module__` of what it wraps.
-    is_its_parts = _is_users(kind) or _is_library(kind.__module__)
-    is_its_parts = is_its_parts or kind in (functools.partial, types.MethodType)
-    return (kind if is_its_parts else ById(value), names), parts
-
-
-def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The global variables that a function names, and the module attributes."""
-    for value in _named(function):
-        if (
-            isinstance(value, Tracer | jax.Array)
-            or not _is_library(getattr(value, "__module__", None) or type(value).__module__)
-            or isinstance(value, dict | list | tuple)
-        ):
-            yield "a global", value
-
-
-def _named(function: types.FunctionType) -> list[Any]:
-    """Values of the global variables that a function names, and module attributes."""
+def named_globals(function: types.FunctionType) -> list[Any]:
+    """Values of the global variables that a function names, and attributes of modules."""
     named: list[Any] = []
     codes = [function.__code__]
-    for code in codes:
+    for code in codes:  # grows by the functions defined in the function
         codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
         found = [function.__globals__.get(name) for name in code.co_names]
         for module in [m for m in found if isinstance(m, types.ModuleType)]:
-            if not _is_library(module.__name__):
+            if not is_library(module.__name__):
                 found.extend(vars(module).get(name) for name in code.co_names)
         named += found
     return named
 
 
-def _is_library(module: str) -> bool:
-    return module.partition(".")[0] in LIBRARIES
+def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for value in named_globals(function):
+        if (
+            isinstance(value, Tracer | jax.Array)
+            or not is_library(getattr(value, "__module__", None) or type(value).__module__)
+            or isinstance(value, dict | list | tuple)
+        ):
+            yield "a global", value
 
 
-def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What `value` holds directly; containers and methods go by the name of their own."""
+def parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What `value` holds directly, each with a name.
+
+    Args:
+        value: any object.
+        path: the name that `value` goes by, which items of containers and methods take
+            over.
+    """
     if isinstance(value, dict):
         yield from ((path, item) for item in value.values())
     elif isinstance(value, list | tuple | set | frozenset):
@@ -277,7 +216,7 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         return
     else:
         owner = value if isinstance(value, type) else type(value)
-        if not _is_library(owner.__module__):
+        if not is_library(owner.__module__):
             if owner is value:
                 for name, item in vars(owner).items():
                     yield f"the attribute {name!r}", item

@@ -1,0 +1,273 @@
+"""Run a body on values that have a shape and dtype but no data, and record what it does."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import ShapedArray, Tracer
+from jax.extend.core import Primitive, jaxprs_in_params, set_current_trace
+from jax.extend.core.primitives import jit_p
+
+from jpyfunc import _compat
+from jpyfunc._frames import line_of, place_of_frame, user_frame
+from jpyfunc._interpreters.base_trace import BodyTrace
+from jpyfunc._interpreters.operation_cache import binding
+from jpyfunc._interpreters.operations import calls_host, is_host_call
+from jpyfunc._limits import (
+    MAX_BRANCH_POINTS,
+    MAX_CONSTANT_DEPTH,
+    MAX_CONSTANT_SIZE,
+)
+from jpyfunc._staging.abstract_tracer import AbstractTracer, is_abstract
+from jpyfunc._staging.equations import (
+    BranchPoint,
+    Constant,
+    Equation,
+    ValueRef,
+    operation_count,
+)
+from jpyfunc._staging.numpy_constants import copy_numpy, holds_numpy
+
+
+class TooManyBranchPoints(BaseException):
+    """Too many branch points in one run. No `except Exception` of a body may catch it."""
+
+
+class LeftBehindError(TypeError):
+    """An abstract value is used after the run of the body that made it."""
+
+
+class AbstractTrace(BodyTrace):
+    """Evaluate operations on avals alone, and answer truth tests from a script.
+
+    Attributes:
+        branch_points: the truth tests so far.
+        equations: the operations since the last one.
+        refusal: why the record is not what the body does, or "".
+        is_open: whether the body is still running.
+    """
+
+    def __init__(self, label: str, script: Sequence[bool], shapes_only: bool) -> None:
+        """Begin a run.
+
+        Args:
+            label: what errors call the function.
+            script: the answers to the first truth tests; further ones are answered False.
+            shapes_only: whether to look into functions with custom derivative rules, which
+                are then lost, rather than to record each as one operation.
+        """
+        super().__init__()
+        self._label = label
+        self._script = script
+        self._shapes_only = shapes_only
+        self._count = 0
+        self._constants: dict[int, tuple[weakref.ref[Any], Constant]] = {}
+        self._copies: dict[Any, tuple[Any, Any]] = {}  # what was copied, and the copy
+        self.is_open = True
+        self.branch_points: list[BranchPoint] = []
+        self.equations: list[Equation] = []
+        self.refusal = ""
+
+    @property
+    def branch(self) -> str:
+        """Where this run left the one that its script was made from."""
+        n = len(self._script)
+        if n > len(self.branch_points):
+            return "a branch"
+        return f"the branch{self.branch_points[n - 1].place}"
+
+    def new_tracer(self, aval: ShapedArray) -> AbstractTracer:
+        """The next value of the run."""
+        self._count += 1
+        return AbstractTracer(self, aval, self._count - 1)
+
+    def atom(self, value: Any) -> Any:
+        """`value` as it is recorded, where an operation takes it or the body returns it."""
+        if isinstance(value, AbstractTracer):
+            if value._trace is not self:
+                self.refuse("it uses an array of another run on abstract values")
+            return ValueRef(value.number)
+        array, constant = self._constants.get(id(value), (None, None))
+        # `array` is dead, or another one, where an id was given away again.
+        return constant if array and array() is value else self._copied(value)
+
+    def _copied(self, value: Any) -> Any:
+        """`value` with copies of the NumPy arrays in it, to which the body may write.
+
+        What is recorded is computed once all runs are over and the program is traced, or
+        compiled. By then the body may have used the same buffer for other numbers. An array
+        is copied again whenever its content has changed. One copy serves all equal views
+        of the same memory, and one copy of a jaxpr all its uses, because JAX knows jaxprs
+        by identity. A jaxpr is not looked at again: a function that was traced has the
+        constants of that moment.
+        """
+        if isinstance(value, np.ndarray):
+            memory = value.__array_interface__["data"][0], value.strides
+            weak = getattr(value, "weak_type", None)
+            key: Any = (memory, value.shape, value.dtype, weak)
+            _, copy = self._copies.get(key, (None, None))
+            if copy is not None and copy.tobytes() == value.tobytes():
+                return copy
+        elif _compat.is_jaxpr(value):
+            key = id(value)
+            if not holds_numpy(value):
+                return value
+            if key in self._copies:
+                return self._copies[key][1]
+        elif type(value) in (tuple, list):
+            return copy_numpy(value, self._copied)
+        else:
+            return value
+        # With the original, whose memory or id no other gets while it lives.
+        self._copies[key] = value, copy_numpy(value, self._copied)
+        return self._copies[key][1]
+
+    def close(self) -> None:
+        """End the run: from now on its values are refused wherever they are used."""
+        self.is_open = False
+        self._constants.clear()
+        self._copies.clear()
+
+    def left_behind(self) -> LeftBehindError:
+        """The error of a value that is used after the run."""
+        return LeftBehindError(
+            f"{self._label} left an array behind, in an attribute, a global variable or a "
+            "cache, that depends on its arguments and has no data, because the body was "
+            "run on abstract values, to find out what it does. Pass such an array as an "
+            "argument and return it. Without staged=True, the body is not run so if Tout "
+            "says what it returns, every shape and dtype."
+        )
+
+    def refuse(self, why: str) -> None:
+        """Note that the record is not what the body does with data.
+
+        An exception alone would not do: the body may catch it, and go on.
+        """
+        self.refusal = self.refusal or f"{why}{place_of_frame(user_frame())}"
+
+    def answer(self, test: AbstractTracer) -> bool:
+        """Answer a truth test, and record it as a branch point.
+
+        Raises:
+            TooManyBranchPoints: the run has come to too many.
+        """
+        n = len(self.branch_points)
+        if n >= MAX_BRANCH_POINTS:
+            raise TooManyBranchPoints
+        answer = self._script[n] if n < len(self._script) else False
+        frame = user_frame()
+        place, line = place_of_frame(frame), line_of(frame)
+        self.branch_points.append(
+            BranchPoint(self.atom(test), place, line, answer, self.equations)
+        )
+        self.equations = []
+        return answer
+
+    def stage_value(self, val: Any) -> Any:
+        is_array = isinstance(val, np.ndarray | jax.Array)
+        return val if is_array else _compat.eval_trace.stage_value(val)
+
+    def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
+        if any(map(holds_numpy, params.values())):
+            params = {name: self._copied(value) for name, value in params.items()}
+        avals = [jax.typeof(t) for t in tracers]
+        outs, effects = primitive.abstract_eval(*avals, **params)
+        calls = is_host_call(primitive, params)
+        if effects:
+            self.refuse(f"an operation has an effect ({primitive.name})")
+        elif calls:
+            # Not all elements of a batch may come to that call, and one in a `cond` would
+            # be made for those that do not, too. A call of the whole body is not.
+            self.refuse("it calls Python itself")
+        outs = outs if primitive.multiple_results else [outs]
+        jaxpr = params.get("jaxpr")
+        signature = primitive, params
+        if primitive is jit_p and any(map(is_abstract, jaxpr.consts)):
+            # A jitted function has closed over values of the run. They are operands, too.
+            call, operands = _compat.opened(jaxpr), [*jaxpr.consts, *tracers]
+            size = operation_count(jaxpr)
+            results = self._record(signature, call, operands, outs, size)
+        else:
+            size = sum(map(operation_count, jaxprs_in_params(params))) or 1
+            call, is_pure = binding(primitive, params), not effects and not calls
+            results = self._record(signature, call, tracers, outs, size, is_pure)
+        return results if primitive.multiple_results else results[0]
+
+    def _record(
+        self,
+        signature: tuple[Any, ...],
+        call: Callable[..., Sequence[Any]],
+        operands: Sequence[Any],
+        avals: Sequence[Any],
+        size: int,
+        is_pure: bool = True,
+    ) -> list[Any]:
+        """Record an operation, unless its results are known, and return its results.
+
+        What depends on no operand of the body is computed at once, whatever its size: the
+        body gets an array, which it may look at and keep for good, as it does with data.
+        """
+        atoms = tuple(map(self.atom, operands))
+        signature = (*signature, *avals)
+        # Over manual axes there are no arrays outside of the program.
+        is_local = not any(aval.manual_axis_type.varying for aval in avals)
+        if is_pure and is_local and not any(isinstance(x, Tracer) for x in operands):
+            depths = [x.equation.depth for x in atoms if isinstance(x, Constant)]
+            depth = 1 + max(depths, default=0)
+            equation = Equation(signature, call, atoms, 0, size, depth)
+            with set_current_trace(_compat.eval_trace):
+                results = list(call(*operands))
+            self._remember_constants(equation, results)
+            return results
+        self.equations.append(Equation(signature, call, atoms, self._count, size))
+        return [self.new_tracer(aval) for aval in avals]
+
+    def _remember_constants(self, equation: Equation, results: Sequence[Any]) -> None:
+        """Remember how results were computed that are too large to embed in the program.
+
+        A small array goes into the program as a literal. A large one, such as
+        `jnp.zeros(10**6)`, would bloat it, and the program computes it again from what it
+        was computed from, unless that is as large, or a chain of too many operations.
+
+        Only the arrays are not kept: a body may compute and drop as many as it likes, and
+        holding all of them to the end of the run would need the sum of their memory. What
+        is kept is the equation, and of the arrays weak references, by id.
+        """
+        given = sum(np.size(x) for x in equation.operands if not isinstance(x, Constant))
+        if equation.depth > MAX_CONSTANT_DEPTH:
+            return
+        for i, x in enumerate(results):
+            if x.size > max(MAX_CONSTANT_SIZE, given):
+                constant = Constant(equation, i, x.aval)
+                self._constants[id(x)] = weakref.ref(x), constant
+
+    def call_custom(
+        self,
+        primitive: Primitive,
+        functions: Sequence[Any],
+        operands: Sequence[Any],
+        params: dict[str, Any],
+    ) -> Sequence[Any]:
+        if self._shapes_only:
+            return super().call_custom(primitive, functions, operands, params)
+        return self.apply_function(
+            lambda *xs: primitive.bind(*xs, subfuns=functions, **params), operands
+        )
+
+    def apply_function(
+        self, call: Callable[..., list[Any]], operands: Sequence[Any]
+    ) -> list[Any]:
+        with set_current_trace(_compat.eval_trace):
+            closed = self._copied(jax.make_jaxpr(call)(*operands))
+        is_pure = not calls_host(closed)
+        if not is_pure:
+            self.refuse("it calls Python itself")
+        operands = [*closed.consts, *operands]
+        size, outs = operation_count(closed), closed.out_avals
+        return self._record(
+            (closed,), _compat.opened(closed), operands, outs, size, is_pure
+        )

@@ -1,0 +1,78 @@
+"""Arrays that have a shape and a dtype and no data."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import jax.numpy as jnp
+from jax.core import ShapedArray
+
+from jpyfunc._frames import line_of, user_frame
+from jpyfunc._interpreters.base_tracer import BodyTracer, UnreadValue
+
+
+class NeedsValueError(TypeError):
+    """The body used an abstract value for more than a truth test."""
+
+
+class AbstractTracer(BodyTracer):
+    """An array of which only the aval is known.
+
+    A truth test is answered by its trace. Whatever else needs the value is refused, and
+    recorded, because the body may catch the exception.
+
+    Attributes:
+        number: its position among the values of the run.
+    """
+
+    __slots__ = ("_aval", "number")
+
+    def __init__(self, trace: Any, aval: ShapedArray, number: int) -> None:
+        self._trace = trace
+        self._aval = aval
+        self.number = number
+
+    @property
+    def aval(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # Whatever is done with an array begins by asking for this, so that one that is
+        # used after its run is found here.
+        if not self._trace.is_open:
+            raise self._trace.left_behind()
+        return self._aval
+
+    def to_concrete_value(self) -> Any:
+        # A test in a function that the body differentiates or maps is asked of a tracer of
+        # `jax.grad` or `jax.vmap`, which asks for its primal's value here.
+        if self.aval.dtype == jnp.bool_ and self.aval.size == 1:
+            return UnreadValue(self)
+        return None
+
+    def decide(self) -> bool:
+        return self._trace.answer(self)
+
+    def concrete(self, use: str) -> NoReturn:
+        """Refuse a use that needs the value.
+
+        Raises:
+            NeedsValueError: always.
+        """
+        use = f"{use} of {self.aval.str_short()}"
+        self._trace.refuse(use)
+        raise NeedsValueError(use)
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __repr__(self) -> str:
+        if not self._trace.is_open:
+            return f"Abstract({self._aval.str_short()}, left behind)"
+        # The text has no data. If it is printed that does no harm, but what else the body
+        # does with it, such as a key of a dict, would differ from what it does with data.
+        if not line_of(user_frame()).startswith("print("):
+            self._trace.refuse(f"text of {self.aval.str_short()}")
+        return f"Abstract({self.aval.str_short()})"
+
+
+def is_abstract(value: Any) -> bool:
+    """Whether `value` is an array that has no data."""
+    return isinstance(value, AbstractTracer)
