@@ -13,6 +13,6 @@ from jpyfunc._errors import UnsupportedError as UnsupportedError
 from jpyfunc._explain import explain as explain
 from jpyfunc._py_func import numpy_func as numpy_func
 from jpyfunc._py_func import py_func as py_func
-from jpyfunc._runtime.exceptions import raise_original as raise_original
+from jpyfunc._runtime.raise_original import raise_original as raise_original
 
 __version__ = "0.4.1"

@@ -47,8 +47,16 @@ config_states = _config.config_states
 trace_context_names = _config.trace_context_names
 default_device: Any = _config.default_device  # `jax.config` takes 40 ns more to read it
 
-# A second client of the CPU.
-make_cpu_client = _xla_client.make_cpu_client
+# A second client of the CPU. None: bodies run on the client that all programs share.
+make_cpu_client: Any = getattr(_xla_client, "make_cpu_client", None)
+
+# The custom-call targets that call a Python function, by platform; the call has the index
+# of the function among the callbacks of its module. None: `mlir.emit_python_callback`.
+callback_targets: Any = {
+    "cpu": "xla_ffi_python_cpu_callback",
+    "cuda": "xla_ffi_python_gpu_callback",
+    "rocm": "xla_ffi_python_gpu_callback",
+}
 
 # From NumPy to an uncommitted array, weak types included. `jax.device_put` commits.
 batched_device_put = _xla_client.batched_device_put

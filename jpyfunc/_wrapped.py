@@ -21,8 +21,8 @@ from jpyfunc._frames import is_called_from
 from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._hashable import hashable, unwrapped
 from jpyfunc._options import Kind, Options, check_options, without_partial
-from jpyfunc._runtime.clients import is_in_body
 from jpyfunc._runtime.context import building
+from jpyfunc._runtime.running_bodies import is_in_body
 from jpyfunc._staging.abstract_trace import AbstractTrace
 from jpyfunc._staging.branch_tree import BranchTree
 from jpyfunc._tout import Template

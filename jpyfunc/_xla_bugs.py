@@ -1,20 +1,66 @@
-"""Workarounds for faults of XLA, each with a test of the bare fault.
+"""Workarounds for faults of XLA; `tests/test_xla_bugs.py` has a test of each bare fault.
 
-When that test passes, which it is expected not to, the workaround may go.
+When such a test passes, which it is expected not to, its workaround may go.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, NoReturn
 
+import jax
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import func, stablehlo
 from jax.interpreters import mlir
+from jax.sharding import NamedSharding
+
+
+def constrained(xs: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
+    """Put operands or results of a host call whole on every device of `sharding`.
+
+    A host call with several results that runs on one device of several is run on all of
+    them if its results are constrained to be whole on every device (as of jaxlib 0.12,
+    where Shardy propagates the constraint into the call). Through a barrier the constraint
+    does not get to the call.
+    """
+    xs = jax.lax.optimization_barrier(xs)
+    return [jax.lax.with_sharding_constraint(x, sharding) for x in xs]
+
+
+def printable(text: str) -> str:
+    """Make `text` one that XLA carries whole, for the message of an exception.
+
+    XLA holds the text of a Python exception as a C string, which ends at the first zero
+    byte, and aborts the process where it cannot encode the text in UTF-8, as with the
+    surrogates by which Python stands for undecodable bytes of file names.
+    """
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def raise_without_stack(error: Exception) -> NoReturn:
+    """Raise `error` out of a host call without the calls that lead there in its text.
+
+    XLA makes the text from the exception's traceback, and begins with the whole stack that
+    its innermost frame is on: those of JAX, and of the user's program where the host call
+    runs on the thread that dispatches it. The frame of a suspended generator is on no
+    stack.
+    """
+    nowhere = _suspended.gi_frame
+    place = TracebackType(None, nowhere, nowhere.f_lasti, nowhere.f_lineno)
+    raise error.with_traceback(place)
+
+
+def _nowhere() -> Iterator[None]:
+    yield
+
+
+_suspended: Any = _nowhere()
+next(_suspended)
 
 
 def sample_of_returned(

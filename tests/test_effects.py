@@ -491,7 +491,7 @@ def in_a_loop(y, log):
     ],
 )  # fmt: skip
 def test_a_call_on_a_reduction_of_all_that_is_returned(made, logging):
-    """XLA's own failure, `RET_CHECK ... IsDead`, of which `jax.debug.callback` dies."""
+    """XLA fails to compile these (`RET_CHECK ... IsDead`), but for `sample_of_returned`."""
     x = jnp.linspace(0, 1, 360_000).reshape(600, 600) / 10
     seen, expected = [], []
 
@@ -507,17 +507,6 @@ def test_a_call_on_a_reduction_of_all_that_is_returned(made, logging):
     np.testing.assert_allclose(
         sorted(seen, key=np.sum), sorted(expected, key=np.sum), rtol=1e-4
     )
-
-
-@pytest.mark.xfail(
-    raises=jax.errors.JaxRuntimeError,
-    reason="XLA's CPU compiler forgets the root of a program that it fuses into its only "
-    "user; where this passes, _xla_bugs.sample_of_returned may go",
-)
-def test_the_bare_fault_that_this_works_around():
-    """JAX's own callback in the place of ours."""
-    program = jax.jit(lambda x: returning(x @ x, lambda v: jax.debug.callback(print, v)))
-    program.lower(jnp.ones((600, 600))).compile()
 
 
 def test_the_workaround_costs_little():

@@ -15,7 +15,7 @@ from programs import run_program, start_program, xla_flags
 
 import jpyfunc
 from jpyfunc import UnsupportedError, numpy_func, py_func, raise_original
-from jpyfunc._runtime import in_flight
+from jpyfunc._runtime import fences
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -561,12 +561,12 @@ def test_blocks_under_any_configuration_and_transform(context):
     """Their fences are programs of our own, of which no trace takes note."""
     f = py_func(lambda x: x + 1, Tout=lambda x: x)
     jax.jit(f)(jnp.ones(3)).block_until_ready()
-    in_flight._fence_over.cache_clear()
+    fences._compiled_fence.cache_clear()
     with context(), raise_original(), jpyfunc.profile():
         pass
 
     def traced(x):
-        in_flight._fence_over.cache_clear()
+        fences._compiled_fence.cache_clear()
         with raise_original(), jpyfunc.profile():
             return f(x)
 

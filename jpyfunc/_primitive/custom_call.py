@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,10 +26,6 @@ def emit_host_call(
 ) -> tuple[list[Any], Any]:
     """Emit the custom call that runs `function` on the host.
 
-    `jax.interpreters.mlir.emit_python_callback` does the same and then checks and
-    canonicalizes every result on the callback's thread, under the configuration of that
-    thread; `function` has done so under the caller's.
-
     Args:
         ctx: the context of the lowering rule.
         function: called with NumPy operands, returns a tuple of NumPy results.
@@ -40,54 +36,88 @@ def emit_host_call(
     Returns:
         The lowered results and the new token (None without one).
     """
-    module = ctx.module_context
-    sharding = _compat.callback_op_sharding(module.axis_context, None, ctx.avals_out)
-    if module.platforms[0] == "tpu":
-        avals_in, avals_out = cast(Any, (ctx.avals_in, ctx.avals_out))
-        results, token, _ = mlir.emit_python_callback(
-            ctx, function, token, list(operands), avals_in, avals_out,
-            has_side_effect=has_side_effect, returns_token=token is not None,
-            sharding=sharding,
-        )  # fmt: skip
-        return list(results), token
-    callback = function
-    if token is not None:
-        operands = [token, *operands]
-        ctx = ctx.replace(
+    platform = ctx.module_context.platforms[0]
+    if has_side_effect and platform == "cpu":
+        sample = sample_of_returned(ctx, operands)
+        if sample is not None:
+            operands = [*operands, sample[0]]
+            ctx = ctx.replace(avals_in=[*ctx.avals_in, sample[1]])
+            function = functools.partial(_without_last, function)
+    axes = ctx.module_context.axis_context
+    sharding = _compat.callback_op_sharding(axes, None, ctx.avals_out)
+    targets = _compat.callback_targets
+    if targets is None or platform not in targets:
+        return _emit_checked_call(ctx, function, token, operands, sharding, has_side_effect)
+    if token is None:
+        return _emit_call(ctx, function, operands, sharding, has_side_effect), None
+    token, *results = _emit_call(
+        ctx.replace(
             avals_in=[_compat.abstract_token, *ctx.avals_in],
             avals_out=[_compat.abstract_token, *ctx.avals_out],
-        )
-        callback = functools.partial(_thread_token, function)
-        if isinstance(sharding, _compat.SdyArrayList) and ctx.avals_out[1:]:
-            # One annotation per result, and the token is now the first of them.
-            devices = sharding.shardings[0].logical_device_ids
-            of_token = _compat.SdyArray(
-                mesh_shape=(), dim_shardings=(), logical_device_ids=devices
-            )
-            sharding = _compat.SdyArrayList((of_token, *sharding.shardings))
-    kind = "cpu" if module.platforms[0] == "cpu" else "gpu"
-    sample = (
-        sample_of_returned(ctx, operands) if has_side_effect and kind == "cpu" else None
+        ),
+        functools.partial(_thread_token, function),
+        [token, *operands],
+        _with_token(sharding) if ctx.avals_out else sharding,
+        has_side_effect,
     )
-    if sample is not None:
-        operands = [*operands, sample[0]]
-        ctx = ctx.replace(avals_in=[*ctx.avals_in, sample[1]])
-        callback = functools.partial(_drop_last, callback)
-    module.add_host_callback(callback)
-    call = jax.ffi.build_ffi_lowering_function(
-        f"xla_ffi_python_{kind}_callback", has_side_effect=has_side_effect
-    )(ctx, *operands, index=np.uint64(len(module.host_callbacks) - 1))
+    return results, token
+
+
+def _emit_call(
+    ctx: mlir.LoweringRuleContext,
+    function: HostFunction,
+    operands: Sequence[Any],
+    sharding: Any,
+    has_side_effect: bool,
+) -> list[Any]:
+    """Emit a call of JAX's custom-call target for Python functions."""
+    module = ctx.module_context
+    target = _compat.callback_targets[module.platforms[0]]
+    module.add_host_callback(function)
+    index = np.uint64(len(module.host_callbacks) - 1)
+    lower = jax.ffi.build_ffi_lowering_function(target, has_side_effect=has_side_effect)
+    call: Any = lower(ctx, *operands, index=index)
     if sharding is not None:
         _compat.set_sharding(module, call, sharding)
-    results = list(call.results)
-    if token is not None:
-        token, *results = results
-    return results, token
+    return list(call.results)
+
+
+def _emit_checked_call(
+    ctx: mlir.LoweringRuleContext,
+    function: HostFunction,
+    token: Any,
+    operands: Sequence[Any],
+    sharding: Any,
+    has_side_effect: bool,
+) -> tuple[list[Any], Any]:
+    """Emit the call by JAX's public function, where its custom-call target is unknown.
+
+    That checks and canonicalizes every result again, on the callback's thread and under
+    the configuration of that thread. So 64-bit results need `jax_enable_x64` there: set for
+    the process, not by a context manager.
+    """
+    avals_in: Any = ctx.avals_in
+    avals_out: Any = ctx.avals_out
+    results, token, _ = mlir.emit_python_callback(
+        ctx, function, token, list(operands), avals_in, avals_out,
+        has_side_effect=has_side_effect, returns_token=token is not None,
+        sharding=sharding,
+    )  # fmt: skip
+    return list(results), token
+
+
+def _with_token(sharding: Any) -> Any:
+    """Annotate the token, too: Shardy wants one annotation for each result of the call."""
+    if not isinstance(sharding, _compat.SdyArrayList):
+        return sharding
+    devices = sharding.shardings[0].logical_device_ids
+    of_token = _compat.SdyArray(mesh_shape=(), dim_shardings=(), logical_device_ids=devices)
+    return _compat.SdyArrayList((of_token, *sharding.shardings))
 
 
 def _thread_token(function: HostFunction, token: Any, *operands: Any) -> tuple[Any, ...]:
     return (token, *function(*operands))
 
 
-def _drop_last(callback: HostFunction, *operands: Any) -> tuple[Any, ...]:
-    return callback(*operands[:-1])
+def _without_last(function: HostFunction, *operands: Any) -> tuple[Any, ...]:
+    return function(*operands[:-1])

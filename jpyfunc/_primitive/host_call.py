@@ -26,7 +26,7 @@ from jpyfunc._limits import (
 from jpyfunc._runtime.configuration import Config, enter_config
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.exceptions import caller, failing, leave
-from jpyfunc._runtime.in_flight import running_body
+from jpyfunc._runtime.running_bodies import running_body
 from jpyfunc._staging.closure import held
 
 # What a call says of its failure where others must know: a text, zeros if there is none.

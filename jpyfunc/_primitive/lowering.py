@@ -18,8 +18,9 @@ from jpyfunc._primitive.failure_report import checked
 from jpyfunc._primitive.host_call import REPORT, HostCall
 from jpyfunc._primitive.primitive import ORDERED, Params, check_rules
 from jpyfunc._runtime.clients import body_device
-from jpyfunc._runtime.exceptions import watch
-from jpyfunc._runtime.in_flight import note_devices
+from jpyfunc._runtime.failures import watch
+from jpyfunc._runtime.fences import add_fences
+from jpyfunc._xla_bugs import constrained
 
 
 def _py_func_lowering(
@@ -33,12 +34,12 @@ def _py_func_lowering(
             in a `shard_map`.
     """
     _check_supported(ctx, params)
-    note_devices(_local_devices(ctx))
+    add_fences(_local_devices(ctx))
     watch()
     whole = _whole_on_all_devices(ctx)
     avals_out = list(ctx.avals_out)
     if whole is not None:
-        operands = _lowered(ctx, _constrain, operands, ctx.avals_in, ctx.avals_in, whole)
+        operands = _lowered(ctx, constrained, operands, ctx.avals_in, ctx.avals_in, whole)
         avals_out.append(REPORT)
     token = ctx.tokens_in.get(ORDERED) if params.ordered else None
     device = body_device(ctx)
@@ -113,15 +114,8 @@ def _whole_on_all_devices(ctx: mlir.LoweringRuleContext) -> NamedSharding | None
     return NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
 
 
-def _constrain(xs: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
-    # Without the barrier, XLA (of jaxlib 0.12) takes the constraint on the results as
-    # leave to run a call that has several of them on every device.
-    xs = jax.lax.optimization_barrier(xs)
-    return [jax.lax.with_sharding_constraint(x, sharding) for x in xs]
-
-
 def _checked(xs: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
-    *results, report = _constrain(xs, sharding)
+    *results, report = constrained(xs, sharding)
     return checked(results, report, sharding)
 
 

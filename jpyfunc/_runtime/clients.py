@@ -14,12 +14,15 @@ Each client waits only for the next one, and the last one for none, so there is 
 The chain is as long as bodies are nested in programs in bodies, which is one or two.
 
 The clients are synchronous: an operation runs on the thread that dispatches it, which
-saves a change of thread for each. JAX has no public way to make a second client.
+saves a change of thread for each. JAX has no public way to make a second client. Where a
+version has none at all, bodies share JAX's client, and may deadlock.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 
 import jax
 from jax.interpreters import mlir
@@ -32,6 +35,9 @@ _lock = threading.Lock()
 
 def body_device(ctx: mlir.LoweringRuleContext) -> _compat.Device:
     """The device on which the bodies of the program that is being lowered run."""
+    if _compat.make_cpu_client is None:
+        _warn_of_shared_client()
+        return jax.local_devices(backend="cpu")[0]
     program_client = ctx.module_context.get_backend(optional=True)
     with _lock:
         level = 0
@@ -42,14 +48,21 @@ def body_device(ctx: mlir.LoweringRuleContext) -> _compat.Device:
         return _clients[level].local_devices()[0]
 
 
+@functools.cache
+def _warn_of_shared_client() -> None:
+    warnings.warn(
+        f"jax {jax.__version__} has no make_cpu_client, so the bodies of compiled programs "
+        "run their operations on the CPU client that the programs run on. They may then "
+        "deadlock, as those of jax.pure_callback do (jax-ml/jax#24255). Use a version of "
+        "jax that this version of jpyfunc supports.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def is_private(device: _compat.Device) -> bool:
     """Whether a device is for bodies."""
     return device.client in _clients
-
-
-def is_in_body() -> bool:
-    """Whether a compiled program's body runs on this thread, where nothing may wait."""
-    return is_private(default_device())
 
 
 def default_device() -> _compat.Device:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jpyfunc._runtime.exceptions import failures, original_of
+from jpyfunc._runtime.failures import failures, original_of
 from jpyfunc._runtime.transfers import allowed_transfers
 from jpyfunc.tf1._nodes import Tensor
 from jpyfunc.tf1._values import convert, fits

@@ -1,0 +1,62 @@
+"""The bodies of compiled programs that run now, and for how long each has been idle."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+
+# By thread, the clock of its CPU time, and the number, of the body that runs there.
+_running: dict[int, tuple[int, int]] = {}
+numbers = itertools.count()  # of bodies and blocks, in the order in which they began
+
+# On Windows threads have no clock, and each body counts as one that waits.
+_clock_of = getattr(time, "pthread_getcpuclockid", lambda thread: 0)
+
+
+class running_body:  # noqa: N801 - a context manager
+    """A block in which the body of a compiled program runs on this thread."""
+
+    __slots__ = ("_is_outermost", "_thread")
+
+    def __enter__(self) -> None:
+        self._thread = threading.get_ident()
+        self._is_outermost = self._thread not in _running
+        if self._is_outermost:
+            _running[self._thread] = (_clock_of(self._thread), next(numbers))
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._is_outermost:
+            del _running[self._thread]
+
+
+def is_in_body() -> bool:
+    """Whether a compiled program's body runs on this thread, where nothing may wait."""
+    return threading.get_ident() in _running
+
+
+class IdleTimes:
+    """For how long each body has done nothing, seen from one look to the next."""
+
+    def __init__(self) -> None:
+        # By the number of a body, its CPU time and when that was last seen to change.
+        self._last: dict[int, tuple[float, float]] = {}
+
+    def seconds(self) -> dict[int, float]:
+        """By the number of each body that runs, for how long its thread used no CPU."""
+        now = time.monotonic()
+        used = {number: _time_of(clock) for clock, number in _running.copy().values()}
+        self._last = {
+            number: last
+            if (last := self._last.get(number)) is not None and last[0] == seconds
+            else (seconds, now)
+            for number, seconds in used.items()
+        }
+        return {number: now - since for number, (_, since) in self._last.items()}
+
+
+def _time_of(clock: int) -> float:
+    with contextlib.suppress(OSError, AttributeError):  # the thread has ended meanwhile
+        return time.clock_gettime(clock) if clock else 0.0
+    return 0.0
