@@ -535,6 +535,16 @@ def effect(x):
     return x * 2 if x > 2 else x
 
 
+def print_without_operands(x):
+    jax.debug.print("effect")
+    return x * 2 if x > 2 else x
+
+
+def callback_without_operands(x):
+    jax.debug.callback(lambda: print("effect"))
+    return x * 2 if x > 2 else x
+
+
 def stateful(x):
     py_func(lambda x: print("effect", x), [x], [])
     return x * 2 if x > 2 else x
@@ -560,16 +570,23 @@ def settings_inside(x):
         return x * 2 if x > 2 else x
 
 
-@pytest.mark.parametrize(
-    "body", [effect, stateful, stateful_scan, host, numpy_inside, settings_inside]
-)
+EFFECTS = [
+    effect,
+    print_without_operands,
+    callback_without_operands,
+    stateful,
+    stateful_scan,
+]
+
+
+@pytest.mark.parametrize("body", [*EFFECTS, host, numpy_inside, settings_inside])
 def test_what_cannot_be_batched_runs_one_by_one(body, capfd, transform):
     program = transform(jax.vmap(by_branch(body)))
     for _ in range(2):
         assert_close(program(xs), jnp.where(xs > 2, xs * 2, xs))
         jax.effects_barrier()
         lines = capfd.readouterr().out.splitlines()
-        assert len(lines) == (7 if body in (effect, stateful, stateful_scan) else 0)
+        assert len(lines) == (7 if body in EFFECTS else 0)
 
 
 def test_an_operation_without_a_batching_rule(transform):

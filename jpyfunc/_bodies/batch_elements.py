@@ -1,25 +1,26 @@
 """Runs a body for every element of a batch: by branch, or one by one.
 
-A run by branch costs about as much as the run of a few elements alone, however many
-elements it is of: Python executes once, and each operation is dispatched once. So a batch
-runs by branch unless that cannot be right or cannot pay off. One by one run:
+By branch or one by one? A run by branch costs about as much as the runs of a few elements,
+however many it is of, because Python executes once and each operation is dispatched once.
+So a batch runs by branch, unless
 
-- what is not allowed to run for many elements at once: an effect, a call of Python, an
-  operation that gives each element something else; the first run by branch finds it out.
-  Numbers drawn from Python's or NumPy's global generator would be the same for all elements
-  of a run. Nothing tells while the body runs, so states are compared afterwards, and the
-  results dropped;
-- what must be seen for each element: JAX looks for NaN in every result, or transposes
-  through the user's function;
-- elements of many bytes, whose operations take longer than Python does;
-- elements of which there are fewer than two to a path.
+- that is impossible: the body has an effect, calls Python through JAX, or has an operation
+  that cannot be batched. The first run by branch finds out;
+- that would be wrong: numbers drawn from the global generator of Python or NumPy would be
+  the same for all elements. Nothing tells while the body runs, so the states of the
+  generators are compared afterwards, and all results dropped if they differ;
+- JAX is to check each result for NaN, where a padded or joint array may not have one to
+  show, or a body is transposed, which runs it on abstract values;
+- it is no faster: elements have so many bytes that their operations take longer than
+  Python does, or so many paths that there are fewer than two elements to one.
 
-All but the draws give the same results either way, so a refusal may come in the middle of
-a batch: elements that are done stay done.
+But for the draws, results are the same either way. So a batch may change over in the
+middle: the elements that are done stay done, and the others run one by one.
 
-Derivatives at tapes have less choice. A tape that was made by branch is of many elements
-and serves a run of some of these only, so a derivative begins with a subset of each tape,
-whatever the sizes and however many there are.
+Derivatives at tapes have less choice. A tape that was made by branch is of a subset, and
+serves only runs by branch of elements of that subset. So these derivatives run by branch,
+whatever their sizes and however many paths there are, and begin with a subset for each
+tape.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from jpyfunc._bodies.derivatives import call
 from jpyfunc._bodies.derived import Batch, Transpose, WithTape, recorded_of, ticket_of
 from jpyfunc._bodies.primal import Primal
 from jpyfunc._bodies.profile import title_of
-from jpyfunc._bodies.random_draws import drawn_since, generators
+from jpyfunc._bodies.random_draws import drawn_since, generator_states
 from jpyfunc._frames import warn_at_function
 from jpyfunc._hashable import unwrapped
 from jpyfunc._interpreters.by_branch import (
@@ -112,13 +113,14 @@ def _evaluate_traced(layout: BatchLayout, operands: Sequence[Any]) -> list[Any]:
 
 
 class BatchElements:
-    """The elements of a batch, with what they left so far.
+    """The elements of a batch, with the results of those that have run.
 
     Attributes:
         layout: of the batch.
         columns: the operands.
-        results: what the elements left.
-        is_done: for each element, whether it did; nothing is added to a sum twice.
+        results: the results.
+        is_done: for each element, whether it is in `results`. None may be added to a sum
+            twice.
     """
 
     def __init__(
@@ -139,10 +141,10 @@ class BatchElements:
         ]
         self._names = ElementNames(base.primal.label, layout.sizes)
         self._follows_tapes = ticket is not None
-        self._restart()
+        self._drop_results()
 
-    def _restart(self) -> None:
-        """Forget what the elements left."""
+    def _drop_results(self) -> None:
+        """Drop all results."""
         layout = self.layout
         self.is_done = np.zeros(layout.count, bool)
         self.results = [
@@ -154,7 +156,7 @@ class BatchElements:
         return _run_base(self.layout, operands)
 
     def run_each(self, rows: np.ndarray) -> None:
-        """Run elements one by one, those that are not done."""
+        """Run those of some elements that are not done, one by one."""
         for row in rows[~self.is_done[rows]].tolist():
             values = run_alone(self._function, self.columns, row, self._names)
             arrays = [np.asarray(value) for value in values]
@@ -163,38 +165,42 @@ class BatchElements:
             self.is_done[row] = True
 
     def run_by_branch(self) -> None:
-        """Run all elements, by branch as far as possible."""
+        """Run all elements, by branch unless there is a reason against it."""
         context = self._context
         if why := self._reason_against():
             context.count(one_by_one=why)
             self.run_each(np.arange(self.layout.count))
             return
-        subsets = [chunk for root in self._roots() for chunk in self._chunks(root)]
+        subsets = [*self._subsets()]
         if not subsets:
             return
-        before, counted = generators(), context.counted_elements()
+        before, counted = generator_states(), context.counted_elements()
         refusal = self._attempt(subsets)
         drawn = drawn_since(before)
         if drawn:
             refusal = Refusal(f"numbers are drawn from {drawn}")
-            self._restart()
+            self._drop_results()
             context.recount_elements(counted)
-            before = generators()
+            before = generator_states()
         if refusal is None:
             return
         context.count(one_by_one=refusal.why)
-        # As it would have been from the start: if an element raises here, its exception is
-        # the user's own, and nothing is remembered.
+        # What an element raises here is the user's own, and ends the call as it would have
+        # without a batch. Then nothing is remembered.
         self.run_each(np.sort(np.concatenate([subset.rows for subset in subsets])))
         if not drawn:
             scope = Scope.SIZE if refusal.is_of_paths else Scope.KIND
             remember_refusal(self.layout, scope, refusal.why)
-        elif drawn_since(before):  # not if another thread drew
+        elif drawn_since(before):  # or else another thread drew
             remember_refusal(self.layout, Scope.FUNCTION, refusal.why)
             _warn_of_draws(self.layout.base.primal, drawn)
 
     def _attempt(self, subsets: Sequence[Subset]) -> Refusal | None:
-        """Run subsets by branch; elements may be left, and the reason is returned."""
+        """Run subsets by branch.
+
+        Returns:
+            None, or why the elements that are not done are to run one by one.
+        """
         count = self.layout.count
         max_paths = count if self._follows_tapes else count // 2
         context = self._context
@@ -203,8 +209,8 @@ class BatchElements:
         def collect(rows: np.ndarray, results: list[np.ndarray]) -> None:
             nonlocal counted
             if isinstance(self.layout.base, WithTape):
-                tickets = results[-1]  # of one run
-                results[-1] = tape_cache.of_rows(tickets[0], len(rows))
+                # The ticket of the run, which all elements share, and their numbers in it.
+                results[-1] = tape_cache.of_rows(results[-1][0], len(rows))
             for column, values in zip(self.results, results, strict=True):
                 column.add_rows(rows, values)
             self.is_done[rows] = True
@@ -219,7 +225,7 @@ class BatchElements:
         return refusal
 
     def _reason_against(self) -> str:
-        """Why this batch is not to be tried by branch; empty if it is."""
+        """A reason not to try by branch; empty if there is none."""
         nbytes = self._bytes_per_element
         if not self._follows_tapes and nbytes > MAX_ELEMENT_BYTES:
             return f"elements of {nbytes:,} bytes"
@@ -242,18 +248,19 @@ class BatchElements:
     def _bytes_per_element(self) -> int:
         return sum(self._array_bytes)
 
-    def _chunks(self, root: Subset) -> Iterator[Subset]:
-        """Subsets of `root` whose operands and results take a bounded memory."""
-        count = len(root.rows)
+    def _subsets(self) -> Iterator[Subset]:
+        """The subsets to begin with, whose operands and results take a bounded memory."""
         size = max(1, MAX_BATCH_BYTES // max(1, self._bytes_per_element))
-        if count <= size:
-            yield root
-            return
-        for i in range(0, count, size):
-            yield root.take(np.arange(i, min(i + size, count)))
+        for root in self._roots():
+            count = len(root.rows)
+            if count <= size:
+                yield root
+            else:
+                for i in range(0, count, size):
+                    yield root.take(np.arange(i, min(i + size, count)))
 
     def _roots(self) -> Iterator[Subset]:
-        """The elements that can begin together: those whose tape is one, or gone."""
+        """The elements that can begin together: at one tape, or at none."""
         nbytes = max(self._array_bytes, default=0)
         every = np.arange(self.layout.count)
         at_tape = recorded_of(self.layout.base)
@@ -266,7 +273,7 @@ class BatchElements:
         evicted = []
         for label, place in enumerate(first):
             rows = np.flatnonzero(labels == label)
-            if tape_cache.is_void(tickets[place]):  # zeros are right for results, too
+            if tape_cache.is_void(tickets[place]):  # no branch ran: results stay zero
                 continue
             is_cached, subset = tape_cache.subset_of(at_tape, tickets[place])
             if not is_cached:

@@ -1,7 +1,8 @@
-"""Notices that numbers were drawn from the global generators of Python and NumPy.
+"""Detects numbers drawn from the global generators of Python and NumPy.
 
-`random.getstate` takes 8 us and `numpy.random.get_state` 25, beside a run by branch of some
-800, so that of NumPy's generator the memory that it is in is compared, at less than 1 us.
+A generator was drawn from if its state has changed. `random.getstate` takes 8 us, beside
+some 800 of a run by branch, but `numpy.random.get_state` takes 25. So for NumPy, the memory
+of the generator is compared instead, which takes less than 1 us.
 """
 
 from __future__ import annotations
@@ -15,32 +16,33 @@ import numpy as np
 _bit_generator = getattr(np.random, "get_bit_generator")  # noqa: B009 - unknown to pyright
 _WORDS = 4 * 625  # bytes of a Mersenne Twister
 
-# The words when NumPy was asked last for the second of a pair of normal numbers, and that.
-_asked: tuple[bytes, Any] = (b"", None)
+# Normal numbers are drawn in pairs, and the second one is stored until the next draw, which
+# leaves the words alone. So it belongs to the state, but only `get_state` tells it. There
+# can be a new one only if words were drawn, and none to lose if there was none. This is the
+# last answer: the words, and the second number or None.
+_last_known: tuple[bytes, float | None] = (b"", None)
 
 
-def generators() -> tuple[Any, Any]:
-    """The states of `random` and `numpy.random`, to compare with those of later."""
-    return random.getstate(), _of_numpy()
+def generator_states() -> tuple[Any, Any]:
+    """The states of `random` and `numpy.random`, for `drawn_since`."""
+    return random.getstate(), _numpy_state()
 
 
 def drawn_since(before: tuple[Any, Any]) -> str:
-    """Which of the generators are no longer as they were."""
-    pairs = zip(("random", "numpy.random"), before, generators(), strict=True)
+    """The names of the generators whose state has changed; empty if there is none."""
+    pairs = zip(("random", "numpy.random"), before, generator_states(), strict=True)
     return " and ".join(name for name, then, now in pairs if then != now)
 
 
-def _of_numpy() -> Any:
-    global _asked
+def _numpy_state() -> Any:
+    global _last_known
     bits = _bit_generator()
-    if type(bits) is not np.random.MT19937:  # put there by the user
+    if type(bits) is not np.random.MT19937:  # the user has set another one
         return repr(np.random.get_state(legacy=False))
     words = ctypes.string_at(bits.ctypes.state_address, _WORDS)
-    before, second = _asked
-    # Normal numbers are drawn in pairs, of which the second stays until it is asked for,
-    # which leaves the words alone. There is none unless words were drawn.
-    if words != before or second is not None:
+    known_words, second = _last_known
+    if words != known_words or second is not None:
         state = np.random.get_state(legacy=False)
         second = state["gauss"] if state["has_gauss"] else None
-        _asked = (words, second)
+        _last_known = (words, second)
     return words, second

@@ -1,4 +1,4 @@
-"""Batching rule, one function per `vmap_method`."""
+"""The batching rule of the primitive, one function per `vmap_method`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from jpyfunc._bodies.primal import Primal
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._primitive.primitive import Params, bind
 
-BatchTracer = tuple[list[Any], Body]
+# The operands of the call of a batch, batch axes first, and its body.
+BatchedCall = tuple[list[Any], Body]
 
 
 def _py_func_batching(
     operands: Sequence[Any], dims: Sequence[Any], *, params: Params
 ) -> tuple[list[Any], list[int]]:
-    """Make one host call of a whole batch.
+    """Bind one call for a whole batch.
 
     Args:
         operands: some with a batch axis.
-        dims: where that is, None for an operand that all elements share.
+        dims: the positions of these axes; None for an operand that all elements share.
         params: of the call for one element.
 
     Returns:
-        The results, and 0 for each: their leading axis is the batch.
+        The results, and the positions of their batch axes, which are all 0.
 
     Raises:
         UnsupportedError: the call is ordered, and a batch has no order.
@@ -35,8 +36,8 @@ def _py_func_batching(
     if params.ordered:
         raise UnsupportedError(
             f"{params.name} has ordered=True and cannot be used under vmap, "
-            "which defines no order of its elements. Drop ordered=True, or loop with "
-            "jax.lax.map or jax.lax.scan."
+            "which defines no order of its elements. Drop ordered=True, or loop over the "
+            "elements with jax.lax.map or jax.lax.scan."
         )
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     batched = tuple(d is not None for d in dims)
@@ -51,22 +52,22 @@ def _py_func_batching(
 
 def _sequential(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
-) -> BatchTracer:
+) -> BatchedCall:
     """Run the body once per element."""
     return operands, batch_of(body, size, batched)
 
 
 def _by_branch(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
-) -> BatchTracer:
-    """Run the body once per branch that elements take."""
+) -> BatchedCall:
+    """Run the body once per path that elements take through it."""
     return operands, batch_of(body, size, batched, by_branch=True)
 
 
 def _expand_dims(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
-) -> BatchTracer:
-    """Run the body once; an operand that all elements share gets an axis of length 1."""
+) -> BatchedCall:
+    """Run the body once on the whole batch; shared operands get an axis of length 1."""
     if not isinstance(body, Primal):
         return _broadcast_all(body, operands, size, batched)
     expanded = [
@@ -77,11 +78,12 @@ def _expand_dims(
 
 def _broadcast_all(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
-) -> BatchTracer:
-    """Run the body once; an operand that all elements share is repeated for each."""
+) -> BatchedCall:
+    """Run the body once on the whole batch; shared operands are repeated along its axis."""
     ticket = None if isinstance(body, Batch) else ticket_of(body)
     if isinstance(body, Batch) or (ticket is not None and not batched[ticket]):
-        # Derivatives of one run, whose ticket is not that of a batch of runs.
+        # The tape is that of one element: `jax.vmap` is over its tangents or cotangents
+        # alone, as in `jax.jacrev`.
         return _sequential(body, operands, size, batched)
     repeated = [
         x if b else jnp.broadcast_to(x, (size, *jnp.shape(x)))
