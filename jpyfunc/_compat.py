@@ -8,6 +8,7 @@ that these names were checked on is stated in `pyproject.toml`.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -33,6 +34,9 @@ Client = Any
 # The trace that runs operations at once.
 EvalTrace = _core.EvalTrace
 eval_trace = _core.eval_trace
+
+# The trace of a tracer: the slot that JAX reads, for a public attribute to be an alias of.
+TRACE_SLOT: Any = jax.core.Tracer._trace
 
 # A cache on which objects it depends weakly: bounded by the life of a jaxpr.
 weakref_lru_cache = _util.weakref_lru_cache
@@ -147,6 +151,39 @@ def let_refill(function: Any) -> None:
 def current_trace() -> Any:
     """What operations on this thread go to: a transform's trace, or `eval_trace`."""
     return _core.trace_ctx.trace or eval_trace
+
+
+class KeyedTrace(_core.Trace):
+    """A trace that says what JAX's caches know it by, in the place of its `_weakref`.
+
+    JAX's constructor of traces sets that attribute to a weak reference to the trace. It is
+    part of the keys of `jax.jit`, and what `get_opaque_trace_state` compares.
+
+    Attributes:
+        own_key: what JAX has set.
+        shared_key: what the caches of `jax.jit` get.
+    """
+
+    own_key: Any
+    shared_key: Any
+
+    @property
+    def state_key(self) -> Any:
+        """What `get_opaque_trace_state` gets."""
+        return self.own_key
+
+    @property
+    def _weakref(self) -> Any:
+        is_for_state = sys._getframe(1).f_code is _STATE_CODE
+        return self.state_key if is_for_state else self.shared_key
+
+    @_weakref.setter
+    def _weakref(self, own: Any) -> None:
+        self.own_key = own
+
+
+EVAL_TRACE_KEY = eval_trace._weakref
+_STATE_CODE = _core.get_opaque_trace_state.__code__
 
 
 class no_axis_names:  # noqa: N801 - a context manager

@@ -113,13 +113,13 @@ def test_what_an_array_says_of_itself():
     assert said == plain
 
 
-def test_waiting_for_an_array_keeps_its_gradient(way):
+def test_waiting_for_an_array_keeps_its_gradient(derivative):
     def body(x):
         return jnp.sin(x).block_until_ready() * x
 
     x = jnp.float32(0.5)
-    got = call(way(py_func(body, Tout=f32)), x)
-    assert_close(got, way(lambda x: jnp.sin(x) * x)(x))
+    got = call(derivative(py_func(body, Tout=f32)), x)
+    assert_close(got, derivative(lambda x: jnp.sin(x) * x)(x))
 
 
 @pytest.mark.parametrize(

@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.core import Trace
-from jax.extend.core import get_opaque_trace_state, set_current_trace
+from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 
-_STATE_CODE = get_opaque_trace_state.__code__
 
-
-class BodyTrace(Trace):
+class BodyTrace(_compat.KeyedTrace):
     """A trace under which a body runs.
 
-    All traces of one class share a key in the caches of `jax.jit`, which contains the
-    `_weakref` of the current trace. A body runs under a new trace each time; with a key
+    All traces of one class share a key in the caches of `jax.jit`, which contain a weak
+    reference to the current trace. A body runs under a new trace each time; with a key
     of its own for each, every jitted function that the body calls would be traced again in
     every run, and its entries pile up in one bucket that is searched linearly.
 
-    `jax.extend.core.get_opaque_trace_state` compares the same attribute. Libraries that
+    `jax.extend.core.get_opaque_trace_state` compares the same reference. Libraries that
     forbid changing in one trace what was made in another (flax, haiku) build on it, so it
     alone gets the reference of this very trace, or that of no trace if the class says that
     its values are as good as outside of any.
     """
 
     _is_transparent = False
-    _shared_key: Any
-    _own_key: Any
 
     def __init_subclass__(cls) -> None:
         cls._stand_in = Trace()  # JAX holds the key weakly
-        cls._shared_key = weakref.ref(cls._stand_in)
+        cls.shared_key = weakref.ref(cls._stand_in)
 
     @property
-    def _weakref(self) -> Any:
-        if sys._getframe(1).f_code is not _STATE_CODE:
-            return self._shared_key
-        return _compat.eval_trace._weakref if self._is_transparent else self._own_key
-
-    @_weakref.setter
-    def _weakref(self, own: Any) -> None:
-        self._own_key = own
+    def state_key(self) -> Any:
+        return _compat.EVAL_TRACE_KEY if self._is_transparent else self.own_key
 
     def stage_value(self, val: Any) -> Any:
         return val if isinstance(val, jax.Array) else _compat.eval_trace.stage_value(val)

@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jpyfunc import _compat
+
 
 class BodyTracer(Tracer):
     """An array inside a body, where ordinary Python converts, prints, copies and saves it.
@@ -25,6 +27,8 @@ class BodyTracer(Tracer):
     """
 
     __slots__ = ()
+
+    body_trace: Any = _compat.TRACE_SLOT
 
     def concrete(self, use: str) -> Any:
         """The value, for a use that no gradient flows through.
