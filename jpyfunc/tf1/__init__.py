@@ -1,10 +1,10 @@
 """TensorFlow 1's names for programs of graphs and sessions: `import jpyfunc.tf1 as tf`.
 
-A graph is a record of calls. A session lowers what it is asked for to one function of the
-fed values, compiles that with `jax.jit`, and keeps it. Functions such as `tf.abs` add nodes
-where they get tensors, and are JAX's where they get arrays, in the body of a
-`tf.contrib.eager.py_func`. `tf.lift` makes a node of any function of JAX, and `tf.numpy` is
-all of `jax.numpy`.
+A graph records calls. A session lowers the part of it that a run needs to one function of
+the feeds, which it compiles with `jax.jit` and caches. Functions such as `tf.abs` add nodes
+when they are called on tensors; called on arrays, as in the body of a
+`tf.contrib.eager.py_func`, they are functions of JAX. `tf.lift` makes any function of JAX
+accept tensors, and `tf.numpy` is all of `jax.numpy`.
 """
 
 from typing import NoReturn as _NoReturn
@@ -170,5 +170,5 @@ from jpyfunc.tf1.math import truediv as truediv
 def __getattr__(name: str) -> _NoReturn:
     raise AttributeError(
         f"jpyfunc.tf1 has no {name!r}. tf.numpy has all of jax.numpy, and tf.lift(func) "
-        "makes a function of JAX accept tensors; state, such as variables, is fed."
+        "makes a function of JAX accept tensors. State, such as variables, is fed."
     )

@@ -1,10 +1,10 @@
-"""Calls on graph tensors: the node that a call makes, and what it computes."""
+"""Calls on graph tensors: add the node of a call, and infer what it returns."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,31 @@ import numpy as np
 
 from jpyfunc._errors import InferenceError, add_note
 from jpyfunc._graph_tensor import GraphTensor
+from jpyfunc._wrapped import PyFunc
 
-Spec = tuple[Any, tuple[int | None, ...] | None]  # dtype and shape, None if unknown
+# The dtype and the shape of a result; None for what is unknown.
+Spec = tuple[np.dtype | None, tuple[int | None, ...] | None]
+# What a node computes: from the values of its inputs, which are arrays or pullbacks, to
+# those of its results.
+Compute = Callable[[Sequence[Any]], list[Any]]
+Indices = tuple[int, ...]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 _NEEDS_VALUES = (
-    "A function of graph tensors is traced. If it needs their values, call it with "
+    "Functions of graph tensors are traced. If this one needs values, call it with "
     "tf.contrib.eager.py_func."
 )
 
 
-def apply(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
-    """Make a node of `func(*args, **kwargs)`, some leaves of which are tensors.
+def apply(func: Callable[..., Any], args: Args, kwargs: Kwargs, name: str) -> Any:
+    """Add a node of `func(*args, **kwargs)`, where some leaves are tensors.
 
     Args:
         func: a function of JAX.
         args: positional arguments, pytrees.
         kwargs: keyword arguments, pytrees.
-        name: of the node.
+        name: name of the node.
 
     Returns:
         Tensors in the structure of what `func` returns.
@@ -40,24 +48,26 @@ def apply(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
     except Exception as error:
         add_note(error, f"while adding {name!r} of {inputs} to the graph")
         raise
-    # A call that works for none of the shapes tried is assumed to have one result, as
-    # nearly all of jax.numpy has; the node checks that when it runs.
+    # A call that fails for all guessed shapes is assumed to have one result, like nearly
+    # all of jax.numpy; the node checks that when it runs.
     tree, specs = found or (jax.tree.structure(0), [(None, None)])
     op = _add_call(common_graph(inputs), call, inputs, tree, specs, name)
     return _results(op, tree)
 
 
-def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
-    """Make a node of a wrapped function, with tensors in the structure of its `Tout`.
+def apply_py_func(
+    func: PyFunc[..., Any], args: Args, kwargs: Kwargs, graph: Any = None
+) -> Any:
+    """Add a node of a wrapped function, with tensors in the structure of its `Tout`.
 
-    A shape that `Tout` leaves open is the one that the tensor has when the node is
-    lowered, by `set_shape`; where it has none either, it is inferred.
+    For a shape that `Tout` leaves open, the shape that `set_shape` has given the tensor by
+    the time the node is lowered is declared. Without one, the shape is inferred.
 
     Args:
         func: the wrapped function.
         args: positional arguments, pytrees.
         kwargs: keyword arguments, pytrees.
-        graph: where the node goes if no argument is a tensor.
+        graph: the graph that the node is added to if no argument is a tensor.
 
     Returns:
         The tensors; the operation itself if there are none, as in TensorFlow.
@@ -84,7 +94,7 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
                 return close_over(declared, args, kwargs)(values)
             except InferenceError as error:
                 unknown = [t.name for t in op.outputs if not is_known(t.shape)]
-                if not unknown:  # a body that is staged fails with every shape known
+                if not unknown:  # a staged body may fail although every shape is known
                     raise
                 raise _without_shape(error, unknown) from error.__cause__
 
@@ -95,8 +105,8 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
         if found is None:
             unknown = next(t for t in inputs if not is_known(t.shape))
             raise TypeError(
-                f"{func!r}, graph operation {name!r}: how many results it has cannot be "
-                f"told while the shape of {unknown.name!r} is unknown. Give Tout, for "
+                f"{func!r}, graph operation {name!r}: how many results it has is unknown "
+                f"while the shape of {unknown.name!r} is unknown. Give Tout, for "
                 "example tf.float32 for one result, or give the placeholders shapes."
             )
         tree, specs = found
@@ -105,16 +115,16 @@ def apply_py_func(func: Any, args: Any, kwargs: Any, graph: Any = None) -> Any:
 
 
 def _without_shape(error: InferenceError, names: Sequence[str]) -> InferenceError:
-    """Make the error of tensors whose shapes neither `Tout` nor `set_shape` gives."""
+    """Return the error for tensors whose shapes neither `Tout` nor `set_shape` gives."""
     listed = ", ".join(map(repr, names))
     return InferenceError(
-        f"The shape of {listed} is unknown. Write y.set_shape([]) for a scalar y, for "
-        f"example, or an exact Tout. {error}"
+        f"The shape of {listed} is unknown. Write y.set_shape([]), for example, if y is a "
+        f"scalar, or a Tout with the shape. {error}"
     )
 
 
 def _results(op: Any, tree: Any) -> Any:
-    """Return the tensors of a node in the structure of `tree`; without any, the node."""
+    """Return the results of a node in the structure of `tree`; the node if it has none."""
     return jax.tree.unflatten(tree, op.outputs) if op.outputs else op
 
 
@@ -131,12 +141,12 @@ def _add_call(
     """Add the node of a call to a graph.
 
     Args:
-        graph: that of the inputs, if there are any.
+        graph: the graph of the inputs, if there are any.
         call: the function of the inputs' values.
-        inputs: tensors of one graph.
-        tree: structure of its results.
+        inputs: tensors of the graph.
+        tree: structure of the results.
         specs: one per result.
-        name: of the node.
+        name: name of the node.
         unique: whether `name` has been made unique already.
     """
 
@@ -153,15 +163,15 @@ def _add_call(
     return graph.create_operation(name, inputs, compute, specs, unique=unique)
 
 
-def tensors_in(args: Any, kwargs: Any) -> list[Any]:
+def tensors_in(args: Args, kwargs: Kwargs) -> list[Any]:
     """Find the tensors among the arguments of a call."""
     return [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, GraphTensor)]
 
 
 def close_over(
-    func: Callable[..., Any], args: Any, kwargs: Any
+    func: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> Callable[[Sequence[Any]], Any]:
-    """Return a call as a function of the values of its tensors alone."""
+    """Return `func(*args, **kwargs)` as a function of the values of its tensors."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, GraphTensor)]
 
@@ -176,18 +186,18 @@ def close_over(
 
 
 def common_graph(tensors: Iterable[Any]) -> Any:
-    """Return the graph of tensors that are combined.
+    """Return the graph that all of `tensors` belong to.
 
     Raises:
-        ValueError: they are of two graphs.
+        ValueError: they belong to two graphs.
     """
     first, *others = tensors
     for other in others:
         if other.graph is not first.graph:
             raise ValueError(
-                f"{first.name!r} is a tensor of {first.graph!r} and {other.name!r} of "
-                f"{other.graph!r}, and a node takes tensors of one graph. Build both "
-                "under the same `with graph.as_default():`."
+                f"{first.name!r} is a tensor of {first.graph!r} and {other.name!r} one of "
+                f"{other.graph!r}, but all inputs of a node must be of one graph. Build "
+                "both under the same `with graph.as_default():`."
             )
     return first.graph
 
@@ -197,11 +207,11 @@ def infer(
 ) -> tuple[Any, list[Spec]] | None:
     """Infer the structure, dtypes and shapes of a call's results.
 
-    Where a shape is unknown, it tries shapes, for the structure and the dtypes alone, which
-    rarely depend on them.
+    Where a shape of an input is unknown, several shapes are tried. Only the structure and
+    the dtypes are taken from these, which rarely depend on shapes.
 
     Returns:
-        None if the call works for none of the shapes tried.
+        The structure and one spec per result; None if the call fails for all shapes tried.
     """
     known = all(is_known(t.shape) for t in inputs)
     typed = all(t.dtype is not None for t in inputs)
@@ -222,19 +232,20 @@ def infer(
     return None
 
 
-def is_known(shape: tuple[int | None, ...] | None) -> bool:
-    """Tell whether every size in a shape is known."""
+def is_known(shape: tuple[int | None, ...] | None) -> TypeGuard[tuple[int, ...]]:
+    """Test whether every size in a shape is known."""
     return shape is not None and None not in shape
 
 
-def _guesses(inputs: Sequence[Any]) -> Iterator[list[Any]]:
+def _guesses(inputs: Sequence[Any]) -> Iterator[list[jax.ShapeDtypeStruct]]:
+    """Guess unknown sizes and ranks: all sizes alike, 1 or one that is known elsewhere."""
     sizes = {n for t in inputs for n in t.shape or () if n is not None}
     for size, rank in itertools.product([1, *sorted(sizes - {1})], range(5)):
         yield _structs(inputs, size, rank)
 
 
-def _structs(inputs: Sequence[Any], size: int, rank: int) -> list[Any]:
-    """Make abstract values, with `size` and `rank` for what is unknown."""
+def _structs(inputs: Sequence[Any], size: int, rank: int) -> list[jax.ShapeDtypeStruct]:
+    """Make abstract values of the inputs, with `size` and `rank` where they are unknown."""
     return [
         jax.ShapeDtypeStruct(
             (size,) * rank

@@ -1,4 +1,4 @@
-"""NumPy's dtypes under TensorFlow's names, so that `tensor.dtype == tf.float32`."""
+"""NumPy's dtypes with TensorFlow's names, so that `tensor.dtype == tf.float32`."""
 
 import jax.numpy as jnp
 import numpy as np

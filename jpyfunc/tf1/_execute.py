@@ -1,4 +1,4 @@
-"""Execution of a compiled program: feeds in, fetches out, a body's exception as itself."""
+"""Run a compiled program: convert feeds and fetches, raise the exceptions of bodies."""
 
 from __future__ import annotations
 
@@ -16,45 +16,47 @@ from jpyfunc.tf1._values import convert, fits
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """How to run one structure of fetches with one sequence of feeds.
+    """How to run a structure of fetches with a sequence of feeds.
 
     Attributes:
         program: the compiled program, shared by all plans for the same nodes.
-        feeds: the tensors that are fed, in the order in which values come.
+        feeds: the tensors that are fed, in the order in which their values are given.
         order: for each argument of `program`, the index of its feed.
-        reads: for each fetch, its index among the results of `program` and how to
-            convert that result.
+        outputs: for each fetch, the index of its result of `program`, and how to convert
+            that.
         tree: structure of the fetches.
     """
 
     program: Callable[..., list[Any]]
     feeds: tuple[Tensor, ...]
     order: tuple[int, ...]
-    reads: tuple[tuple[int, Callable[[Any], Any]], ...]
+    outputs: tuple[tuple[int, Callable[[Any], Any]], ...]
     tree: Any
 
 
 def execute(plan: Plan, values: Iterable[Any]) -> Any:
-    """Run a compiled program, and raise the original exception if a body fails."""
+    """Run a compiled program; if a body fails, raise its original exception."""
     arguments = [_fed(t, value) for t, value in zip(plan.feeds, values, strict=True)]
-    # Feeds and fetches are NumPy's: a transfer that the user has asked for.
+    # Feeds and fetches are NumPy arrays, so the user has asked for their transfer.
     with failures, allowed_transfers():
         try:
             arrays = plan.program(*[arguments[i] for i in plan.order])
-            return plan.tree.unflatten([read(arrays[i]) for i, read in plan.reads])
+            return plan.tree.unflatten(
+                [to_value(arrays[i]) for i, to_value in plan.outputs]
+            )
         except jax.errors.TracerArrayConversionError:
             raise TypeError(
-                "Session.run: expected feeds that are values, got one that JAX traces: a "
-                "session runs outside of jax.jit, jax.grad and jax.vmap. In these, call "
-                "the functions that the graph is made of; tf.gradients "
+                "Session.run: expected feeds that are values, got one that JAX traces. A "
+                "session runs outside of jax.jit, jax.grad and jax.vmap. Inside of these, "
+                "call the functions that the graph is made of; tf.gradients "
                 "differentiates a graph."
             ) from None
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             failure = original_of(error)
             if failure is None:
                 raise
-    # `from` what it came from already: else the text of JAX's error, which repeats this
-    # one, would be printed above it.
+    # `from` its own cause: otherwise JAX's error, whose text repeats this exception, would
+    # be printed above it.
     raise failure from (failure.__cause__ or failure.__context__)
 
 

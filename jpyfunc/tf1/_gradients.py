@@ -1,4 +1,4 @@
-"""`gradients`: nodes that pull cotangents back through a graph."""
+"""`gradients`: add nodes that pull cotangents back through a graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpyfunc.tf1._apply import common_graph
+from jpyfunc.tf1._apply import Indices, common_graph
+from jpyfunc.tf1._graph import Graph
 from jpyfunc.tf1._nodes import Operation, Tensor
 from jpyfunc.tf1._values import convert, fits
 
@@ -25,26 +26,27 @@ def gradients(
 ) -> list[Tensor | None]:
     """Differentiate the sum of `ys` with respect to each of `xs`.
 
-    The gradients are nodes like others, and can be differentiated again. Gradients with
-    respect to complex tensors follow the convention of `jax.grad`.
+    Gradients are nodes like others and can be differentiated again. Gradients with respect
+    to complex tensors follow the convention of `jax.grad`.
 
     Args:
-        ys: tensor or list of tensors, whose elements are summed over.
-        xs: tensor or list of tensors, of any operations of the graph.
-        grad_ys: cotangents, one per tensor of `ys`: tensors or arrays of its shape, or
+        ys: tensor or list of tensors, the sum of whose elements is differentiated.
+        xs: tensor or list of tensors; they may be results of any operations of the graph.
+        grad_ys: cotangents, one per tensor in `ys`: a tensor or an array of its shape, or
             None for ones.
-        name: scope of the new nodes; by default `gradients`.
+        name: name scope of the new nodes; by default `gradients`.
         stop_gradients: tensor or list of tensors to hold constant.
-        unconnected_gradients: what to return for a tensor that no tensor of `ys`
+        unconnected_gradients: what to return for a tensor that no tensor in `ys`
             depends on: `"none"` for None, `"zero"` for zeros.
 
     Returns:
-        A list with one tensor per tensor of `xs`, of its shape and dtype.
+        A list with one tensor per tensor in `xs`, of its shape and dtype.
 
     Raises:
-        TypeError: not a tensor; a complex tensor of `ys` without `grad_ys`.
-        ValueError: tensors of two graphs; `grad_ys` of another length or shape;
-            another value of `unconnected_gradients`.
+        TypeError: an argument is not a tensor; a tensor in `ys` is complex and has no
+            `grad_ys`.
+        ValueError: tensors belong to two graphs; `grad_ys` has another length or shape;
+            `unconnected_gradients` has another value.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -79,10 +81,10 @@ def gradients(
         [*ys, *xs, *stops, *(seed for seed in seeds if isinstance(seed, Tensor))]
     )
     with graph.name_scope(name or "gradients"):
-        sweep = _Sweep(graph, ys, xs, stops)
+        sweep = _GraphSweep(graph, ys, xs, stops)
         for y, seed in zip(ys, seeds, strict=True):
             if y in sweep.reached:
-                sweep.give(y, _seed(graph, y, seed))
+                sweep.add(y, _seed(graph, y, seed))
         sweep.run()
         results = [sweep.total(x) for x in xs]
         if unconnected_gradients == "zero":
@@ -92,17 +94,17 @@ def gradients(
         return results
 
 
-class _Sweep:
-    """One reverse sweep from `ys` to `xs`."""
+class _GraphSweep:
+    """A reverse sweep through a graph, from `ys` to `xs`."""
 
     def __init__(
-        self, graph: Any, ys: Sequence[Tensor], xs: Sequence[Tensor], stops: set[Tensor]
+        self, graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor], stops: set[Tensor]
     ) -> None:
         self._graph = graph
         self._stops = stops
         self._cotangents: dict[Tensor, list[Tensor]] = {}
         self.reached = {x for x in xs if _is_differentiable(x)}
-        # An operation is made after those that it depends on, so ids sort them.
+        # Operations are created after those that they depend on, so ids order them.
         first = min(x.op.id for x in xs)
         self._path: list[tuple[Operation, list[Tensor]]] = []
         for op in sorted(_ancestors(ys, first), key=lambda op: op.id):
@@ -112,23 +114,24 @@ class _Sweep:
                     t for t in op.results if t not in stops and _is_differentiable(t)
                 )
 
-    def give(self, tensor: Tensor, cotangent: Tensor) -> None:
+    def add(self, tensor: Tensor, cotangent: Tensor) -> None:
         """Add to the cotangent of `tensor`."""
         self._cotangents.setdefault(tensor, []).append(cotangent)
 
     def total(self, tensor: Tensor) -> Tensor | None:
-        """Return the cotangent of `tensor`, None if there is none."""
-        parts = self._cotangents.get(tensor)
-        if parts is None:
-            return None
-        if len(parts) > 1:
+        """Return the cotangent of `tensor`; None if it has none."""
+        return self._sum(tensor) if tensor in self._cotangents else None
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        terms = self._cotangents[tensor]
+        if len(terms) > 1:
             spec = (tensor.dtype, tensor.shape)
-            op = self._graph.create_operation("add_n", parts, _add_n, [spec])
-            self._cotangents[tensor] = parts = [op.outputs[0]]
-        return parts[0]
+            op = self._graph.create_operation("add_n", terms, _add_n, [spec])
+            self._cotangents[tensor] = terms = [op.outputs[0]]
+        return terms[0]
 
     def run(self) -> None:
-        """Pull every cotangent back as far as `xs`."""
+        """Pull all cotangents back to `xs`."""
         for op, results in reversed(self._path):
             of = [
                 i
@@ -137,30 +140,30 @@ class _Sweep:
             ]
             wrt = [i for i, t in enumerate(op.inputs) if t in self.reached]
             if of:
-                self._pull(op, results, tuple(of), tuple(wrt))
+                self._apply_pullback(op, results, tuple(of), tuple(wrt))
 
-    def _pull(
+    def _apply_pullback(
         self,
         op: Operation,
         results: list[Tensor],
-        of: tuple[int, ...],
-        wrt: tuple[int, ...],
+        of: Indices,
+        wrt: Indices,
     ) -> None:
         pullback = op.pullback(1 + max(results[i].level for i in of))
         wanted = [op.inputs[i] for i in wrt]
         node = self._graph.create_operation(
             f"{op.name}_grad",
-            [pullback, *(self.total(results[i]) for i in of)],
-            lambda values: values[0].pull(of, values[1:], wrt),
+            [pullback, *(self._sum(results[i]) for i in of)],
+            lambda values: values[0].apply(of, values[1:], wrt),
             [(t.dtype, t.shape) for t in wanted],
-            pull=(wrt, of),
+            applies=(wrt, of),
         )
         for t, cotangent in zip(wanted, node.outputs, strict=True):
-            self.give(t, cotangent)
+            self.add(t, cotangent)
 
 
 def _ancestors(tensors: Sequence[Tensor], first: int) -> set[Operation]:
-    """Find the operations, from number `first` on, that `tensors` depend on."""
+    """Find the operations with an id of at least `first` that `tensors` depend on."""
     stack = [t.op for t in tensors]
     found: set[Operation] = set()
     while stack:
@@ -175,13 +178,13 @@ def _is_differentiable(tensor: Tensor) -> bool:
     return tensor.dtype is None or jnp.issubdtype(tensor.dtype, jnp.inexact)
 
 
-def _seed(graph: Any, y: Tensor, seed: Any) -> Tensor:
-    """Return the cotangent of `y`: as given, or else ones."""
+def _seed(graph: Graph, y: Tensor, seed: Any) -> Tensor:
+    """Return the cotangent of `y`: the given one, or ones."""
     if seed is None:
         if y.dtype is not None and jnp.issubdtype(y.dtype, jnp.complexfloating):
             raise TypeError(
-                f"gradients: {y!r} is complex, so ones are not an obvious cotangent; give "
-                "grad_ys."
+                f"gradients: {y!r} is complex, so the cotangent does not default to ones; "
+                "give grad_ys."
             )
         return _like(graph, "ones_like", y, jnp.ones_like)
     where = f"gradients: grad_ys of {y.name!r}"
@@ -203,8 +206,8 @@ def _seed(graph: Any, y: Tensor, seed: Any) -> Tensor:
     return op.outputs[0]
 
 
-def _like(graph: Any, name: str, tensor: Tensor, func: Any) -> Tensor:
-    """Make a constant of the shape and dtype of `tensor`."""
+def _like(graph: Graph, name: str, tensor: Tensor, func: Any) -> Tensor:
+    """Add a node with the shape and dtype of `tensor` and without a derivative."""
     spec = (tensor.dtype, tensor.shape)
     return graph.create_operation(
         name, [tensor], lambda values: [func(values[0])], [spec], differentiable=False
@@ -212,7 +215,7 @@ def _like(graph: Any, name: str, tensor: Tensor, func: Any) -> Tensor:
 
 
 def _add_n(values: Sequence[Any]) -> list[Any]:
-    """Add cotangents, which are arrays, or lists of arrays if they are of a pullback."""
+    """Add cotangents: arrays, or lists of arrays if they are cotangents of a pullback."""
     add = functools.partial(jax.tree.map, operator.add)
     return [functools.reduce(add, values)]
 
@@ -221,12 +224,12 @@ def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _tensors(value: Any, what: str) -> list[Tensor]:
+def _tensors(value: Any, argument: str) -> list[Tensor]:
     tensors = _list(value)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"gradients: expected {what} to be a graph tensor or a list of them, got "
-                f"{tensor!r}; for a function of arrays, write jax.grad."
+                f"gradients: expected {argument} to be a graph tensor or a list of them, "
+                f"got {tensor!r}; for a function of arrays, write jax.grad."
             )
     return tensors

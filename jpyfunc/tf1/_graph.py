@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jpyfunc.tf1._apply import Spec, apply_py_func
+from jpyfunc._wrapped import PyFunc
+from jpyfunc.tf1._apply import Args, Compute, Indices, Kwargs, Spec, apply_py_func
 from jpyfunc.tf1._defaults import begin_block, end_block, open_blocks
 from jpyfunc.tf1._nodes import Operation, Tensor
 
@@ -15,9 +16,9 @@ _NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*")
 
 
 class Graph:
-    """A graph of operations, filled under `with graph.as_default():`.
+    """A graph of operations, which is built in `with graph.as_default():`.
 
-    One thread at a time may build it; several may run it.
+    Only one thread at a time may build it, but several may run it.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -40,15 +41,15 @@ class Graph:
 
     @contextlib.contextmanager
     def as_default(self) -> Iterator[Graph]:
-        """Make this the graph that new nodes go to on this thread."""
+        """Make this the default graph, which new nodes are added to, in a `with` block."""
         begin_block(self)
         try:
             yield self
         finally:
             end_block(self)
 
-    def add_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Make a node of a call without tensors, made by each run that needs it."""
+    def add_py_func(self, func: PyFunc[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """Add a node of `func(*args, **kwargs)`, a call without tensors."""
         return apply_py_func(func, args, kwargs, self)
 
     def get_operations(self) -> list[Operation]:
@@ -56,11 +57,11 @@ class Graph:
         return list(self._operations)
 
     def get_tensor_by_name(self, name: str) -> Tensor:
-        """Find the tensor called `name`, such as `"Placeholder:0"`.
+        """Find a tensor by its name, such as `"Placeholder:0"`.
 
         Raises:
-            ValueError: `name` is not of that form.
-            KeyError: there is no such name.
+            ValueError: `name` does not have that form.
+            KeyError: there is no such tensor.
         """
         op_name, colon, index = name.rpartition(":")
         if not colon or not index.isdecimal():
@@ -77,25 +78,25 @@ class Graph:
         return outputs[int(index)]
 
     def get_operation_by_name(self, name: str) -> Operation:
-        """Find the operation called `name`.
+        """Find an operation by its name.
 
         Raises:
-            KeyError: there is no such name.
+            KeyError: there is no such operation.
         """
         try:
             return self._by_name[name]
         except KeyError:
             raise KeyError(
                 f"{name!r}: {self!r} has no operation of that name; get_operations() "
-                "lists those that it has."
+                "lists all operations."
             ) from None
 
     @contextlib.contextmanager
     def name_scope(self, name: str) -> Iterator[str]:
-        """Put `name` and a slash before the names of new operations.
+        """Prefix the names of new operations with `name` and a slash.
 
         Yields:
-            The scope's full name, made unique, with the slash.
+            The full name of the scope, made unique, with the slash.
         """
         outer = self._scope
         self._scope = f"{self.unique_name(name)}/"
@@ -105,7 +106,7 @@ class Graph:
             self._scope = outer
 
     def unique_name(self, name: str) -> str:
-        """Take `name` in the current scope, with a number if it is taken already.
+        """Reserve `name` in the current scope, with a number if it is in use already.
 
         Raises:
             ValueError: `name` is not valid.
@@ -129,27 +130,27 @@ class Graph:
         self,
         name: str,
         inputs: Sequence[Tensor],
-        compute: Callable[[Sequence[Any]], list[Any]] | None,
+        compute: Compute | None,
         specs: Sequence[Spec],
         *,
         unique: bool = False,
         differentiable: bool = True,
-        pull: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+        applies: tuple[Indices, Indices] | None = None,
     ) -> Operation:
         """Add an operation.
 
         Args:
             name: its name.
             inputs: tensors of this graph.
-            compute: what it computes.
+            compute: what it computes; None for a placeholder.
             specs: dtype and shape of each result.
-            unique: whether `name` is one that `unique_name` gave.
-            differentiable: whether `gradients` goes through it.
-            pull: which cotangents it takes of a pullback, see `Operation`.
+            unique: whether `name` was returned by `unique_name`.
+            differentiable: whether `gradients` differentiates it.
+            applies: how it applies a pullback, see `Operation`.
         """
         name = name if unique else self.unique_name(name)
         number = len(self._operations)
-        op = Operation(self, number, name, inputs, compute, specs, differentiable, pull)
+        op = Operation(self, number, name, inputs, compute, specs, differentiable, applies)
         self._operations.append(op)
         self._by_name[name] = op
         return op
@@ -162,7 +163,7 @@ _global_graph = Graph()
 
 
 def get_default_graph() -> Graph:
-    """Return the graph that new nodes go to on this thread.
+    """Return the graph that new nodes are added to.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -177,10 +178,11 @@ def get_default_graph() -> Graph:
 
 
 def reset_default_graph() -> None:
-    """Start over with an empty default graph, for example in a notebook.
+    """Replace the default graph with an empty one, for example in a notebook.
 
     Raises:
-        RuntimeError: inside `with graph.as_default():` or a session's `with`.
+        RuntimeError: called inside the `with` block of a graph or a session, or while an
+            InteractiveSession is open.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -195,19 +197,19 @@ def reset_default_graph() -> None:
         raise RuntimeError(
             "reset_default_graph: the default graph was set by `with "
             "graph.as_default():`, a session's `with` or an InteractiveSession. "
-            "Leave that first, or close the session."
+            "Leave the block or close the session first."
         )
     _global_graph = Graph()
 
 
 def name_scope(name: str) -> contextlib.AbstractContextManager[str]:
-    """Put `name` and a slash before the names of new operations of the default graph.
+    """Prefix the names of new operations of the default graph with `name` and a slash.
 
     Args:
-        name: made unique in the graph.
+        name: name of the scope, which is made unique in the graph.
 
     Returns:
-        A context manager whose value is the scope's full name.
+        A context manager whose value is the full name of the scope.
 
     Raises:
         ValueError: `name` is not valid.

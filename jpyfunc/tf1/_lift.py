@@ -1,4 +1,4 @@
-"""Functions of JAX over graph tensors: a call on tensors makes a node."""
+"""Lift functions of JAX to graph tensors: a call on tensors adds a node."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ def lift(func: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function of JAX accept graph tensors, and then return graph tensors.
 
     Args:
-        func: a function that `jax.jit` could compile, from pytrees to pytrees of
-            arrays. One that needs values, for example in an `if`, is for `py_func`.
+        func: a function from pytrees to pytrees of arrays that `jax.jit` could compile.
+            For a function that needs values, for example in an `if`, write
+            `tf.contrib.eager.py_func`.
 
     Returns:
-        The function. Arguments may mix tensors with concrete values, which are then
-        part of the graph. Without a tensor among them, it is simply called.
+        The lifted function. Its arguments may mix tensors and concrete values, which become
+        part of the graph. Without a tensor among the arguments, it calls `func`.
 
     Raises:
-        TypeError: on the call, `func` cannot be traced.
-        ValueError: on the call, tensors of two graphs.
+        TypeError: on the call, if `func` cannot be traced.
+        ValueError: on the call, if the tensors belong to two graphs.
 
     Example:
         >>> import jax
@@ -50,7 +51,7 @@ def lift(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def over_tensors(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Lift a function that has TensorFlow's parameter `name`, the name of the node."""
+    """Lift a function with TensorFlow's parameter `name`, which names the node."""
     positional = [
         parameter.name
         for parameter in inspect.signature(func).parameters.values()
@@ -70,7 +71,9 @@ def over_tensors(func: Callable[..., Any]) -> Callable[..., Any]:
     return lifted
 
 
-def _call(func: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
+def _call(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> Any:
     if any(isinstance(x, GraphTensor) for x in jax.tree.leaves((args, kwargs))):
         return apply(func, args, kwargs, name)
     return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Lowering: the nodes that a run needs as one function of its feeds."""
+"""Lower the nodes that a run needs to one function of its feeds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import jax.numpy as jnp
 
 from jpyfunc._errors import InferenceError, add_note
 from jpyfunc._runtime.context import not_building
+from jpyfunc.tf1._apply import Compute
 from jpyfunc.tf1._nodes import Operation, Tensor
-from jpyfunc.tf1._pullback import Compute, with_pullback
+from jpyfunc.tf1._pullback import with_pullback
 from jpyfunc.tf1._values import fits
 
 
 @dataclasses.dataclass(slots=True)
 class _Level:
-    """The inputs and results that nodes use of one pullback, which is made once for all."""
+    """The inputs and results that nodes need of one pullback, which is computed once."""
 
     wrt: set[int] = dataclasses.field(default_factory=set)
     of: set[int] = dataclasses.field(default_factory=set)
@@ -27,36 +28,36 @@ class _Level:
 def lower(
     fetches: Sequence[Tensor | Operation], feeds: Sequence[Tensor]
 ) -> Callable[..., list[Any]]:
-    """Lower a graph to a function of the feeds that computes the fetches and no more.
+    """Lower a graph to a function of the feeds that computes only the fetches.
 
     Args:
         fetches: what to compute.
-        feeds: what to take as given.
+        feeds: the tensors whose values are given.
 
     Returns:
         A function of one array per feed, in their order, that `jax.jit` can compile.
-        It returns one array per tensor of `fetches`, and per operation the list of its
-        results, or if it has none, an array that is ready when it has run.
+        It returns one array per tensor in `fetches`. For an operation, it returns the list
+        of its results or, if there are none, an array that is ready when it has run.
 
     Raises:
-        ValueError: a placeholder is needed and not fed.
+        ValueError: a placeholder is needed but not fed.
     """
     fed = frozenset(feeds)
     needed = _needed(fetches, fed)
     levels: dict[Operation, dict[int, _Level]] = {op: {} for op in needed}
     for op in needed:
-        if op.pull is not None:
+        if op.applies is not None:
             pullback = op.inputs[0]
             level = levels[pullback.op].setdefault(pullback.level, _Level())
-            level.wrt.update(op.pull[0])
-            level.of.update(op.pull[1])
-    for asked in levels.values():
-        # What a level is taken with respect to, those below it are, too: a pullback is
-        # told which of its leaves depend on that by the level above it.
+            level.wrt.update(op.applies[0])
+            level.of.update(op.applies[1])
+    for levels_of_op in levels.values():
+        # A pullback is told by the level above which of its leaves are differentiated, so
+        # a level must be taken with respect to all inputs that the levels above are.
         wrt: set[int] = set()
-        for number in sorted(asked, reverse=True):
-            asked[number].wrt |= wrt
-            wrt = asked[number].wrt
+        for number in sorted(levels_of_op, reverse=True):
+            levels_of_op[number].wrt |= wrt
+            wrt = levels_of_op[number].wrt
     steps = [
         (op, _with_pullbacks(needed[op], levels[op]))
         for op in sorted(needed, key=lambda op: op.id)
@@ -70,16 +71,16 @@ def lower(
                 with not_building():
                     results = compute([known[t] for t in op.inputs])
             except InferenceError as error:
-                own = _own(error, op)
-                raise own from own.__cause__
+                original = _original(error, op)
+                raise original from original.__cause__
             except Exception as error:
                 add_note(error, f"in graph operation {op.name!r}")
                 raise
             for t, value in zip(op.outputs, results, strict=False):
                 if t.shape is not None and not fits(value.shape, t.shape):
                     raise ValueError(
-                        f"tensor {t.name!r}: expected shape {t.shape}, as set_shape says, "
-                        f"got {value.shape}."
+                        f"tensor {t.name!r}: expected shape {t.shape}, as declared by "
+                        f"set_shape, got {value.shape}."
                     )
             ran[op] = results
             for t, value in zip(op.results, results, strict=False):
@@ -94,11 +95,11 @@ def lower(
     return session_run
 
 
-def _own(error: InferenceError, op: Operation) -> Exception:
-    """Return what a body itself raised on abstract values, else `error`."""
+def _original(error: InferenceError, op: Operation) -> Exception:
+    """Return the exception that a body raised on abstract values, or else `error`."""
     cause = error.__cause__
     add_note(error, f"in graph operation {op.name!r}")
-    # These two say that the body needs a value, so the advice of `error` applies.
+    # These two mean that the body needs a value, so the advice in `error` applies.
     needs_value = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
     if not isinstance(cause, Exception) or isinstance(cause, needs_value):
         return error
@@ -109,6 +110,7 @@ def _own(error: InferenceError, op: Operation) -> Exception:
 def _needed(
     fetches: Sequence[Tensor | Operation], fed: frozenset[Tensor]
 ) -> dict[Operation, Compute]:
+    """Find the operations that the fetches depend on, up to the tensors that are fed."""
     stack = [
         item if isinstance(item, Operation) else item.op
         for item in fetches
@@ -137,7 +139,7 @@ def _unfed(tensor: Tensor) -> str:
 
 
 def _with_pullbacks(compute: Compute, levels: dict[int, _Level]) -> Compute:
-    # A node that uses one level uses all below it: see `_Sweep`.
+    # A node that uses a level uses all levels below it: see `_GraphSweep`.
     for number in sorted(levels):
         level = levels[number]
         compute = with_pullback(compute, tuple(sorted(level.wrt)), tuple(sorted(level.of)))

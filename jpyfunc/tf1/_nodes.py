@@ -1,27 +1,29 @@
-"""The nodes of a graph: operations, and the tensors that they compute."""
+"""Nodes of a graph: operations, and the tensors that they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jpyfunc.tf1._apply import Spec, apply_py_func
+from jpyfunc._wrapped import PyFunc
+from jpyfunc.tf1._apply import Args, Compute, Indices, Kwargs, Spec, apply_py_func
 from jpyfunc.tf1._defaults import session_for
 from jpyfunc.tf1._operators import Operators
 from jpyfunc.tf1._values import TensorShape, fits, parse_shape
 
 
 class Tensor(Operators):
-    """A result of an operation of a graph: a value that a session will compute.
+    """A result of an operation of a graph, whose value a session computes.
 
-    It has Python's operators, `@`, `abs` and indexing, and is taken by `tf.lift`,
-    `tf.numpy` and every function wrapped by `py_func` and `numpy_func`.
+    It has Python's operators, including `@`, `abs` and indexing, and can be passed to
+    lifted functions, to those of `tf.numpy`, and to every function wrapped by `py_func`
+    and `numpy_func`.
 
     Attributes:
         op: the operation that computes it.
-        dtype: NumPy dtype, or None if it is not known before a run.
-        shape: tuple of int, with None for a size that may be any; or None, for any
-            shape or one that is not known before a run.
+        dtype: NumPy dtype; None if it is unknown before a run.
+        shape: tuple of int, in which None stands for an unknown size; None if nothing is
+            known of the shape before a run.
         level: 0, except for the hidden pullbacks of an operation, whose values a
             session cannot return.
     """
@@ -42,11 +44,11 @@ class Tensor(Operators):
 
     @property
     def graph(self) -> Any:
-        """The graph it belongs to."""
+        """The graph that it belongs to."""
         return self.op.graph
 
     def get_shape(self) -> TensorShape | None:
-        """Return `shape`, a tuple with `as_list()` and `ndims`; None if it is unknown.
+        """Return `shape`: a tuple with `as_list()` and `ndims`, or None if it is unknown.
 
         Example:
             >>> import jpyfunc.tf1 as tf
@@ -56,18 +58,18 @@ class Tensor(Operators):
         """
         return self.shape
 
-    def set_shape(self, shape: Any) -> None:
-        """Merge what is known of the shape with what is known already.
+    def set_shape(self, shape: Sequence[int | None] | None) -> None:
+        """Declare the shape, or some of its sizes, in addition to what is known.
 
-        A program declares the shape of what `tf.py_func` returns this way. Nodes that
-        exist already keep their shapes. A run checks the shape.
+        This is how a program declares the shape of a result of `tf.py_func`. The shapes of
+        nodes that exist already do not change. Every run checks the shape.
 
         Args:
-            shape: a list of sizes, with None for unknown ones; None for no information.
+            shape: a list of sizes, with None for unknown ones; None declares nothing.
 
         Raises:
-            TypeError: `shape` is no list of sizes.
-            ValueError: it contradicts what is known.
+            TypeError: `shape` is not a list of sizes.
+            ValueError: `shape` contradicts what is known.
 
         Example:
             >>> import jpyfunc.tf1 as tf
@@ -89,19 +91,19 @@ class Tensor(Operators):
                 a if b is None else b for a, b in zip(sizes, known, strict=True)
             )
 
-    def add_py_func(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Make a node of a wrapped function in the graph."""
+    def add_py_func(self, func: PyFunc[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """Add a node of `func(*args, **kwargs)` to the graph of this tensor."""
         return apply_py_func(func, args, kwargs)
 
-    def eval(self, feed_dict: Any = None, session: Any = None) -> Any:
-        """Run it in `session`, by default the default one.
+    def eval(self, feed_dict: dict[Any, Any] | None = None, session: Any = None) -> Any:
+        """Compute its value in a session.
 
         Args:
             feed_dict: as for `Session.run`.
-            session: the session to run it in.
+            session: the session; by default the default one.
 
         Returns:
-            Its value, a NumPy array or scalar.
+            The value, a NumPy array or scalar.
 
         Raises:
             ValueError: there is no session.
@@ -124,22 +126,23 @@ class Operation:
     """A node of a graph.
 
     Attributes:
-        graph: the graph it belongs to.
-        name: unique in the graph.
+        graph: the graph that it belongs to.
+        name: its name, unique in the graph.
         inputs: the tensors that it takes.
         outputs: the tensors that it computes.
-        id: larger than that of every operation it depends on.
-        compute: the function from the inputs' values to the outputs'; None for a
-            placeholder.
-        differentiable: whether `gradients` goes through it.
+        id: larger than the ids of all operations that it depends on.
+        compute: the function from the values of the inputs to those of the outputs; None
+            for a placeholder.
+        differentiable: whether `gradients` differentiates it.
         pullbacks: hidden results, see `_pullback`.
-        pull: for a node that applies a pullback, the indices of the inputs whose
-            cotangents it takes and of the results whose cotangents it gives; else None.
+        applies: for a node that applies a pullback, which cotangents it computes and from
+            which: indices of inputs and of results of the operation that is differentiated.
+            Otherwise None.
     """
 
     __slots__ = (
-        "__weakref__", "compute", "differentiable", "graph", "id", "inputs", "name",
-        "outputs", "pull", "pullbacks",
+        "__weakref__", "applies", "compute", "differentiable", "graph", "id", "inputs",
+        "name", "outputs", "pullbacks",
     )  # fmt: skip
 
     def __init__(
@@ -148,10 +151,10 @@ class Operation:
         number: int,
         name: str,
         inputs: Sequence[Tensor],
-        compute: Callable[[Sequence[Any]], list[Any]] | None,
+        compute: Compute | None,
         specs: Sequence[Spec],
         differentiable: bool,
-        pull: tuple[tuple[int, ...], tuple[int, ...]] | None,
+        applies: tuple[Indices, Indices] | None,
     ) -> None:
         self.graph = graph
         self.name = name
@@ -161,27 +164,27 @@ class Operation:
         self.compute = compute
         self.differentiable = differentiable
         self.pullbacks: list[Tensor] = []
-        self.pull = pull
+        self.applies = applies
 
     @property
     def results(self) -> list[Tensor]:
-        """The outputs and the hidden pullbacks."""
+        """The outputs, followed by the hidden pullbacks."""
         return [*self.outputs, *self.pullbacks]
 
     def pullback(self, level: int) -> Tensor:
-        """Return the hidden result that is the pullback of all results of lower levels."""
+        """Return the hidden result that pulls back cotangents of all lower levels."""
         while len(self.pullbacks) < level:
             index = len(self.outputs) + len(self.pullbacks)
             spec = (None, None)
             self.pullbacks.append(Tensor(self, index, spec, len(self.pullbacks) + 1))
         return self.pullbacks[level - 1]
 
-    def run(self, feed_dict: Any = None, session: Any = None) -> None:
-        """Run it in `session`, by default the default one, for its effects.
+    def run(self, feed_dict: dict[Any, Any] | None = None, session: Any = None) -> None:
+        """Run it in a session, for its side effects.
 
         Args:
             feed_dict: as for `Session.run`.
-            session: the session to run it in.
+            session: the session; by default the default one.
 
         Raises:
             ValueError: there is no session.

@@ -1,4 +1,4 @@
-"""The Python operators of graph tensors, and the conversions that these refuse."""
+"""Python operators of graph tensors, and the conversions that raise."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def _unary(func: Callable[[Any], Any], name: str) -> Any:
     return method
 
 
-def _refused(what: str) -> Any:
+def _refused(conversion: str) -> Any:
     def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
-            f"{what} of graph tensor {self.name!r}: it has no value while the graph is "
-            "built. Do that in a py_func, which is called with values, or run it: "
-            "session.run(tensor)."
+            f"{conversion} of graph tensor {self.name!r}: it has no value while the graph "
+            "is built. Do this in a py_func, which is called with values, or compute the "
+            "value first: session.run(tensor)."
         )
 
     return method
@@ -45,12 +45,12 @@ def _refused(what: str) -> Any:
 class Operators(GraphTensor):
     """Mixin with the operators of `jax.Array`, except that `==` and `!=` compare identity.
 
-    Tensors are keys of feed dictionaries; `tf.equal` compares values.
+    Identity, because tensors are keys of feed dictionaries; `tf.equal` compares values.
     """
 
     __slots__ = ()
 
-    # Makes NumPy's operators leave `array + tensor` to the tensor.
+    # NumPy's operators then leave `array + tensor` to the tensor.
     __array_ufunc__ = None
 
     __add__ = _binary(operator.add, "add")

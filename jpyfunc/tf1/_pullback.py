@@ -1,23 +1,23 @@
 r"""Pullbacks as hidden results of operations, so that no operation is computed twice.
 
-An operation computes `y = f(x)`. What its first derivative needs is a second result,
-the pullback that `jax.vjp` returns beside `y`, whose residuals are arrays:
+An operation computes `y = f(x)`. Its first derivative needs a second result: the pullback
+that `jax.vjp` returns beside `y`, whose residuals are arrays:
 
     f1: x -> y, P1          P1(y*) = x*
 
-Where a gradient is differentiated again, a cotangent of these residuals arises. It is
-pulled back by a third result, the pullback of `f1`, and so on:
+Differentiating a gradient again yields a cotangent of these residuals. It is pulled back by
+a third result, the pullback of `f1`, and so on:
 
     f2: x -> y, P1, P2      P2(y*, P1*) = x*
 
-In each, `f` is evaluated once: a stateful call in it runs once for all its values and
+Each of these evaluates `f` once. So a stateful call in `f` runs once for its values and all
 derivatives, and the derivative of a random `y` is that of the `y` which is returned.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,9 +25,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad
 
 from jpyfunc import _compat
-
-Compute = Callable[[Sequence[Any]], list[Any]]
-Indices = tuple[int, ...]
+from jpyfunc.tf1._apply import Compute, Indices
 
 
 @jax.tree_util.register_dataclass
@@ -35,15 +33,15 @@ Indices = tuple[int, ...]
 class Pullback:
     """A function from cotangents of results `of` to cotangents of inputs `wrt`.
 
-    The cotangent of an array is an array; that of another pullback, or of a list, is a
-    list, with one array for each of its leaves that takes a cotangent.
+    The cotangent of an array is an array. The cotangent of another pullback or of a list is
+    a list with one array for each leaf that has a tangent.
 
     Attributes:
-        vjp: what `jax.vjp` returned, on lists of leaves.
+        vjp: the function that `jax.vjp` returned, on lists of leaves.
         wrt: indices of inputs.
         of: indices of results.
-        inputs: the aval of each of `wrt` that is an array, None for the others.
-        results: tangent avals of the leaves that have one, for each of `of`.
+        inputs: for each of `wrt`, its aval if it is an array, else None.
+        results: for each of `of`, the tangent avals of the leaves that have one.
         active: which of its own leaves depend on an input that a higher level is taken
             with respect to; None if there is no higher level.
     """
@@ -57,20 +55,20 @@ class Pullback:
         default=None, metadata={"static": True}
     )
 
-    def pull(self, of: Indices, cotangents: Sequence[Any], wrt: Indices) -> list[Any]:
-        """Apply it.
+    def apply(self, of: Indices, cotangents: Sequence[Any], wrt: Indices) -> list[Any]:
+        """Pull cotangents of results back to cotangents of inputs.
 
         Args:
-            of: the results whose cotangents are given; those of the others are zero.
+            of: indices of the results whose cotangents are given; the others are zero.
             cotangents: one per entry of `of`.
-            wrt: the inputs whose cotangents are wanted.
+            wrt: indices of the inputs whose cotangents are returned.
         """
         given = dict(zip(of, cotangents, strict=True))
         pulled = self.vjp(
             [
                 jax.tree.leaves(given[i])[: len(avals)]
                 if i in given
-                # An array of zeros would reach the body, and 0 * inf is not zero.
+                # Not an array of zeros, which would reach the body: 0 * inf is not zero.
                 else [ad.Zero(aval) for aval in avals]
                 for i, avals in zip(self.of, self.results, strict=True)
             ]
@@ -80,27 +78,27 @@ class Pullback:
 
 
 def _restore(aval: Any, cotangent: list[Any]) -> Any:
-    """Make the cotangent of an input from those of its leaves."""
+    """Return the cotangent of an input, given those of its leaves."""
     if aval is None:
         return cotangent
-    # An integer whose dtype was not known when the graph was built has no tangent.
+    # No leaf has a tangent if the input is an integer, which the graph may not have known.
     return cotangent[0] if cotangent else jnp.zeros(aval.shape, aval.dtype)
 
 
 def with_pullback(compute: Compute, wrt: Indices, of: Indices) -> Compute:
-    """Return `compute` with one more result, its `Pullback`."""
+    """Return `compute` with its `Pullback` as one more result."""
 
     def extended(inputs: Sequence[Any]) -> list[Any]:
-        parts = [_Leaves(inputs[i]) for i in wrt]
+        split = [_Leaves(inputs[i]) for i in wrt]
 
         def restricted(*leaves: list[Any]) -> tuple[list[list[Any]], list[Any]]:
             values = list(inputs)
-            for i, part, new in zip(wrt, parts, leaves, strict=True):
-                values[i] = part.replace(new)
+            for i, own, new in zip(wrt, split, leaves, strict=True):
+                values[i] = own.replace(new)
             results = [_activated(x, leaves) for x in compute(values)]
-            return [_Leaves(results[i]).tangible for i in of], results
+            return [_Leaves(results[i]).with_tangent for i in of], results
 
-        primals = [part.tangible for part in parts]
+        primals = [own.with_tangent for own in split]
         leaves, vjp, results = jax.vjp(restricted, *primals, has_aux=True)
         pullback = Pullback(
             vjp,
@@ -119,14 +117,14 @@ def with_pullback(compute: Compute, wrt: Indices, of: Indices) -> Compute:
 
 
 def _activated(result: Any, primals: Sequence[list[Any]]) -> Any:
-    """Set `active` of a result of a lower level, if it is a pullback.
+    """Set `active` of a result that is a pullback of a lower level.
 
-    Residuals hold the inputs of a stateful call. A cotangent of one that nobody
-    differentiates would ask for a derivative that its tape does not have.
+    The residuals of a stateful call include its inputs. A cotangent of an input that is not
+    differentiated would require a derivative for which there is no tape.
     """
     if not isinstance(result, Pullback) or result.active is not None:
         return result
-    # Levels above are taken with respect to no more than this one: see `lower`.
+    # Higher levels are taken with respect to no other inputs than this one: see `lower`.
     tracers = [x for group in primals for x in group]
     return dataclasses.replace(
         result,
@@ -138,7 +136,7 @@ def _activated(result: Any, primals: Sequence[list[Any]]) -> Any:
 
 
 class _Leaves:
-    """The leaves of a value, among which those that have a tangent can be replaced."""
+    """The leaves of a value, of which those with a tangent can be replaced."""
 
     def __init__(self, value: Any) -> None:
         self._leaves, self._tree = jax.tree.flatten(value)
@@ -150,12 +148,12 @@ class _Leaves:
         ]
 
     @property
-    def tangible(self) -> list[Any]:
+    def with_tangent(self) -> list[Any]:
         return [self._leaves[i] for i in self._positions]
 
-    def replace(self, tangible: list[Any]) -> Any:
+    def replace(self, with_tangent: list[Any]) -> Any:
         leaves = list(self._leaves)
-        for i, leaf in zip(self._positions, tangible, strict=True):
+        for i, leaf in zip(self._positions, with_tangent, strict=True):
             leaves[i] = leaf
         return jax.tree.unflatten(self._tree, leaves)
 

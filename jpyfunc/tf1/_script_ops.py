@@ -1,4 +1,4 @@
-"""`tf.py_func`: a call of Python on NumPy arrays as a node."""
+"""`tf.py_func`: calls of Python functions on NumPy arrays, as nodes."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ def py_func(
     stateful: bool = True,
     name: str | None = None,
 ) -> Any:
-    """Add a node that runs a Python function on NumPy arrays, in every run.
+    """Add a node that runs a Python function on NumPy arrays.
 
-    It is a `jpyfunc.numpy_func`, whose documentation says what the function may do.
-    Where TensorFlow has no gradient (None), a run of `gradients` through it raises
-    NotDifferentiableError. Called in the body of another, it is a call at once.
+    It is a `jpyfunc.numpy_func`, whose documentation says what the function may do. Where
+    TensorFlow returns None for its gradient, running that gradient raises
+    NotDifferentiableError. In the body of another wrapped function, it is called at once.
 
     Args:
-        func: what to run.
+        func: the function.
         inp: a list of tensors or arrays.
-        Tout: a dtype, or a list of them; `[]` if the function returns nothing. A dtype
-            leaves the shape open: `tensor.set_shape` says it, or an exact `Tout` such as
-            `jax.ShapeDtypeStruct((), tf.float32)`.
-        stateful: whether a run calls it exactly once if it needs it; False says that it
-            is a function of its arguments.
+        Tout: a dtype or a list of dtypes; `[]` if the function returns nothing. A dtype
+            leaves the shape open: set it with `tensor.set_shape`, or write a `Tout` with
+            the shape, such as `jax.ShapeDtypeStruct((), tf.float32)`.
+        stateful: whether every run that needs it calls it exactly once. False promises that
+            its result depends on its arguments alone.
         name: name of the operation; by default `PyFunc`.
 
     Returns:
-        A tensor; a list of them for a list; for `[]`, the operation.
+        A tensor; for a list, a list of tensors; for `[]`, the operation.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> import numpy as np
@@ -62,12 +62,12 @@ def add_call(
     *,
     stateful: bool,
 ) -> Any:
-    """Add a node of `wrap(func, inp, tout)` to the graph of the tensors or the default one.
+    """Add a node of `wrap(func, inp, tout)` to the graph of its tensors or the default one.
 
-    In a body or a function that JAX traces, it is a call.
+    In a body, or in a function that JAX traces, the function is called instead.
     """
     tout = list(tout) if type(tout) is tuple else tout  # TensorFlow returns a list
-    # Without it, a call without tensors outside of any `with` would be made now, and
-    # its value would be that of every run.
+    # Without this block, a call without tensors outside of any `with` would run now, once,
+    # instead of in every run of the graph.
     with get_default_graph().as_default():
         return wrap(func, inp, tout, name, stateful=stateful)

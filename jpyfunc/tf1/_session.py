@@ -1,9 +1,9 @@
-"""`Session`: compiled programs of a graph, one for each set of fetches and feeds."""
+"""`Session`: a compiled program of the graph for each set of fetches and feeds."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -16,24 +16,27 @@ from jpyfunc.tf1._lower import lower
 from jpyfunc.tf1._nodes import Operation, Tensor
 from jpyfunc.tf1._values import to_numpy
 
+# What a compiled program is for: the items that it computes, and the tensors that are fed.
+Nodes = tuple[tuple[Tensor | Operation, ...], tuple[Tensor, ...]]
+
 
 class Session:
-    """A session of a graph: it computes tensors, given the values of others.
+    """A session, which computes tensors of a graph from the values of others.
 
     The part of the graph that a run needs is lowered to one function, which is compiled
-    by `jax.jit` and cached in the session: a run with the same fetches, feeds and shapes
-    of feeds neither traces nor compiles.
+    by `jax.jit` and cached in the session: another run with the same fetches, feeds and
+    shapes neither traces nor compiles.
 
-    There are no variables, control dependencies or summaries: state is JAX's business,
-    and a training loop feeds its parameters to every run. Effects are those of a
-    stateful `py_func`, which runs exactly once in a run that needs it, for its value and
-    all derivatives together, and not at all in one that does not.
+    There are no variables, control dependencies or summaries: state is left to JAX, and a
+    training loop feeds its parameters to every run. Side effects are those of a stateful
+    `py_func`. A run that needs one calls it exactly once, for its value and all of its
+    derivatives together; a run that does not need it does not call it.
 
-    A session may be run from several threads at once. Used as a context manager, it
-    and its graph are the default ones, and leaving closes it.
+    A session may run on several threads at once. Used as a context manager, it makes
+    itself and its graph the default ones, and is closed at the end.
 
     Args:
-        graph: what to run; by default the default graph.
+        graph: the graph to run; by default the default graph.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -50,39 +53,39 @@ class Session:
         if graph is not None and not isinstance(graph, Graph):
             raise TypeError(f"Session: expected graph to be a tf.Graph, got {graph!r}.")
         self._graph = get_default_graph() if graph is None else graph
-        self._plans: dict[Any, Plan] = {}
-        self._programs: dict[Any, Callable[..., list[Any]]] = {}
+        self._plans: dict[tuple[Hashable, ...], Plan] = {}
+        self._programs: dict[Nodes, Callable[..., list[Any]]] = {}
         self._lock = threading.Lock()
         self._closed = False
 
     @property
     def graph(self) -> Graph:
-        """The graph that it runs."""
+        """The graph that this session runs."""
         return self._graph
 
-    def run(self, fetches: Any, feed_dict: Any = None) -> Any:
+    def run(self, fetches: Any, feed_dict: dict[Any, Any] | None = None) -> Any:
         """Compute `fetches`, and nothing that they do not need.
 
         Args:
             fetches: a tensor, an operation, the name of one, or any nesting of lists,
                 tuples, dicts and namedtuples of these.
-            feed_dict: a dict from tensors, or their names, to values: of placeholders,
-                or of any other tensor, in place of computing it. Values are arrays,
-                Python scalars or lists of these; they convert to the tensor's dtype as
-                NumPy's `same_kind` rule allows.
+            feed_dict: a dict from tensors, or their names, to values. Besides placeholders,
+                any tensor can be fed, which is then not computed. Values are arrays, Python
+                scalars or lists of these; they are converted to the dtype of the tensor as
+                far as NumPy's `same_kind` rule allows.
 
         Returns:
             The values in the structure of `fetches`: a NumPy array or scalar for a
             tensor, None for an operation.
 
         Raises:
-            ValueError: a placeholder that is needed and not fed; a value of another
-                shape; a tensor of another graph; an unknown name.
-            TypeError: a value whose dtype does not convert; a fetch that is neither
-                tensor nor operation; a feed that is not a tensor.
+            ValueError: a placeholder is needed but not fed; a value has another shape; a
+                tensor belongs to another graph; a name is unknown.
+            TypeError: the dtype of a value does not convert; a fetch is neither a tensor
+                nor an operation; a feed is not a tensor.
             RuntimeError: the session is closed.
-            BaseException: what the body of a `py_func` raised, as it raised it, with a
-                note that names the operation.
+            BaseException: the original exception of the body of a `py_func`, with a note
+                that names the operation.
         """
         feeds = {} if feed_dict is None else feed_dict
         if not isinstance(feeds, dict):
@@ -93,7 +96,7 @@ class Session:
         key = (tree, *leaves, None, *feeds)
         try:
             plan = self._plans.get(key)
-        except TypeError:  # a fetch that cannot be hashed: `_make_plan` refuses it
+        except TypeError:  # a fetch that is not hashable, which `_make_plan` refuses
             plan = None
         if plan is None or self._closed:
             plan = self._make_plan(key, fetches, list(feeds))
@@ -102,7 +105,7 @@ class Session:
     def make_callable(
         self, fetches: Any, feed_list: Sequence[Any] | None = None
     ) -> Callable[..., Any]:
-        """Return a function of the values of `feed_list` that runs `fetches`.
+        """Return a function that runs `fetches`, given the values of `feed_list`.
 
         Args:
             fetches: as for `run`.
@@ -113,8 +116,8 @@ class Session:
             returns what `run` would.
 
         Raises:
-            ValueError: as `run`, for what does not depend on the values.
-            TypeError: as `run`, for what does not depend on the values.
+            ValueError: as for `run`, where it does not depend on the values.
+            TypeError: as for `run`, where it does not depend on the values.
             RuntimeError: the session is closed.
 
         Example:
@@ -141,7 +144,7 @@ class Session:
         return run
 
     def close(self) -> None:
-        """Forget the compiled programs; a run then raises RuntimeError."""
+        """Drop the compiled programs; running the session then raises RuntimeError."""
         with self._lock:
             self._closed = True
             self._plans.clear()
@@ -159,11 +162,11 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError(
-                "This session is closed, by close() or on leaving its `with`. Make a new "
-                "one: tf.Session()."
+                "This session is closed, by close() or at the end of its `with`. Make a "
+                "new one: tf.Session()."
             )
 
-    def _make_plan(self, key: Any, fetches: Any, feeds: list[Any]) -> Plan:
+    def _make_plan(self, key: tuple[Hashable, ...], fetches: Any, feeds: list[Any]) -> Plan:
         self._check_open()
         leaves, tree = jax.tree.flatten(fetches, is_leaf=lambda x: x is None)
         items = [self._element(leaf, "fetch", (Tensor, Operation)) for leaf in leaves]
@@ -173,9 +176,9 @@ class Session:
                 f"feeds {[t.name for t in fed]}: expected each tensor once; feed it either "
                 "by itself or by its name."
             )
-        # A run with the same nodes in another order must not trace again.
-        order = tuple(sorted(range(len(fed)), key=lambda i: _rank(fed[i])))
-        wanted = tuple(sorted(set(items), key=_rank))
+        # Sorted, so that a run with the same nodes in another order does not trace again.
+        order = tuple(sorted(range(len(fed)), key=lambda i: _position(fed[i])))
+        wanted = tuple(sorted(set(items), key=_position))
         nodes = (wanted, tuple(fed[i] for i in order))
         with self._lock:
             self._check_open()
@@ -183,14 +186,14 @@ class Session:
             if program is None:
                 program = self._programs[nodes] = jax.jit(lower(*nodes))
             place = {item: i for i, item in enumerate(wanted)}
-            reads = tuple(
+            outputs = tuple(
                 (place[x], to_numpy if isinstance(x, Tensor) else wait) for x in items
             )
-            plan = self._plans[key] = Plan(program, fed, order, reads, tree)
+            plan = self._plans[key] = Plan(program, fed, order, outputs, tree)
         return plan
 
     def _element(self, item: Any, what: str, kinds: tuple[type, ...]) -> Any:
-        """Find the tensor or operation of this graph that `item` is or names."""
+        """Return the tensor or operation of this graph that `item` is or names."""
         if isinstance(item, str):
             graph = self._graph
             find = graph.get_tensor_by_name if ":" in item else graph.get_operation_by_name
@@ -201,15 +204,15 @@ class Session:
         if not isinstance(item, kinds):
             expected = " or ".join(f"{kind.__name__.lower()}" for kind in kinds)
             is_array = isinstance(item, jax.Array | np.ndarray)
-            hint = " Write tf.constant(array) for a tensor of it." if is_array else ""
+            hint = " Write tf.constant(array) to make a tensor." if is_array else ""
             raise TypeError(
                 f"{what} {item!r}: expected a graph {expected}, or the name of one, got "
                 f"{type(item).__name__}.{hint}"
             )
         if item.graph is not self._graph:
             raise ValueError(
-                f"{what} {item.name!r} is of {item.graph!r}, and this session runs "
-                f"{self._graph!r}; write tf.Session(graph=...) with the other."
+                f"{what} {item.name!r} belongs to {item.graph!r}, but this session runs "
+                f"{self._graph!r}; write tf.Session(graph=...) with the other graph."
             )
         return item
 
@@ -217,10 +220,10 @@ class Session:
 class InteractiveSession(Session):
     """A session that is the default one from its creation until it is closed.
 
-    In a notebook, `tensor.eval(...)` in a later cell then finds it.
+    This is for notebooks, where `tensor.eval(...)` in a later cell uses it.
 
     Args:
-        graph: what to run; by default the default graph.
+        graph: the graph to run; by default the default graph.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -241,7 +244,7 @@ class InteractiveSession(Session):
         return self
 
     def close(self) -> None:
-        """Forget the compiled programs, and stop being the default session."""
+        """Drop the compiled programs, and stop being the default session."""
         end_interactive(self)
         super().close()
 
@@ -249,5 +252,6 @@ class InteractiveSession(Session):
         self.close()
 
 
-def _rank(item: Tensor | Operation) -> tuple[int, int]:
+def _position(item: Tensor | Operation) -> tuple[int, int]:
+    """Return where it stands among the tensors and operations of its graph."""
     return (item.op.id, item.index) if isinstance(item, Tensor) else (item.id, -1)

@@ -1,4 +1,4 @@
-"""Placeholders and constants: tensors that depend on no others."""
+"""Placeholders and constants: tensors without inputs."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from jpyfunc._tout import is_dtype, is_key_dtype, parse
+from jpyfunc.tf1._apply import Compute, Spec
 from jpyfunc.tf1._graph import get_default_graph
 from jpyfunc.tf1._nodes import Tensor
 from jpyfunc.tf1._values import convert, fits, parse_shape
 
 
 def placeholder(
-    dtype: Any, shape: Sequence[int | None] | None = None, name: str | None = None
+    dtype: DTypeLike, shape: Sequence[int | None] | None = None, name: str | None = None
 ) -> Tensor:
     """Make a tensor whose value is fed to every run.
 
     Args:
-        dtype: of the values fed, such as `tf.float32`.
-        shape: of the values fed; None, or None for some of the sizes, allows any.
-        name: of its operation; by default `Placeholder`.
+        dtype: dtype of the values, such as `tf.float32`.
+        shape: shape of the values; None allows any shape, and None in it any size.
+        name: name of the operation; by default `Placeholder`.
 
     Returns:
         A tensor of the default graph.
 
     Raises:
-        TypeError: `dtype` is not a dtype of JAX, or `shape` not a list of sizes.
-        ValueError: a 64-bit dtype while they are off, or an invalid name.
+        TypeError: `dtype` is not a dtype of JAX, or `shape` is not a list of sizes.
+        ValueError: `dtype` has 64 bits and `jax_enable_x64` is off, or `name` is invalid.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -44,29 +47,29 @@ def placeholder(
     """
     where = f"placeholder {name or 'Placeholder'!r}"
     spec = (_dtype(dtype, where), parse_shape(shape, where))
-    return _add(name or "Placeholder", [], None, spec)
+    return _add(name or "Placeholder", None, spec)
 
 
 def constant(
     value: Any,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     shape: Sequence[int] | None = None,
     name: str | None = None,
 ) -> Tensor:
-    """Make a tensor with a constant value, which a feed may replace.
+    """Make a tensor with a constant value, which can be overridden by a feed.
 
     Args:
-        value: array, Python scalar or nested list of these.
-        dtype: what to convert it to; by default what `jnp.asarray` gives.
-        shape: what to reshape it to, or to fill with it if it is a scalar.
-        name: of its operation; by default `Const`.
+        value: an array, a Python scalar or a nested list of these.
+        dtype: dtype of the tensor; by default that of `jnp.asarray(value)`.
+        shape: shape of the tensor, to which an array is reshaped and a scalar is broadcast.
+        name: name of the operation; by default `Const`.
 
     Returns:
         A tensor of the default graph.
 
     Raises:
-        TypeError: `value` is not an array, or `dtype` not a dtype of JAX.
-        ValueError: its size is not that of `shape`.
+        TypeError: `value` is not an array, or `dtype` is not a dtype of JAX.
+        ValueError: `value` does not have as many elements as `shape`.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -90,25 +93,25 @@ def constant(
             )
         filled = jnp.broadcast_to(array.reshape(()), sizes) if array.size == 1 else array
         array = filled.reshape(sizes)
-    return _add(name or "Const", [], lambda _: [array], (array.dtype, array.shape))
+    return _add(name or "Const", lambda _: [array], (array.dtype, array.shape))
 
 
 def placeholder_with_default(
     value: Any, shape: Sequence[int | None] | None, name: str | None = None
 ) -> Tensor:
-    """Make a tensor with a default value, which a feed may replace.
+    """Make a tensor with a default value, which can be overridden by a feed.
 
     Args:
-        value: its default: array, Python scalar, nested list or tensor.
-        shape: of the values that may be fed, as for `placeholder`.
-        name: of its operation; by default `PlaceholderWithDefault`.
+        value: the default: an array, a Python scalar, a nested list of these, or a tensor.
+        shape: shape of the values that may be fed, as for `placeholder`.
+        name: name of the operation; by default `PlaceholderWithDefault`.
 
     Returns:
-        A tensor of the graph of `value`, or else of the default graph.
+        A tensor of the graph that `value` belongs to, or else of the default graph.
 
     Raises:
-        TypeError: `value` is not an array, or `shape` not a list of sizes.
-        ValueError: `value` is not of that shape.
+        TypeError: `value` is not an array, or `shape` is not a list of sizes.
+        ValueError: `value` does not have that shape.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -126,18 +129,18 @@ def placeholder_with_default(
     if not fits(value.shape, shape):
         raise ValueError(
             f"placeholder_with_default {name!r}: expected a default of shape "
-            f"{shape}, got {value.shape}; write the shape that both have, with None for "
-            "the sizes that may differ."
+            f"{shape}, got {value.shape}; write a shape that fits both, with None for "
+            "sizes that may differ."
         )
     spec = (value.dtype, shape)
     return value.graph.create_operation(name, [value], list, [spec]).outputs[0]
 
 
-def _add(name: str, inputs: list[Tensor], compute: Any, spec: Any) -> Tensor:
-    return get_default_graph().create_operation(name, inputs, compute, [spec]).outputs[0]
+def _add(name: str, compute: Compute | None, spec: Spec) -> Tensor:
+    return get_default_graph().create_operation(name, [], compute, [spec]).outputs[0]
 
 
-def _dtype(dtype: Any, where: str) -> Any:
+def _dtype(dtype: DTypeLike, where: str) -> np.dtype:
     if not is_dtype(dtype):
         raise TypeError(f"{where}: expected a dtype such as tf.float32, got {dtype!r}.")
     (leaf,) = parse(dtype, where).leaves

@@ -1,4 +1,4 @@
-"""Feeds and fetches: their conversion and their shapes."""
+"""Convert feeds and fetches, and check their shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shape = tuple[int | None, ...]
 
 
 class TensorShape(Shape):
-    """The sizes of a tensor, with None for one that may be any.
+    """The shape of a tensor, with None for unknown sizes.
 
     Source: `tf.TensorShape` of TensorFlow 1.
     """
@@ -25,7 +25,7 @@ class TensorShape(Shape):
 
     @property
     def ndims(self) -> int:
-        """The number of sizes."""
+        """The number of axes."""
         return len(self)
 
     def as_list(self) -> list[int | None]:
@@ -34,7 +34,7 @@ class TensorShape(Shape):
 
 
 def parse_shape(shape: Any, where: str) -> TensorShape | None:
-    """Read a shape as users write it: None, or a list of sizes.
+    """Check and normalize a shape that a user wrote: None, or a list of sizes.
 
     Raises:
         TypeError: it is neither.
@@ -52,7 +52,7 @@ def parse_shape(shape: Any, where: str) -> TensorShape | None:
 
 
 def fits(shape: Shape | None, expected: Shape | None) -> bool:
-    """Tell whether two shapes agree in every size that both know."""
+    """Test whether two shapes agree in every size that is known in both."""
     if shape is None or expected is None:
         return True
     return len(shape) == len(expected) and all(
@@ -60,26 +60,29 @@ def fits(shape: Shape | None, expected: Shape | None) -> bool:
     )
 
 
-def convert(value: Any, dtype: Any, shape: Shape | None, where: Callable[[], str]) -> Any:
+def convert(
+    value: Any, dtype: np.dtype | None, shape: Shape | None, where: Callable[[], str]
+) -> np.ndarray | jax.Array:
     """Convert a value to an array of a dtype, and check its shape.
 
     Args:
-        value: array, Python scalar or nested list of these.
-        dtype: what to convert to, as NumPy's `same_kind` allows; None for any.
-        shape: the shape that it must have; None, or None for some sizes, allows any.
-        where: what it is for, for errors.
+        value: an array, a Python scalar or a nested list of these.
+        dtype: the dtype, to which NumPy's `same_kind` rule must allow a conversion; None
+            for any.
+        shape: the shape that it must have; None allows any shape, and None in it any size.
+        where: says what the value is for, in errors.
 
     Returns:
         A NumPy or JAX array, or a NumPy scalar.
 
     Raises:
         TypeError: it is not an array, or its dtype does not convert.
-        ValueError: it has another shape, or values that the dtype does not hold.
+        ValueError: it has another shape, or values that do not fit the dtype.
     """
     if isinstance(value, GraphTensor):
         raise TypeError(
-            f"{where()}: expected a value, got {value!r}; get its value with session.run "
-            "first."
+            f"{where()}: expected a value, got {value!r}; compute its value with "
+            "session.run first."
         )
     array = value if isinstance(value, jax.Array) else _read(value, where)
     if not fits(array.shape, shape):
@@ -92,15 +95,15 @@ def convert(value: Any, dtype: Any, shape: Shape | None, where: Callable[[], str
     if array.dtype == dtype and not getattr(array, "weak_type", False):
         return array
     source, target = kind_of(array.dtype), kind_of(dtype)
-    # A Python int has no sign to lose as a type.
+    # Unlike a signed dtype, a Python int does convert to an unsigned one.
     from_int = source == "i" and target == "u" and not hasattr(value, "dtype")
     if source is None or target is None or not (
         from_int or is_same_kind(source, target)
     ):  # fmt: skip
         raise TypeError(
-            f"{where()}: expected {dtype}, got {array.dtype}, which does not convert to "
-            f"it without loss of kind; convert the value with .astype({dtype}), or "
-            f"declare {array.dtype}."
+            f"{where()}: expected {dtype}, got {array.dtype}, which is of a kind that does "
+            f"not convert to it; convert the value with .astype({dtype}), or declare "
+            f"{array.dtype}."
         )
     if misfits(array, dtype):
         limits = jnp.iinfo(dtype)
@@ -129,8 +132,8 @@ def _read(value: Any, where: Callable[[], str]) -> np.ndarray:
     return array
 
 
-def to_numpy(array: Any) -> Any:
-    """Convert a JAX array to a NumPy array that may be written to, or a scalar."""
+def to_numpy(array: jax.Array) -> Any:
+    """Convert a JAX array to a writable NumPy array, or to a NumPy scalar."""
     if array.ndim == 0:
         return array if is_key_dtype(array.dtype) else np.asarray(array)[()]
     return array if is_key_dtype(array.dtype) else np.array(array)

@@ -1,8 +1,8 @@
-"""All of `jax.numpy` over graph tensors: `tf.numpy.sin(tensor)` is a node.
+"""`jax.numpy` for graph tensors: `tf.numpy.sin(tensor)` adds a node.
 
-Every function is that of `jax.numpy`, lifted as `tf.lift` does it; called without
-a tensor among its arguments, it is that function. Dtypes and constants are those of
-`jax.numpy`, and `linalg` and `fft` are lifted likewise.
+Each function is one of `jax.numpy`, lifted as by `tf.lift`: without a tensor among its
+arguments it is simply called. `linalg` and `fft` are lifted, too; dtypes and constants are
+those of `jax.numpy`.
 
 Example:
     >>> import jpyfunc.tf1 as tf
@@ -23,7 +23,7 @@ from jpyfunc.tf1._lift import lift
 
 
 class _Lifted(types.ModuleType):
-    """A module of `jax.numpy`, its functions lifted."""
+    """A module of `jax.numpy` with its functions lifted."""
 
     def __init__(self, module: types.ModuleType) -> None:
         super().__init__(module.__name__, module.__doc__)

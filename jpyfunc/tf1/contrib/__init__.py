@@ -1,3 +1,3 @@
-"""What TensorFlow 1 has under `tf.contrib`: `eager`."""
+"""TensorFlow 1's `tf.contrib`: `eager`."""
 
 from jpyfunc.tf1.contrib import eager as eager

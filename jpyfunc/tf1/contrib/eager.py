@@ -1,4 +1,4 @@
-"""What TensorFlow 1 has under `tf.contrib.eager`: `py_func`."""
+"""TensorFlow 1's `tf.contrib.eager`: `py_func` on JAX arrays."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ def py_func(
     Tout: Any,  # noqa: N803 - TensorFlow's name
     name: str | None = None,
 ) -> Any:
-    """Add a node that runs a Python function eagerly, on JAX arrays, in every run.
+    """Add a node that runs a Python function eagerly, on JAX arrays.
 
     `gradients` differentiates it to any order. It is a stateful `jpyfunc.py_func`, whose
-    documentation says what the function may do: a session runs it once in a run that
-    needs it. Called in the body of another, it is a call at once.
+    documentation says what the function may do: a session runs the function once in each
+    run that needs it. In the body of another wrapped function, it is called at once.
 
     Args:
-        func: what to run; it may call `tf.abs` and the like, which are then JAX's.
+        func: the function. It may call `tf.abs` and the like, which on arrays are functions
+            of JAX.
         inp: a list of tensors or arrays.
-        Tout: a dtype, or a list of them; `[]` if the function returns nothing. A dtype
-            leaves the shape to `tensor.set_shape`, or else to inference, which runs the
-            function on values without data; `jax.ShapeDtypeStruct` says it at once.
+        Tout: a dtype or a list of dtypes; `[]` if the function returns nothing. A dtype
+            leaves the shape open: it is set by `tensor.set_shape` or else inferred by
+            running the function on abstract values. `jax.ShapeDtypeStruct` declares it.
         name: name of the operation; by default `PyFunc`.
 
     Returns:
-        A tensor; a list of them for a list; for `[]`, the operation.
+        A tensor; for a list, a list of tensors; for `[]`, the operation.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> import jpyfunc.tf1 as tf
