@@ -15,6 +15,8 @@ import jax
 from jax._src import callback as _callback
 from jax._src import config as _config
 from jax._src import core as _core
+from jax._src import custom_batching as _custom_batching
+from jax._src import debugging as _debugging
 from jax._src import dispatch as _dispatch
 from jax._src import effects as _effects
 from jax._src import linear_util as _linear_util
@@ -40,6 +42,22 @@ TRACE_SLOT: Any = jax.core.Tracer._trace
 
 # A cache on which objects it depends weakly: bounded by the life of a jaxpr.
 weakref_lru_cache = _util.weakref_lru_cache
+
+# Primitives that call the host and whose names are not public, and effects of `jax.debug`.
+# Those of `jax.debug` do so once for each element of a batch.
+DEBUG_PRIMITIVES = {_debugging.debug_callback_p, _debugging.debug_print_p}
+CALLBACKS = DEBUG_PRIMITIVES | {_callback.pure_callback_p, _callback.io_callback_p}
+DEBUG_EFFECTS = (_debugging.DebugEffect, _debugging.OrderedDebugEffect)
+
+# A call of what `jax.custom_batching.custom_vmap` made.
+custom_vmap_p = _custom_batching.custom_vmap_p
+
+# The stores of functions that JAX has wrapped, which `_interpreters/rule_stores.py`
+# describes; None where JAX has none like these. Then custom rules are not cached.
+Store: Any = getattr(_linear_util, "Store", None)
+StoreException: Any = getattr(_linear_util, "StoreException", None)
+if not {"f", "populate_stores", "stores", "transforms"} <= {*dir(_linear_util.WrappedFun)}:
+    Store = None
 
 # What JAX asks of a tracer that is used where its trace is not the current one, to say in
 # an error that it has leaked.
@@ -100,52 +118,6 @@ class no_mesh:  # noqa: N801 - a context manager, named like JAX's own
 
 # JAX 0.12 moved the thread's concrete mesh out of the configuration module.
 _mesh_state: Any = _mesh if hasattr(_mesh, "device_context") else _config
-
-
-def taken(function: Any) -> list[tuple[Any, Any]]:
-    """Empty the stores of a function that JAX wrapped.
-
-    A call of `jax.custom_jvp` or `jax.custom_vjp` expects that either the function was
-    run or its rule, and tells from which one filled its stores.
-
-    Returns:
-        Each store that was filled, with what it held.
-    """
-    filled = []
-    for store in function.stores:
-        try:
-            filled.append((store, store.val))
-        except (AttributeError, _linear_util.StoreException):
-            continue
-        store.reset()
-    return filled
-
-
-def fill(stores: list[tuple[Any, Any]]) -> None:
-    """Undo `taken`."""
-    for store, value in stores:
-        store.reset()
-        store.store(value)
-
-
-class _RefillableStore(_linear_util.Store):
-    """What JAX keeps of one call of a function, where later calls give the same again."""
-
-    __slots__ = ()
-
-    def store(self, val: Any) -> None:
-        self._val = val
-
-
-def let_refill(function: Any) -> None:
-    """Let a function that JAX wrapped be called more than once.
-
-    JAX takes a store that is filled already for an error. It fills those that `jax.vmap`
-    makes for the batch axes of the results of a function with a custom rule.
-    """
-    for store in function.stores:
-        if type(store) is _linear_util.Store:
-            store.__class__ = _RefillableStore
 
 
 def current_trace() -> Any:
@@ -214,11 +186,6 @@ def is_of_trace_of(value: Any, tracer: Any) -> bool:
 def is_jaxpr(value: Any) -> bool:
     """Whether `value` is a jaxpr, closed or not: one type as of JAX 0.12."""
     return isinstance(value, (ClosedJaxpr, Jaxpr))
-
-
-def is_stateful(jaxpr: Any) -> bool:
-    """Whether a jaxpr has effects other than those of `jax.debug`."""
-    return any("Debug" not in type(effect).__name__ for effect in jaxpr.effects)
 
 
 def copied_jaxpr(jaxpr: Any) -> Any:

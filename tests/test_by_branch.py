@@ -1,6 +1,7 @@
 """`vmap` by branch: the answers of one element at a time, in as few runs as can be."""
 
 import contextlib
+import dataclasses
 import io
 import math
 import random
@@ -36,6 +37,8 @@ from jpyfunc import (
     set_tape_limit,
     tape_bytes,
 )
+from jpyfunc._interpreters import by_branch as by_branch_module
+from jpyfunc._interpreters.batched_operation import batch_operation
 from jpyfunc._interpreters.operations import CompiledOperation
 
 wrapped = py_func(log_huber, Tout=SCALAR)
@@ -211,18 +214,17 @@ def halvings(x):
 def lengths_run(monkeypatch):
     """How long the arrays are that operations run on, one number for each, as they do."""
     lengths = []
-    batched = CompiledOperation.batched
 
-    def counting(self, axes):
-        function = batched(self, axes)
+    def counting(operation, axes):
+        batched = batch_operation(operation, axes)
 
-        def call(*operands):
+        def run(*operands):
             lengths.append(len(operands[axes.index(0)]))
-            return function(*operands)
+            return batched.run(*operands)
 
-        return call
+        return dataclasses.replace(batched, run=run)
 
-    monkeypatch.setattr(CompiledOperation, "batched", counting)
+    monkeypatch.setattr(by_branch_module, "batch_operation", counting)
     return lengths
 
 
@@ -975,7 +977,7 @@ def test_derivatives_of_bodies_that_draw_few_random_numbers(transform):
 def test_few_random_numbers_are_drawn_in_a_loop_which_compiles_faster(draw, count, loops):
     operation = CompiledOperation(lambda key: [draw(key)], [jax.typeof(jax.random.key(0))])
     keys = jax.random.split(jax.random.key(0), count)
-    jaxpr = jax.make_jaxpr(operation.batched((0,)))(keys)
+    jaxpr = jax.make_jaxpr(batch_operation(operation, (0,)).run)(keys)
     assert (f"length={count}" in str(jaxpr)) == loops
 
 

@@ -75,7 +75,7 @@ def test_operations_that_never_come_back_do_not_let_the_cache_grow(monkeypatch):
     f = jax.jit(jax.vjp, static_argnums=0)
     for i in range(40):
         f(py_func(lambda x, i=i: (x[i : i + 2] ** 2).sum(), Tout=f32), jnp.arange(50.0))
-    assert len(known._kept) == 8
+    assert len(known._entries) == 8
 
 
 def test_nothing_is_planted_on_functions_of_jax():

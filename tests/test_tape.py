@@ -23,11 +23,13 @@ from jpyfunc import (
     GradientCutWarning,
     NotDifferentiableError,
     UnsupportedError,
+    _compat,
     numpy_func,
     py_func,
     raise_original,
     set_tape_limit,
 )
+from jpyfunc._interpreters import rule_stores
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -505,6 +507,33 @@ def test_gradients_of_what_jax_offers_a_body(body):
         for order, a, b in zip(orders, got(x), want(x), strict=True):
             rtol = 1e-2 if body == "half" else 5e-4
             np.testing.assert_allclose(a, b, rtol, err_msg=order)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["relu", "softplus", "custom_jvp", "custom_vjp", "vmap_of_custom", "rule_of_its_own"],
+)
+def test_custom_rules_where_jax_has_no_stores_that_we_know(body, monkeypatch):
+    """They are not cached then, and a second derivative runs the body again."""
+
+    def fail(*_):
+        raise AssertionError("a store is used")
+
+    monkeypatch.setattr(_compat, "Store", None)
+    monkeypatch.setattr(rule_stores, "refill", fail)
+    monkeypatch.setattr(rule_stores, "take", fail)
+    f = py_func(BODIES[body], Tout=f32, name=body)
+
+    def all_of(f):
+        return lambda x: [take(f)(x) for take in (*ORDERS.values(), jax.hessian)]
+
+    for got in eager_and_jit(all_of(f), 0.7):
+        np.testing.assert_allclose(got, jax.jit(all_of(BODIES[body]))(0.7), rtol=5e-4)
+    slope, pullback = jax.vjp(jax.grad(f), 0.7)  # of a tape that is cached
+    np.testing.assert_allclose(slope, jax.grad(BODIES[body])(0.7), rtol=5e-4)
+    curvature = jax.grad(jax.grad(BODIES[body]))(0.7)
+    for _ in range(2):
+        np.testing.assert_allclose(pullback(1.0)[0], curvature, rtol=5e-4)
 
 
 def test_one_tape_is_differentiated_again_on_many_threads():

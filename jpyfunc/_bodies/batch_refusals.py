@@ -13,7 +13,7 @@ from typing import Any
 from jpyfunc._bodies.batch_columns import BatchLayout
 from jpyfunc._bodies.profile import title_of
 from jpyfunc._hashable import unwrapped
-from jpyfunc._interpreters.operation_cache import LruCache
+from jpyfunc._interpreters.lru_cache import LruCache
 from jpyfunc._limits import REFUSAL_CACHE_SIZE
 
 

@@ -78,7 +78,7 @@ def _residuals(
 def _recorded(body: AtTape, operands: Sequence[Any], context: Context) -> list[Any]:
     *primals, ticket = operands
     run = tape_cache.find(body, ticket)
-    if run and not run.covers(primals):
+    if run and not run.can_replay(primals):
         run = None
     if run is None:
         if tape_cache.is_void(ticket):  # and so is what is computed here
@@ -110,7 +110,7 @@ def _jvp(body: Jvp, operands: Sequence[Any], context: Context) -> list[Any]:
             body.primal, operands[: n - 1], body.wrt, operands[n:], body.of
         )
     run = _run(body, operands[:n], context)
-    return run.push(body.wrt, _put_large(operands[n:], context), body.of)
+    return run.jvp(body.wrt, _put_large(operands[n:], context), body.of)
 
 
 def _vjp(body: Vjp, operands: Sequence[Any], context: Context) -> list[Any]:
@@ -121,7 +121,7 @@ def _vjp(body: Vjp, operands: Sequence[Any], context: Context) -> list[Any]:
         run = _residuals(body.base, operands[:n], context)
         return custom_rules.backward(body.primal, run, body.of, operands[n:], body.wrt)
     run = _run(body, operands[:n], context)
-    return run.pull(body.of, _put_large(operands[n:], context), body.wrt)
+    return run.vjp(body.of, _put_large(operands[n:], context), body.wrt)
 
 
 def _run(body: Jvp | Vjp, operands: Sequence[Any], context: Context) -> Tape:

@@ -20,12 +20,9 @@ from jax.extend.core.primitives import stop_gradient_p
 
 from jpyfunc import _compat
 from jpyfunc._interpreters.batch_tracer import BatchTracer, CannotBatch
+from jpyfunc._interpreters.batched_operation import batch_operation, first_line
 from jpyfunc._interpreters.eager import EagerTrace, ground, run
-from jpyfunc._interpreters.operations import (
-    CompiledOperation,
-    UncachedOperation,
-    first_line,
-)
+from jpyfunc._interpreters.operations import CompiledOperation, UncachedOperation
 from jpyfunc._interpreters.replay_log import LogEntry, ReplayLog
 from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import SHOWN_ROWS
@@ -303,17 +300,17 @@ class ByBranchTrace(EagerTrace):
         axes = tuple([0 if type(x) is BatchTracer else None for x in operands])
         if 0 not in axes:
             return self._execute_once(operation, operands)
-        if operation.is_wide:
+        if operation.needs_x64:
             self.refuse("arrays of 64 bits while these are off")
-        function = operation.batched(axes)
-        if function is None:
-            self.refuse(operation.refusal)
-        subset = self.subset = self.subset.with_arrays_of(operation.nbytes)
+        many = batch_operation(operation, axes)
+        if many.run is None:
+            self.refuse(many.refusal)
+        subset = self.subset = self.subset.with_arrays_of(many.nbytes)
         values = [x.padded_rows(subset) if type(x) is BatchTracer else x for x in operands]
         if self.move is not None:
             values = [self.move(x) for x in values]
         with set_current_trace(_compat.eval_trace):
-            return [self.batched(y) for y in function(*values)]
+            return [self.batched(y) for y in many.run(*values)]
 
     def _execute_once(
         self, operation: CompiledOperation, operands: Sequence[Any]
@@ -332,8 +329,8 @@ class ByBranchTrace(EagerTrace):
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive is stop_gradient_p:
             return tracers[0]
-        # JAX has no public names of these. One without operands would be executed once.
-        if primitive.name in ("debug_callback", "debug_print"):
+        # One without operands would be executed once, for all elements.
+        if primitive in _compat.DEBUG_PRIMITIVES:
             self.refuse(f"{primitive.name} runs for each element")
         self._primitive = primitive
         return super().process_primitive(primitive, tracers, params)

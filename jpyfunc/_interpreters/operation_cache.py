@@ -1,95 +1,43 @@
-"""Finds the operation that a bind is, compiled when it was met first.
+"""Finds the compiled operation that a bind is, by the primitive, parameters and avals.
 
-The cache holds nothing of the user's beyond its own life: an operation that is made of a
-jaxpr goes when that jaxpr does.
+The cache keeps nothing of the user's alive: an operation that is made of a jaxpr is dropped
+when that jaxpr is.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import inspect
-import sys
-import threading
 import types
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import jaxpr_as_fun, set_current_trace
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun, set_current_trace
 
 from jpyfunc import _compat
+from jpyfunc._interpreters import rule_stores
+from jpyfunc._interpreters.jaxpr_queries import has_rules, is_stateful
+from jpyfunc._interpreters.lru_cache import LruCache
 from jpyfunc._interpreters.operations import (
     CompiledOperation,
+    Function,
     aval_of,
-    has_rules,
     with_weak_type,
 )
-from jpyfunc._limits import (
-    MAX_EVICTED_KEYS,
-    OPERATION_CACHE_SIZE,
-)
+from jpyfunc._limits import OPERATION_CACHE_SIZE
 
 
 class Uncacheable(Exception):  # noqa: N818 - it is no error
     """A parameter that is a function or holds one, and so may be new in every call."""
 
 
-class LruCache:
-    """An LRU cache that grows to what is asked for again and again.
+class _CustomOperation(NamedTuple):
+    """A call of a function with custom rules: the operation, and the function's stores."""
 
-    A body of more distinct operations than the cache has room for would evict, in each
-    call, just those that the next call begins with, and compile all of them anew. So where
-    a key comes back that was evicted, the cache doubles. One whose keys never come back,
-    such as those of functions that are made anew in each call, stays as small as it was.
-
-    Args:
-        size: how many entries it begins with.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        # Dead jaxprs are dropped by the garbage collector, which may run anywhere.
-        self._lock = threading.RLock()
-        self._kept: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
-        self._evicted: OrderedDict[int, None] = OrderedDict()  # hashes of keys
-
-    def get(self, key: Any) -> Any:
-        # Without the lock, because it is on the way of every operation.
-        entry = self._kept.get(key)
-        if entry is None:
-            return None
-        with contextlib.suppress(KeyError):  # gone meanwhile
-            self._kept.move_to_end(key)
-        return entry[0]
-
-    def put(self, key: Any, value: Any, owners: Sequence[Any] = ()) -> None:
-        """Keep `value` while all `owners` live, whose ids are in the key."""
-
-        def drop(_: Any, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-            if is_finalizing():
-                return
-            entry = self._kept.pop(key, None)
-            for operation in entry[0] if entry and isinstance(entry[0], tuple) else ():
-                if isinstance(operation, CompiledOperation):
-                    operation.orphan()
-
-        references = [weakref.ref(x, drop) for x in owners]
-        with self._lock:
-            self._kept[key] = (value, references)
-            if len(self._kept) <= self._size:
-                return
-            if hash(key) in self._evicted:
-                self._size *= 2
-                self._evicted.clear()
-                return
-            evicted, _ = self._kept.popitem(last=False)
-            self._evicted[hash(evicted)] = None
-            if len(self._evicted) > MAX_EVICTED_KEYS:
-                self._evicted.popitem(last=False)
+    operation: CompiledOperation
+    stores: Any
 
 
 _operations = LruCache(OPERATION_CACHE_SIZE)
@@ -98,7 +46,7 @@ _LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes")
 
 
 def operation_of(
-    primitive: Any, operands: Sequence[Any], params: dict[str, Any], context: Any
+    primitive: Primitive, operands: Sequence[Any], params: dict[str, Any], config: int
 ) -> CompiledOperation:
     """The operation that a bind of `primitive` is.
 
@@ -106,35 +54,34 @@ def operation_of(
         primitive: of JAX.
         operands: what it is bound to.
         params: of the bind.
-        context: the JAX configuration in force, or what stands for them.
+        config: a number for the JAX configuration in force.
 
     Raises:
-        Uncacheable: it is made anew in every call.
+        Uncacheable: it may be another in every call.
     """
     owners: list[Any] = []
     key = (
-        context,
+        config,
         primitive,
         tuple(params),
         tuple([_key(value, owners) for value in params.values()]),
         tuple([_signature(x) for x in operands]),
     )
-    known = _operations.get(key)
-    if known is None:
-        # A copy of a jaxpr, so that the operation does not keep its owner alive.
+    operation = _operations.get(key)
+    if operation is None:
+        # Copies of the jaxprs, so that the operation does not keep its owners alive.
         bound = {k: _copied(v) for k, v in params.items()} if owners else params
         operation = CompiledOperation(
-            binding(primitive, bound),
+            bind_function(primitive, bound),
             [aval_of(x) for x in operands],
-            is_stateful=any(_compat.is_stateful(jaxpr) for jaxpr in owners),
+            is_stateful=any(map(is_stateful, owners)),
         )
-        _operations.put(key, (operation,), owners)
-        return operation
-    return known[0]
+        _operations.put(key, operation, owners, operation.orphan)
+    return operation
 
 
-def binding(primitive: Any, params: dict[str, Any]) -> Callable[..., list[Any]]:
-    """A bind of `primitive` as a function to a list of results."""
+def bind_function(primitive: Primitive, params: dict[str, Any]) -> Function:
+    """A bind of `primitive`, as a function to a list of results."""
 
     def call(*operands: Any) -> list[Any]:
         results = primitive.bind(*operands, **params)
@@ -143,49 +90,49 @@ def binding(primitive: Any, params: dict[str, Any]) -> Callable[..., list[Any]]:
     return call
 
 
-def operation_of_jit(
-    jaxpr: Any, context: Any, is_opaque: Callable[[Any], bool]
-) -> CompiledOperation | None:
+def operation_of_jit(jaxpr: ClosedJaxpr, config: int) -> CompiledOperation:
     """The operation that a call of a jitted function is; its constants come first.
 
-    None if `is_opaque(jaxpr)`.
+    Args:
+        jaxpr: of the function, which neither runs Python nor has an effect.
+        config: as in `operation_of`.
     """
-    key = (context, id(jaxpr))
-    known = _operations.get(key)
-    if known is None:
-        operation = None
-        if not is_opaque(jaxpr):
-            avals = [*map(jax.typeof, jaxpr.consts), *jaxpr.in_avals]
-            operation = CompiledOperation(_compat.opened(jaxpr), avals, has_rules(jaxpr))
-        known = (operation,)
-        _operations.put(key, known, [jaxpr])
-    return known[0]
+    key = (config, id(jaxpr))
+    operation = _operations.get(key)
+    if operation is None:
+        avals = [*map(jax.typeof, jaxpr.consts), *jaxpr.in_avals]
+        operation = CompiledOperation(_compat.opened(jaxpr), avals, has_rules(jaxpr))
+        _operations.put(key, operation, [jaxpr], operation.orphan)
+    return operation
 
 
 def operation_of_custom(
-    primitive: Any,
+    primitive: Primitive,
     functions: Sequence[Any],
     operands: Sequence[Any],
     params: dict[str, Any],
-    context: Any,
+    config: int,
 ) -> CompiledOperation:
-    """The operation that a call of a function of JAX with a custom rule is.
+    """The operation that a call of a function of JAX with custom rules is.
 
     Args:
         primitive: that of `jax.custom_jvp` or `jax.custom_vjp`.
         functions: the function and its rules, as JAX wraps them.
         operands: what it is called with.
         params: of the bind.
-        context: the JAX configuration in force, or what stands for them.
+        config: as in `operation_of`.
 
     Raises:
-        Uncacheable: it is not JAX's, and its rules may look at values and at the world.
+        Uncacheable: it is not JAX's, and its rules may look at values and at the world; or
+            this JAX does not let us call it as one that is cached.
     """
+    if not rule_stores.is_available():
+        raise Uncacheable
     function, *rules = functions
     if not _is_global_of_jax(function.f) or not all(_is_of_jax(rule.f) for rule in rules):
         raise Uncacheable
     key = (
-        context,
+        config,
         primitive,
         function.f,
         function.transforms,
@@ -193,14 +140,12 @@ def operation_of_custom(
         tuple([_signature(x) for x in operands]),
     )
     try:
-        known = _operations.get(key)
+        known: _CustomOperation | None = _operations.get(key)
     except TypeError:  # an argument of the function that JAX does not trace
         raise Uncacheable from None
     if known is not None:
-        operation, stores = known
-        # The structure of the results, which JAX asks of the function that it passed.
-        function.populate_stores(stores)
-        return operation
+        rule_stores.refill(function, known.stores)
+        return known.operation
 
     def call(*xs: Any) -> list[Any]:
         return primitive.bind(*xs, subfuns=tuple(functions), **params)
@@ -209,7 +154,7 @@ def operation_of_custom(
     with set_current_trace(_compat.eval_trace):
         closed = jax.make_jaxpr(call)(*map(with_weak_type, avals))
     operation = CompiledOperation(jaxpr_as_fun(closed), avals, has_rules=True)
-    _operations.put(key, (operation, function.stores))
+    _operations.put(key, _CustomOperation(operation, function.stores))
     return operation
 
 
@@ -218,7 +163,7 @@ def _is_of_jax(function: Any) -> bool:
 
 
 def _is_global_of_jax(function: Any) -> bool:
-    """Whether it is JAX's and lives on anyway, so that the cache may hold it."""
+    """Whether a function is JAX's and lives as long as JAX, so that a cache may hold it."""
     inner = inspect.unwrap(function)  # what `jax.jit` made
     return _is_of_jax(function) and not getattr(inner, "__closure__", None)
 
@@ -229,7 +174,19 @@ def _signature(x: Any) -> tuple[Any, ...]:
 
 
 def _key(value: Any, owners: list[Any]) -> Any:
-    """What tells a parameter from others; the jaxprs in it are added to `owners`."""
+    """The part of a key for a parameter of a bind.
+
+    Only objects that compare by all that they do may be in a key: numbers, dtypes, and what
+    the classes of JAX and NumPy make that is no function and no array. A jaxpr is known by
+    its id, for as long as it lives.
+
+    Args:
+        value: the parameter.
+        owners: the jaxprs in it are added.
+
+    Raises:
+        Uncacheable: it contains something else.
+    """
     kind = type(value)
     if kind is float:
         return value.hex()  # 0.0 equals -0.0
@@ -259,7 +216,7 @@ def _key(value: Any, owners: list[Any]) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """`value` with other jaxprs of the same content."""
+    """`value` with copies of the jaxprs in it."""
     if type(value) is tuple:
         return tuple(map(_copied, value))
     return _compat.copied_jaxpr(value) if _compat.is_jaxpr(value) else value

@@ -1,26 +1,31 @@
-"""Pulls cotangents back through the operations of a run: one by one, or all in one program.
+"""Reverse sweeps through the entries of a tape, each compiled as one program.
 
-One by one nothing ever depends on the structure of the whole, so a loop whose length is
-another in each run compiles nothing new. Where the same few operations come in the same
-order again and again, they are compiled as one program, which saves most of the calls.
+An entry at a time, a sweep takes one call of XLA for each, some 10 us, and Python as much
+again. As one program it takes a single call, but XLA compiles for up to a second, and it is
+another program for every sequence of operations: a loop whose length depends on the data
+would compile in every run. So a sweep is compiled only
+
+- of at most `MAX_SWEEP_ENTRIES` entries, for which XLA takes a second;
+- once `MIN_SWEEPS` tapes of exactly this structure were met, after which more are likely to
+  follow;
+- while fewer than `MAX_SWEEP_STRUCTURES` structures begin with the same operation. If a
+  function has more, it may have any number.
+
+The structure of a tape is its operations, with the slots that they connect, and which
+derivative is asked for.
 """
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
-from jpyfunc._interpreters.operation_cache import LruCache
-from jpyfunc._interpreters.operations import (
-    CompiledOperation,
-    Linearization,
-    UncachedLinearization,
-    UncachedOperation,
-)
+from jpyfunc._interpreters.linearization import Linearization
+from jpyfunc._interpreters.lru_cache import LruCache
+from jpyfunc._interpreters.tape_entry import TapeEntry
 from jpyfunc._limits import (
     MAX_SWEEP_ENTRIES,
     MAX_SWEEP_STRUCTURES,
@@ -28,116 +33,79 @@ from jpyfunc._limits import (
     SWEEP_CACHE_SIZE,
 )
 
-Apply = Callable[[CompiledOperation | UncachedOperation, Sequence[Any]], list[Any]]
+# From the residuals of each entry and the cotangents of some slots to those of others.
+Sweep = Callable[[list[list[Any]], list[Any]], list[Any]]
 
 
-class Step(Protocol):
-    """One operation of a run: the slots of its operands, and the first of its results."""
-
-    operation: CompiledOperation | UncachedOperation
-    linear: Linearization | UncachedLinearization
-    inputs: list[int]
-    first: int
-
-
-def pull(
-    steps: Sequence[Step], known: list[Any], residuals: Sequence[Any], apply: Apply
-) -> None:
-    """Pull cotangents back, operation by operation.
+def compiled_sweep(
+    entries: Sequence[TapeEntry], of: Sequence[int], wrt: Sequence[int]
+) -> Sweep | None:
+    """A compiled reverse sweep for tapes of this structure, if enough of them were met.
 
     Args:
-        steps: the operations, in the order in which they were run.
-        known: the cotangent of each slot, or None; those of operands are added.
-        residuals: of each operation.
-        apply: runs an operation.
-    """
-    for step, kept in zip(reversed(steps), reversed(residuals), strict=True):
-        linear, n = step.linear, step.first
-        given = tuple([k for k in range(len(linear.of)) if known[n + k] is not None])
-        if not given:
-            continue
-        slots = list(dict.fromkeys(step.inputs))
-        targets = tuple([slots.index(s) for s in step.inputs])
-        sums = tuple([k for k, s in enumerate(slots) if known[s] is not None])
-        operands = [*kept, *[known[n + k] for k in given], *[known[slots[k]] for k in sums]]
-        for k in given:
-            known[n + k] = None
-        results = apply(linear.pull(given, targets, sums), operands)
-        if step.operation.is_orphan and isinstance(linear, Linearization):
-            linear.forget()
-        for slot, cotangent in zip(slots, results, strict=True):
-            known[slot] = cotangent
-
-
-def whole_pull(
-    steps: Sequence[Step], of: Sequence[int], wrt: Sequence[int]
-) -> Callable[[Any, Any], list[Any]] | None:
-    """A compiled function for runs of this structure, if it was met often enough.
-
-    Args:
-        steps: the operations of a run.
+        entries: the operations of a run.
         of: slots whose cotangents are given.
         wrt: slots whose cotangents are wanted.
-
-    Returns:
-        From residuals, a list for each step, and cotangents to cotangents; or None.
     """
-    if not 1 < len(steps) <= MAX_SWEEP_ENTRIES or any(
-        type(s.linear) is UncachedLinearization for s in steps
+    if not 1 < len(entries) <= MAX_SWEEP_ENTRIES or any(
+        type(entry.linear) is not Linearization for entry in entries
     ):
         return None
-    # Runs of one function begin with the same operation.
-    family = _families.get(id(steps[0].linear))
+    first = entries[0].linear
+    family = _families.get(id(first))
     if family is None:
         family = {}
-        _families.put(id(steps[0].linear), family, [steps[0].linear])
+        _families.put(id(first), family, [first])
     key = (
         tuple(of),
         tuple(wrt),
-        tuple([(id(step.linear), step.first, *step.inputs) for step in steps]),
+        tuple([(id(entry.linear), entry.first, *entry.inputs) for entry in entries]),
     )
     known = family.get(key)
     if known is None:
         if len(family) < MAX_SWEEP_STRUCTURES:
-            family[key] = SweepStructure(steps, of, wrt)
+            family[key] = SweepStructure(entries, of, wrt)
         return None
     if len(family) == MAX_SWEEP_STRUCTURES:
         return None
-    return known.function(steps)
+    return known.sweep(entries)
 
 
 class SweepStructure:
-    """What is known of runs of one structure; it keeps no operation alive."""
+    """What is known of tapes of one structure. It keeps no operation alive."""
 
     def __init__(
-        self, steps: Sequence[Step], of: Sequence[int], wrt: Sequence[int]
+        self, entries: Sequence[TapeEntry], of: Sequence[int], wrt: Sequence[int]
     ) -> None:
-        self._linears = [weakref.ref(step.linear) for step in steps]
-        self._places = [(step.first, step.inputs) for step in steps]
+        self._linears: list[Any] = [weakref.ref(entry.linear) for entry in entries]
+        self._slots = [(entry.inputs, entry.first) for entry in entries]
         self._of, self._wrt = of, wrt
-        self._runs = 1
-        self._compiled = jax.jit(self._pull)
+        self._met = 1
+        self._compiled = jax.jit(self._vjp)
 
-    def function(self, steps: Sequence[Step]) -> Callable[[Any, Any], list[Any]] | None:
-        for reference, step in zip(self._linears, steps, strict=True):
-            if reference() is not step.linear:  # another, with the id of one that died
+    def sweep(self, entries: Sequence[TapeEntry]) -> Sweep | None:
+        """The compiled sweep for the entries of one more tape, or None so far."""
+        for reference, entry in zip(self._linears, entries, strict=True):
+            if reference() is not entry.linear:  # another, with the id of one that died
                 return None
-        self._runs += 1
-        return self._compiled if self._runs >= MIN_SWEEPS else None
+        self._met += 1
+        return self._compiled if self._met >= MIN_SWEEPS else None
 
-    def _pull(self, residuals: Any, cotangents: Any) -> list[Any]:
-        # Only traced while a run has these operations, so all of them live.
-        steps: Any = [
-            types.SimpleNamespace(
-                operation=UncachedOperation, linear=reference(), first=first, inputs=inputs
+    def _vjp(self, residuals: list[list[Any]], cotangents: list[Any]) -> list[Any]:
+        # It is only traced for a tape with these operations, so all of them live.
+        entries = [
+            TapeEntry(reference(), inputs, first, [], values)
+            for reference, (inputs, first), values in zip(
+                self._linears, self._slots, residuals, strict=True
             )
-            for reference, (first, inputs) in zip(self._linears, self._places, strict=True)
         ]
-        known: list[Any] = [None] * (steps[-1].first + len(steps[-1].linear.of))
+        known: list[Any] = [None] * entries[-1].outputs.stop
         for slot, cotangent in zip(self._of, cotangents, strict=True):
             known[slot] = cotangent
-        pull(steps, known, residuals, lambda operation, xs: operation.call(*xs))
+        for entry in reversed(entries):
+            entry.vjp(known, lambda operation, operands: operation.call(*operands))
         return [known[slot] for slot in self._wrt]
 
 
+# By the id of the first operation: tapes of one function begin with the same one.
 _families: LruCache = LruCache(SWEEP_CACHE_SIZE)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
-from jax.extend.core import Effect, Primitive
+from jax.extend.core import Effect
 
 from jpyfunc import _compat
 from jpyfunc._bodies.derived import (
@@ -30,13 +30,25 @@ from jpyfunc._bodies.evaluate import evaluate
 from jpyfunc._bodies.primal import Primal
 from jpyfunc._bodies.profile import measured, row_of
 from jpyfunc._errors import no_rule, no_second_order, no_transpose, refuse_partial
+from jpyfunc._interpreters.host_primitive import HostPrimitive
 from jpyfunc._mesh import align, like_operands
 from jpyfunc._runtime.clients import default_device
 from jpyfunc._runtime.configuration import Config
 from jpyfunc._runtime.context import current
 from jpyfunc._runtime.transfers import put
 
-py_func_p = Primitive("py_func")
+
+class PyFuncPrimitive(HostPrimitive):
+    """The primitive of all calls, which other bodies run under their own trace."""
+
+    def evaluate(self, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+        return _evaluate(params["params"].body, operands, default_device())
+
+    def has_rules(self, params: dict[str, Any]) -> bool:
+        return params["params"].body.primal.rules is not None
+
+
+py_func_p = PyFuncPrimitive("py_func")
 py_func_p.multiple_results = True
 
 
@@ -200,11 +212,6 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
         else put(result, aval, device, copy=is_foreign)
         for result, aval in zip(results, params.body.out_avals, strict=True)
     ]
-
-
-def _py_func_call(operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
-    """Run the body under the tape that a surrounding body runs under."""
-    return _evaluate(params["params"].body, operands, default_device())
 
 
 def _evaluate(

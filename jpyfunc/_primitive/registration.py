@@ -3,7 +3,6 @@
 from jax.interpreters import ad, batching, mlir
 
 from jpyfunc import _compat
-from jpyfunc._interpreters.eager import CALLS, HAVE_RULES
 from jpyfunc._primitive.autodiff import (
     _py_func_dce,
     _py_func_jvp,
@@ -14,7 +13,6 @@ from jpyfunc._primitive.loops import guard_stateful_calls
 from jpyfunc._primitive.lowering import _py_func_lowering
 from jpyfunc._primitive.primitive import (
     _py_func_abstract_eval,
-    _py_func_call,
     _py_func_impl,
     py_func_p,
 )
@@ -26,8 +24,6 @@ ad.primitive_transposes[py_func_p] = _py_func_transpose
 batching.primitive_batchers[py_func_p] = _py_func_batching
 guard_stateful_calls()
 _compat.register_dce(py_func_p, _py_func_dce)
-CALLS[py_func_p] = _py_func_call
-HAVE_RULES[py_func_p] = lambda params: params["params"].body.primal.rules is not None
 # Every call site has its own slot in the list of host callbacks of its program, so a
 # lowering that is shared between call sites would be wrong on TPU.
 mlir.register_lowering(py_func_p, _py_func_lowering, cacheable=False)

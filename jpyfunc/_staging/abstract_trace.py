@@ -15,8 +15,8 @@ from jax.extend.core.primitives import jit_p
 from jpyfunc import _compat
 from jpyfunc._frames import line_of, place_of_frame, user_frame
 from jpyfunc._interpreters.base_trace import BodyTrace
-from jpyfunc._interpreters.operation_cache import binding
-from jpyfunc._interpreters.operations import calls_host, is_host_call
+from jpyfunc._interpreters.jaxpr_queries import calls_host, is_host_call
+from jpyfunc._interpreters.operation_cache import bind_function
 from jpyfunc._limits import (
     MAX_BRANCH_POINTS,
     MAX_CONSTANT_DEPTH,
@@ -193,7 +193,7 @@ class AbstractTrace(BodyTrace):
             results = self._record(signature, call, operands, outs, size)
         else:
             size = sum(map(operation_count, jaxprs_in_params(params))) or 1
-            call, is_pure = binding(primitive, params), not effects and not calls
+            call, is_pure = bind_function(primitive, params), not effects and not calls
             results = self._record(signature, call, tracers, outs, size, is_pure)
         return results if primitive.multiple_results else results[0]
 
