@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import ShapedArray, Tracer
 
 from jpyfunc._bodies.primal import Float0Leaf, StaticLeaf
+from jpyfunc._conversion import ARGUMENT, native, refuse_mask
 from jpyfunc._hashable import hashable
 from jpyfunc._interpreters.batch_tracer import is_batch_tracer
 from jpyfunc._interpreters.tape_tracer import is_tape_tracer, value_if_over
@@ -98,16 +99,9 @@ class Arguments:
 
         if isinstance(leaf, jax.Array):
             return leaf
-        if isinstance(leaf, np.ma.MaskedArray):
-            raise TypeError(
-                f"{where()}: expected an array, got a masked array, which JAX does not "
-                "support. Pass x.filled(value), or np.ma.getdata(x) and "
-                "np.ma.getmaskarray(x)."
-            )
-        if isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative:
-            leaf = leaf.astype(leaf.dtype.newbyteorder("="))
+        refuse_mask(leaf, where, ARGUMENT)
         try:
-            return jnp.asarray(leaf)
+            return jnp.asarray(native(leaf))
         except OverflowError as error:
             raise TypeError(
                 f"{where()}: {leaf!r} does not fit in JAX's default integer; pass an "

@@ -27,6 +27,7 @@ from jpyfunc._arguments import (
 )
 from jpyfunc._bodies.primal import KeyLeaf, Primal, physical_aval, read_only
 from jpyfunc._bodies.profile import Row, measured
+from jpyfunc._conversion import is_key_dtype, is_weak
 from jpyfunc._errors import (
     InferenceError,
     ResultError,
@@ -50,7 +51,7 @@ from jpyfunc._staging.emission import emit
 from jpyfunc._staging.exploration import current_exploration, once_per_exploration
 from jpyfunc._staging.fingerprint import fingerprint
 from jpyfunc._staging.inference import infer
-from jpyfunc._tout import Template, check_x64, is_key_dtype, is_weak, parse
+from jpyfunc._tout import Template, check_x64, parse
 
 _NUMBERS = (bool, int, float, complex)  # of Python, and not those derived of them
 

@@ -1,18 +1,24 @@
-"""`Tout`: what a call declares that its body returns, and the check of what it did."""
+"""`Tout`: the declared structure, shapes and dtypes of results, and their check."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jpyfunc._conversion import (
+    as_declared,
+    describe,
+    dtype_source,
+    is_key_dtype,
+    is_weak,
+    kind_of,
+)
 from jpyfunc._errors import ResultError
 
 Shape = tuple[int, ...]
@@ -20,7 +26,13 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Leaf:
-    """What is declared of one result; `None` stands for what is inferred."""
+    """The declaration of one result.
+
+    Attributes:
+        shape: None if it is to be inferred.
+        dtype: None if it is to be inferred.
+        weak_type: whether the dtype is that of a Python number.
+    """
 
     shape: Shape | None
     dtype: Any
@@ -43,21 +55,26 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Template:
-    """A parsed `Tout`: the structure of the results and what is declared of each."""
+    """A parsed `Tout`.
+
+    Attributes:
+        tree: the structure of the results.
+        leaves: the declaration of each.
+    """
 
     tree: Any  # PyTreeDef
     leaves: tuple[Leaf, ...]
 
     @classmethod
     def undeclared(cls, result: Any, name: str) -> Template:
-        """The structure of `result`, with nothing declared of its leaves."""
+        """Make a template that declares the structure of `result`, and nothing else."""
         tree = _flatten(result, name)[1]
         return cls(tree, (Leaf(None, None),) * tree.num_leaves)
 
     def __str__(self) -> str:
         try:
             return repr(jax.tree.unflatten(self.tree, self.leaves))
-        except Exception:  # noqa: BLE001 - a user's class may read what no leaf has here
+        except Exception:  # noqa: BLE001 - a user's class may use its leaves as arrays
             return str(self.tree)
 
     @property
@@ -68,11 +85,11 @@ class Template:
         )
 
     def path(self, index: int) -> str:
-        """How to reach result `index` in what the body returns, as `result[0]['a']`."""
+        """Name result `index` by its place in what the body returns: `result[0]['a']`."""
         return f"result{jax.tree_util.keystr(key_path(self.tree, index))}"
 
     def match(self, result: Any, name: str) -> list[Any]:
-        """The leaves of `result`, which must have this structure.
+        """Flatten `result`, which must have this structure.
 
         Lists and tuples stand for each other, as in `tf.py_function`.
 
@@ -85,9 +102,9 @@ class Template:
         return leaves if tree == self.tree else list(_match(self.tree, result, "", name))
 
     def check(self, result: Any, name: str) -> list[Any]:
-        """The results of a body, flat, each an array of the declared shape and dtype.
+        """Flatten what a body returned to arrays of the declared shapes and dtypes.
 
-        Works on concrete arrays and under any transform, where it is differentiable.
+        Works on concrete arrays, and on tracers, where it is differentiable.
 
         Args:
             result: what the body returned.
@@ -101,17 +118,18 @@ class Template:
         """
         values = self.match(result, name)
         return [
-            value
-            # The common case, on the way of every call.
+            value  # the common case, and every call comes here
             if isinstance(value, jax.Array)
             and value.dtype == leaf.dtype
             and value.shape == leaf.shape
-            else _convert(value, leaf, lambda i=i: f"{name}: {self.path(i)}")
+            else as_declared(
+                value, leaf.shape, leaf.dtype, lambda i=i: f"{name}: {self.path(i)}"
+            )
             for i, (value, leaf) in enumerate(zip(values, self.leaves, strict=True))
         ]
 
     def replace_shapes(self, shapes: Sequence[Shape | None]) -> Template:
-        """The same template with other shapes, one per leaf."""
+        """Replace the shapes, one per leaf."""
         return Template(
             self.tree,
             tuple(
@@ -131,20 +149,20 @@ def _flatten(result: Any, name: str) -> tuple[list[Any], Any]:
 
 
 def why_no_pytree(error: ValueError) -> str:
-    """What is wrong with a pytree that JAX does not flatten, and what to write."""
+    """Say why JAX does not flatten a pytree, and what to write instead."""
     if "dictionary keys" in str(error):
         return (
-            "the keys of a dict are not of one kind, and have no order. Use strings, or "
-            "integers, alone"
+            "the keys of a dict are not of one kind, and have no order. Use only strings, "
+            "or only integers"
         )
     return str(error).rstrip(".")
 
 
 def parse(tout: Any, name: str) -> Template:
-    """Read a `Tout` that is not callable.
+    """Parse a `Tout` that is not a function.
 
     Args:
-        tout: pytree whose leaves are dtypes or have `.shape` and `.dtype`.
+        tout: a pytree whose leaves are dtypes or have `.shape` and `.dtype`.
         name: the name of the function, for errors.
 
     Raises:
@@ -165,18 +183,18 @@ def key_path(tree: Any, index: int) -> tuple[Any, ...]:
     try:
         numbered = jax.tree.unflatten(tree, range(tree.num_leaves))
         return jax.tree_util.tree_flatten_with_path(numbered)[0][index][0]
-    except Exception:  # noqa: BLE001 - a user's class may refuse what is no array
+    except Exception:  # noqa: BLE001 - a user's class may refuse other leaves than arrays
         return (jax.tree_util.FlattenedIndexKey(index),)
 
 
 def is_function(tout: Any) -> bool:
-    """Whether a `Tout` is a function of the arguments, which is to be called.
+    """Whether a `Tout` is a function, which is called with the arguments.
 
     A callable pytree, such as an equinox module, declares results like itself if it has a
     leaf that declares one. JAX takes some functions for pytrees, too: partials, methods and
     wrapped functions of equinox. Their arrays are bound arguments.
     """
-    # A class is no such function: it is a dtype, or a mistake.
+    # A class is a dtype, or a mistake.
     if not callable(tout) or isinstance(tout, type) or is_dtype(tout):
         return False
     if isinstance(tout, functools.partial) or jax.tree_util.all_leaves([tout]):
@@ -224,7 +242,7 @@ def _parse_shape(shape: Any, where: str) -> Shape:
     sizes = tuple(shape) if isinstance(shape, list | tuple) else (shape,)
     for size in sizes:
         is_negative = isinstance(size, int | np.integer) and size < 0
-        # Not all but integers, because `jax.export` has symbolic sizes.
+        # Symbolic sizes of `jax.export` pass, so this lists what does not.
         if is_negative or isinstance(size, _NO_SIZES):
             raise TypeError(
                 f"{where}: expected a shape of integers that are 0 or more, got {shape!r}; "
@@ -237,7 +255,7 @@ def _parse_shape(shape: Any, where: str) -> Shape:
 def _parse_dtype(dtype: Any, where: str) -> Any:
     if is_key_dtype(dtype):
         return dtype
-    if dtype is int or dtype is float or dtype is complex:  # as jnp.zeros reads them
+    if dtype is int or dtype is float or dtype is complex:  # as in jnp.zeros(3, int)
         return jax.dtypes.canonicalize_dtype(dtype)
     dtype = np.dtype(dtype)
     if kind_of(dtype) is None or dtype in _NUMPY_ONLY:
@@ -249,7 +267,7 @@ def _parse_dtype(dtype: Any, where: str) -> Any:
 
 
 def check_x64(template: Template, name: str) -> None:
-    """Refuse 64-bit results while they are off, as `jax.pure_callback` does.
+    """Refuse 64-bit results while 64-bit types are off, as `jax.pure_callback` does.
 
     Raises:
         ValueError: a dtype needs `jax_enable_x64`.
@@ -266,63 +284,12 @@ def check_x64(template: Template, name: str) -> None:
             )
 
 
-def is_key_dtype(dtype: Any) -> bool:
-    """Whether `dtype` is that of typed PRNG keys."""
-    # `jnp.issubdtype` would raise for what is no dtype, and is on the way of every call.
-    return getattr(dtype, "type", None) is jax.dtypes.prng_key
-
-
-def is_weak(array: Any) -> bool:
-    """Whether an array, or what stands for one, is weakly typed; PRNG keys never are."""
-    return bool(getattr(array, "weak_type", False))
-
-
-def dtype_source(dtype: Any) -> str:
-    """How to write `dtype` in a program, for errors."""
-    return "jax.random.key(0).dtype" if is_key_dtype(dtype) else f"jnp.{dtype}"
-
-
-_KINDS = (
-    (np.bool_, "b"),
-    (np.unsignedinteger, "u"),
-    (np.signedinteger, "i"),
-    (np.floating, "f"),
-    (np.complexfloating, "c"),
-)
-# Wider than any dtype of JAX, except where they are names of the same width.
+# `longdouble` and `clongdouble`: JAX has none, unless they are names of 64-bit types.
 _NUMPY_ONLY = {np.dtype(t) for t in "gG"} - {np.dtype(t) for t in "dD"}
 
 
-def kind_of(dtype: Any) -> str | None:
-    """`'b'`, `'u'`, `'i'`, `'f'` or `'c'`; None for what JAX has no arrays of.
-
-    `np.dtype.kind` is `'V'` for bfloat16, the float8s and int4.
-    """
-    for parent, kind in _KINDS:
-        if jnp.issubdtype(dtype, parent):
-            return kind
-    return None
-
-
-def castable(array: Any, weak: bool, target_dtype: Any) -> bool:
-    """NumPy's `same_kind` rule, for ml_dtypes too, and for what Python has no types of."""
-    source, target = kind_of(array.dtype), kind_of(target_dtype)
-    if source is None or target is None:
-        return False
-    # A Python int has no sign as a type, and an empty list no type at all.
-    if weak and ((source, target) == ("i", "u") or not array.size):
-        return True
-    return is_same_kind(source, target)
-
-
-def is_same_kind(source: str, target: str) -> bool:
-    """Whether NumPy's `same_kind` rule converts one result of `kind_of` to another."""
-    order = "buifc"
-    return order.index(source) <= order.index(target)
-
-
 def _is_leaf(tree: Any) -> bool:
-    # `jax.tree_util.treedef_is_leaf` takes an empty list for one.
+    # `jax.tree_util.treedef_is_leaf` takes an empty list for a leaf.
     return tree.num_nodes == 1 and tree.num_leaves == 1
 
 
@@ -335,17 +302,18 @@ def _is_nothing(tree: Any) -> bool:
 
 
 def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
+    """Flatten `result`, the part at `path` of what a body returned, as `tree` says."""
     if _is_leaf(tree):
         return [result]
     if _is_nothing(tree):
         if _is_nothing(jax.tree.structure(result)):
             return []
-        raise _structure_error(name, path, "nothing", _describe(result))
+        raise _structure_error(name, path, "nothing", describe(result))
     kind, children = tree.node_data(), tree.children()
     parts, top = jax.tree_util.tree_flatten_with_path(
         result, is_leaf=lambda x: x is not result
     )
-    got = _describe(result)
+    got = describe(result)
     if kind[0] in (list, tuple):
         if len(children) == 1 and _is_one(result):
             return _match(children[0], result, path, name)  # as TensorFlow takes it
@@ -375,7 +343,7 @@ def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
 
 
 def _static_differences(tree: Any, result: Any, top: Any) -> tuple[str, str]:
-    """What the static fields are in which the declared object and a result differ."""
+    """Say in which static fields the declared object and a result differ, and how."""
     name = type(result).__name__
     dynamic = object()
     try:
@@ -385,7 +353,7 @@ def _static_differences(tree: Any, result: Any, top: Any) -> tuple[str, str]:
             pair = getattr(declared, key), getattr(result, key)
             if dynamic not in jax.tree.leaves(pair[0]) and bool(pair[0] != pair[1]):
                 fields[key] = pair
-    except Exception:  # noqa: BLE001 - a user's class may refuse what is no array
+    except Exception:  # noqa: BLE001 - a user's class may refuse other leaves than arrays
         fields = {}
     if not fields:
         fields = {"static data": (tree.node_data()[1], top.node_data()[1])}
@@ -405,14 +373,14 @@ def _field_names(value: Any) -> list[str]:
 
 
 def _is_one(result: Any) -> bool:
-    """Whether a result is an array, or what stands for one that is no list."""
+    """Whether a result is an array or a Python number, and not a list of them."""
     return isinstance(result, bool | int | float | complex) or hasattr(result, "dtype")
 
 
 def _keys(kind: Any) -> list[Any]:
-    """The keys of a `dict` or a class derived of it, in the order of its leaves."""
+    """The keys of a `dict` or a subclass, in the order of its leaves."""
     if issubclass(kind[0], defaultdict):
-        return list(kind[1][1])  # what makes the default comes first
+        return list(kind[1][1])  # after the factory of defaults
     return list(kind[1])
 
 
@@ -422,151 +390,3 @@ def _structure_error(name: str, path: str, expected: str, got: str) -> ResultErr
         f"{name}: result{path}: expected {expected}, got {got}. Return the "
         f"one, or declare the other in Tout{inferred}."
     )
-
-
-def _describe(value: Any) -> str:
-    """What `value` is, for errors."""
-    if value is None:
-        return "None"
-    text = type(value).__name__
-    if isinstance(value, dict):
-        return f"{text} with keys {list(value)}"
-    if isinstance(value, list | tuple):
-        return f"{text} of {len(value)}"
-    is_leaf = jax.tree_util.all_leaves([value])  # and no sparse array
-    return f"array of dtype {value.dtype}" if is_leaf and hasattr(value, "dtype") else text
-
-
-def _convert(value: Any, leaf: Leaf, where: Callable[[], str]) -> Any:
-    """`value` as an array of the declared shape and dtype, if casting allows."""
-    array, weak = as_array(value, where)
-    if leaf.shape is not None and tuple(array.shape) != leaf.shape:
-        parts = isinstance(value, list | tuple) and any(hasattr(x, "dtype") for x in value)
-        made = f", of a {_describe(value)} arrays" if parts else ""
-        raise ResultError(
-            f"{where()}: expected shape {leaf.shape}, got {tuple(array.shape)}{made}. "
-            "Return an array of that shape, or declare what is returned in Tout."
-        )
-    if leaf.dtype is None:
-        return jnp.asarray(value if weak else array)
-    if array.dtype == leaf.dtype:
-        return array
-    if not castable(array, weak, leaf.dtype):
-        remedy = "" if leaf.is_key else f" with .astype({dtype_source(leaf.dtype)})"
-        got = f"{array.dtype}, which casting of the same kind does not convert"
-        if type(value) in (int, float, complex, bool):
-            remedy, got = "", f"a Python {type(value).__name__}"
-        raise ResultError(
-            f"{where()}: expected {leaf.dtype}, got {got}. Convert it in the body{remedy}, "
-            f"or declare {_available_source(array.dtype)} in Tout."
-        )
-    if isinstance(array, np.ndarray):
-        _check_range(array, leaf.dtype, where)
-    if isinstance(array, np.ndarray) and not np.can_cast(array.dtype, leaf.dtype, "unsafe"):
-        array = jnp.asarray(array)  # NumPy lacks some casts between ml_dtypes
-    return array.astype(leaf.dtype)
-
-
-def _available_source(dtype: Any) -> str:
-    """How to write `dtype`, or what JAX has for it while 64-bit types are off."""
-    known = kind_of(dtype) is not None
-    return dtype_source(jax.dtypes.canonicalize_dtype(dtype) if known else dtype)
-
-
-def _check_range(array: np.ndarray, dtype: Any, where: Callable[[], str]) -> None:
-    """Refuse integers that `dtype` has no room for, where NumPy would wrap its own."""
-    for value in misfits(array, dtype):
-        raise ResultError(
-            f"{where()}: {value} does not fit in {dtype}. Declare a wider dtype in Tout."
-        )
-
-
-def misfits(array: Any, dtype: Any) -> list[int]:
-    """The least and the greatest integer of an array that `dtype` has no room for."""
-    if kind_of(dtype) not in ("u", "i") or array.dtype == np.bool_ or not array.size:
-        return []
-    limits = jnp.iinfo(dtype)
-    ends = int(array.min()), int(array.max())
-    return [n for n in ends if not int(limits.min) <= n <= int(limits.max)]
-
-
-def _is_buffer(value: Any) -> bool:
-    """Whether NumPy can read the memory of `value`, which is no array."""
-    if isinstance(value, bytes | np.ndarray | np.generic) or hasattr(value, "__array__"):
-        return False
-    try:
-        memoryview(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _instead_of(value: Any) -> str:
-    """What a body returns in place of what is no array."""
-    if inspect.iscoroutine(value):
-        value.close()  # or Python warns that nobody awaited it
-        return "Run it in the body with asyncio.run, and return what it gives"
-    if isinstance(value, Iterator):
-        return "Return list(...) of it"
-    return (
-        "Return arrays, Python scalars or lists of them, or declare the structure that is "
-        "returned in Tout"
-    )
-
-
-def as_array(value: Any, where: Callable[[], str]) -> tuple[Any, bool]:
-    """`value` as a NumPy or JAX array, and whether its dtype is weak.
-
-    Raises:
-        ResultError: it is not an array of numbers, booleans or PRNG keys.
-    """
-    if not isinstance(value, jax.Array) and hasattr(value, "__jax_array__"):
-        value = value.__jax_array__()
-    if isinstance(value, jax.Array):
-        return value, is_weak(value)
-    if isinstance(value, np.ma.MaskedArray):
-        raise ResultError(
-            f"{where()}: expected an array, got a masked array, which JAX does not "
-            "support. Return x.filled(value), or np.ma.getdata(x) and "
-            "np.ma.getmaskarray(x)."
-        )
-    array, weak = None, False
-    if isinstance(value, list | tuple):
-        items = jax.tree.leaves(value, is_leaf=lambda x: x is None)
-        weak = all(type(x) in (bool, int, float, complex) for x in items)
-        stack = jnp.asarray if any(isinstance(x, jax.Array) for x in items) else np.asarray
-        try:
-            array = stack(value)
-        except (TypeError, ValueError) as error:
-            raise ResultError(
-                f"{where()}: expected an array, got a {type(value).__name__} that does "
-                f"not form one ({error}). Return arrays of one shape, or declare a list of "
-                "results in Tout."
-            ) from error
-    elif isinstance(value, jax.Ref):
-        raise ResultError(
-            f"{where()}: expected an array, got a jax.Ref, valid only inside the body. "
-            "Return what it holds: ref[...]."
-        )
-    elif _is_buffer(value):
-        array = np.asarray(memoryview(value))
-    elif isinstance(value, bool | int | float | complex) or hasattr(value, "__array__"):
-        weak = not hasattr(value, "__array__")  # np.float64 is a float too
-        array = np.asarray(value)
-    if array is None or (kind_of(array.dtype) is None and not is_key_dtype(array.dtype)):
-        if isinstance(value, int):
-            raise ResultError(
-                f"{where()}: expected an integer of at most 64 bits, got {value}. Return a "
-                "float, or several integers."
-            )
-        if dataclasses.is_dataclass(value):
-            raise ResultError(
-                f"{where()}: expected an array, got the dataclass {_describe(value)}, "
-                "which JAX does not take apart. Decorate it with "
-                "jax.tree_util.register_dataclass."
-            )
-        raise ResultError(
-            f"{where()}: expected an array of numbers or booleans, got {_describe(value)}. "
-            f"{_instead_of(value)}."
-        )
-    return array, weak

@@ -168,6 +168,7 @@ class TestFeeds:
             (jnp.uint8, np.int32(3), TypeError),
             (jnp.uint8, -1, ValueError),
             (jnp.int32, 2**40, ValueError),
+            (jnp.float32, np.ma.array([1.0, 2.0], mask=[True, False]), TypeError),
         ],
     )
     def test_another_kind_is_refused(self, sess, dtype, value, error):

@@ -494,12 +494,14 @@ def test_results_as_jax_and_tensorflow_take_them(body, tout, want, transform):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_operands_of_another_byte_order_are_converted(transform):
+def test_arrays_of_another_byte_order_are_converted(transform):
     x = np.arange(3).astype(">f4")
     got = transform(
         lambda: py_func(lambda x: x * 2, [x], jax.ShapeDtypeStruct((3,), f32))
     )()
     assert got.tolist() == [0, 2, 4]
+    inferred = transform(lambda x: py_func(lambda x: np.arange(3).astype(">f4"))(x))(1.0)
+    assert (inferred.dtype, inferred.tolist()) == (f32, [0, 1, 2])
 
 
 def test_a_ref_is_refused_by_name(transform):

@@ -14,12 +14,12 @@ from jpyfunc._bodies.primal import (
     Primal,
     read_only,
 )
+from jpyfunc._conversion import as_array, can_cast, cast
 from jpyfunc._errors import ResultError, not_linear
 from jpyfunc._hashable import unwrapped
 from jpyfunc._limits import (
     LINEARITY_TOLERANCE,
 )
-from jpyfunc._tout import as_array, castable
 
 
 class RuleResiduals:
@@ -229,13 +229,13 @@ def _checked(value: Any, aval: Any, where: str) -> np.ndarray:
         return _zero(aval)
     array, weak = as_array(value, lambda: where)
     array = np.asarray(array)
-    if array.shape != aval.shape or not castable(array, weak, aval.dtype):
+    if array.shape != aval.shape or not can_cast(array, weak, aval.dtype):
         raise ResultError(
             f"{where}: expected {aval.dtype}{list(aval.shape)}, got "
             f"{array.dtype}{list(array.shape)}. Return one of the shape and kind of what "
             "it is the derivative of, or None."
         )
-    return array.astype(aval.dtype, copy=False)
+    return np.asarray(cast(array, aval.dtype))
 
 
 def _what(value: Any) -> str:

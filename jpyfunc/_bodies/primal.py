@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.core import ShapedArray
 
+from jpyfunc._conversion import is_key_dtype
 from jpyfunc._errors import add_inner_jit_remedy
 from jpyfunc._hashable import unwrapped
-from jpyfunc._tout import Template, is_key_dtype
+from jpyfunc._tout import Template
 
 Avals = tuple[ShapedArray, ...]
 

@@ -12,9 +12,10 @@ import jax
 from jax.core import ShapedArray
 from jax.extend.core import set_current_trace, take_current_trace
 
+from jpyfunc._conversion import is_weak
 from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
 from jpyfunc._staging.muted_streams import mute_streams
-from jpyfunc._tout import Leaf, Template, is_weak
+from jpyfunc._tout import Leaf, Template
 
 Result = TypeVar("Result")
 

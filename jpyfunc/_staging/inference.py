@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 
+from jpyfunc._conversion import is_same_kind, kind_of
 from jpyfunc._errors import InferenceError, ResultError, inner_jit_remedy
 from jpyfunc._frames import place_of, user_frame
 from jpyfunc._limits import (
@@ -22,7 +23,7 @@ from jpyfunc._limits import (
 from jpyfunc._staging.abstract_trace import TooManyBranchPoints
 from jpyfunc._staging.abstract_tracer import NeedsValueError
 from jpyfunc._staging.exploration import AbstractRun, explore
-from jpyfunc._tout import Leaf, Template, is_same_kind, kind_of
+from jpyfunc._tout import Leaf, Template
 
 # What a body raises where it needs a value.
 NEEDS_VALUE = (NeedsValueError, jax.errors.JAXTypeError, jax.errors.JAXIndexError)

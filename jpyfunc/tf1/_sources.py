@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jpyfunc._tout import is_dtype, is_key_dtype, parse
+from jpyfunc._conversion import is_key_dtype
+from jpyfunc._tout import is_dtype, parse
 from jpyfunc.tf1._apply import Compute, Spec
 from jpyfunc.tf1._graph import get_default_graph
 from jpyfunc.tf1._nodes import Tensor

@@ -9,8 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpyfunc._conversion import (
+    ARGUMENT,
+    as_array,
+    can_cast,
+    cast,
+    is_key_dtype,
+    out_of_range,
+)
 from jpyfunc._graph_tensor import GraphTensor
-from jpyfunc._tout import is_key_dtype, is_same_kind, kind_of, misfits
 
 Shape = tuple[int | None, ...]
 
@@ -84,52 +91,31 @@ def convert(
             f"{where()}: expected a value, got {value!r}; compute its value with "
             "session.run first."
         )
-    array = value if isinstance(value, jax.Array) else _read(value, where)
+    array, weak = as_array(value, where, ARGUMENT)
     if not fits(array.shape, shape):
         raise ValueError(
             f"{where()}: expected shape {shape}, got {array.shape}; reshape the value, or "
             "declare None for a size that may be any."
         )
     if dtype is None:
-        return jnp.asarray(value)
-    if array.dtype == dtype and not getattr(array, "weak_type", False):
+        return jnp.asarray(value if weak else array)
+    if array.dtype == dtype and not weak:
         return array
-    source, target = kind_of(array.dtype), kind_of(dtype)
     # Unlike a signed dtype, a Python int does convert to an unsigned one.
-    from_int = source == "i" and target == "u" and not hasattr(value, "dtype")
-    if source is None or target is None or not (
-        from_int or is_same_kind(source, target)
-    ):  # fmt: skip
+    if not can_cast(array, not hasattr(value, "dtype"), dtype):
         raise TypeError(
             f"{where()}: expected {dtype}, got {array.dtype}, which is of a kind that does "
             f"not convert to it; convert the value with .astype({dtype}), or declare "
             f"{array.dtype}."
         )
-    if misfits(array, dtype):
+    if out_of_range(array, dtype):
         limits = jnp.iinfo(dtype)
         raise ValueError(
             f"{where()}: expected values of {dtype}, from {limits.min} to "
             f"{limits.max}, got {array.min()} to {array.max()}; declare a wider dtype."
         )
-    return (
-        jnp.asarray(array, dtype) if isinstance(array, jax.Array) else array.astype(dtype)
-    )
-
-
-def _read(value: Any, where: Callable[[], str]) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{where()}: expected an array, got a {type(value).__name__} that NumPy does "
-            f"not convert to one ({error})."
-        ) from error
-    if kind_of(array.dtype) is None:
-        raise TypeError(
-            f"{where()}: expected an array of numbers or booleans, got "
-            f"{type(value).__name__} of dtype {array.dtype}."
-        )
-    return array
+    # A jax.Array of that dtype is converted, too, where it is weak.
+    return jnp.asarray(array, dtype) if isinstance(array, jax.Array) else cast(array, dtype)
 
 
 def to_numpy(array: jax.Array) -> Any:
