@@ -18,9 +18,9 @@ from jpyfunc import py_func, set_tape_limit
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A body and arguments, all of them floating: the test differentiates by each.
+    """A body and its floating arguments: tests differentiate with respect to each.
 
-    `branchless` is the same function without Python branches, of a body that has any.
+    `branchless` is the same function without Python branches, if the body has any.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Case:
 
     @property
     def plain(self) -> Callable[..., Any]:
-        """What `jax.jit` compiles, with the independent answer."""
+        """The function that `jax.jit` compiles, which gives the independent answer."""
         return self.branchless or self.body
 
     @property
@@ -189,12 +189,12 @@ CASES = (
     Case("py_func", uses_py_func, (1.5, 2.0), None, plain_py_func),
     Case("jitted_py_func", uses_jitted_py_func, (1.5, 2.0), None, plain_jitted_py_func),
 )
-# Its derivative exists in reverse only, and once.
+# It is differentiable once, in reverse mode.
 CUSTOM_VJP = Case("custom_vjp", uses_custom_vjp, (0.7,), f32, plain_custom_vjp)
 
 
 def scalar(function: Callable[..., Any]) -> Callable[..., jax.Array]:
-    """A smooth scalar of every result of `function`, to take gradients of."""
+    """Make a smooth scalar function of all results of `function`, to differentiate."""
 
     def summed(*args: Any) -> jax.Array:
         return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(function(*args)))
@@ -203,7 +203,7 @@ def scalar(function: Callable[..., Any]) -> Callable[..., jax.Array]:
 
 
 def loop(function: Callable[..., Any], *columns: Any) -> Any:
-    """The answer of a batch, by a Python loop over its rows, in eager JAX."""
+    """Compute a batch by a Python loop over its rows, in eager JAX."""
     rows = [function(*row) for row in zip(*columns, strict=True)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
@@ -211,11 +211,11 @@ def loop(function: Callable[..., Any], *columns: Any) -> Any:
 def eager_and_jit(
     function: Callable[..., Any], *args: Any, eager: bool = True
 ) -> Iterator[Any]:
-    """Results of `function`, eager and under jit, to be compared with one plain answer.
+    """Yield results of `function`, eager and under jit, to compare with one plain answer.
 
     Under jit twice: with tapes cached, and without, where derivatives run bodies
-    again. Eagerly once, because that difference is the host's, and to differentiate a body
-    eagerly takes the longest of all tests.
+    again. Eagerly once, because that difference is only on the host, and differentiating
+    eagerly is what takes tests the longest.
     """
     if eager:
         yield function(*args)

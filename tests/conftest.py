@@ -6,14 +6,14 @@ import tempfile
 
 from programs import xla_flags
 
-# Many tests compile the same small programs. Of each process, because JAX's cache may give
-# one what another has half written; a thread that gets that warns and compiles. Programs
-# that a test starts alone may have it, too. It goes when the process has ended, and with
-# it what that compiles to wait for programs in flight.
+# Many tests compile the same small programs, so they share a compilation cache: one per
+# process, because JAX may read an entry that another process has written in part (a thread
+# that does so warns and compiles). Programs that a test starts may use it, too. It is
+# removed when the process ends, with the programs that are compiled at exit.
 _compiled = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Before JAX makes its CPU client; the tests of sharding need several devices.
+# Set before JAX creates its CPU client; the tests of sharding need several devices.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), xla_flags(devices=4)])
 
 import jax
@@ -21,18 +21,18 @@ import pytest
 
 import jpyfunc
 
-# What tests leave behind would otherwise make each garbage collection a long one.
+# Otherwise the tapes that tests leave make every garbage collection slow.
 jpyfunc.set_tape_limit(2**26)
 
 
 def pytest_collection_modifyitems(items):
-    """Notebooks take the longest: they come first, so that all workers end together."""
+    """Run notebooks first: they take the longest, and all workers should end together."""
     items.sort(key=lambda item: item.path.stem != "test_notebooks")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen():
-    """No garbage collection looks through what the modules before have left."""
+    """Exempt what earlier modules have left from garbage collection."""
     gc.freeze()
 
 

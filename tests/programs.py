@@ -10,13 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for this module, too
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # programs import this module, too
 
 
 def xla_flags(devices: int) -> str:
-    """Flags of a CPU client of so many devices that takes the least time to compile.
+    """Return flags for a CPU client of several devices that compiles as fast as possible.
 
-    Compiling is what most of the tests take most of their time for.
+    Most tests spend most of their time in compilation.
     """
     flags = f"--xla_force_host_platform_device_count={devices}"
     flags += " --xla_backend_optimization_level=0"
@@ -35,7 +35,7 @@ def start_program(source: str, **environment: str) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": PATH,
-        "XLA_FLAGS": xla_flags(devices=1),  # which is how many users have
+        "XLA_FLAGS": xla_flags(devices=1),  # as most users have
         **environment,
     }
     return subprocess.Popen(
@@ -93,7 +93,7 @@ jax.distributed.initialize(
 """
     environment = {
         **os.environ,
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # it is for one process at a time
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # the cache is for one process at a time
         "PYTHONPATH": PATH,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": xla_flags(devices),
@@ -121,7 +121,7 @@ jax.distributed.initialize(
 
 
 def resident() -> int:
-    """Bytes of memory that this process has, without garbage; for the programs."""
+    """Return the resident memory of this process in bytes, after garbage collection."""
     gc.collect()
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

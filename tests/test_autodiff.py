@@ -38,7 +38,7 @@ def linearize(f, args):
 
 
 def some_tangents(f, args):
-    """Perturbs the first argument alone."""
+    """Differentiate with respect to the first argument only."""
     return jax.jvp(lambda x: f(x, *args[1:]), args[:1], tangents_like(args[:1]))
 
 
@@ -67,9 +67,9 @@ MIXES = {
 }
 
 
-# Every derivative of cases that differ in operands, results or length; of the others,
-# which differ in what the body does, those that all others consist of. Matrices eagerly of
-# the two that JAX takes the least time for.
+# Every derivative of the cases that differ in operands, results or length. Of the others,
+# which differ in what the body does, only the derivatives that all others consist of.
+# Matrices eagerly only for the two that JAX takes the least time for.
 SHAPES = CASES[1:5]
 SHORT = ("log_huber_outside", "two_results")
 EVERY = [(case, derivative) for case in SHAPES for derivative in DERIVATIVES] + [
@@ -137,7 +137,7 @@ def test_custom_vjp_in_the_body_gives_its_own_gradient(transform):
 
 
 def test_custom_vjp_in_the_body_differentiated_twice():
-    """In reverse: the derivative of the backward rule, not of the function."""
+    """In reverse mode, the second derivative is that of the backward rule."""
     plain = jax.jit(jax.grad(jax.grad(CUSTOM_VJP.plain)))(0.7)
     for got in eager_and_jit(jax.grad(jax.grad(CUSTOM_VJP.wrapped)), 0.7):
         assert_close(got, plain)

@@ -81,7 +81,7 @@ def test_nested_vmap_and_derivatives_between():
 
 
 def elementwise(x, w):
-    """A body that is right on whole batches as on elements: it has no branch."""
+    """A body without a branch, which is correct on whole batches, too."""
     return jnp.sin(x) * w, x.sum(-1) * 0 + 1
 
 

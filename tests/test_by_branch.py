@@ -49,7 +49,7 @@ def by_branch(body, **options):
 
 
 def runs_of(program, *args):
-    """What a program returns, and how often the body ran in it."""
+    """Return the result of a program, and how often the body ran in it."""
     with profile() as prof:
         result = jax.block_until_ready(program(*args))
     (kinds,) = prof.as_dict().values()
@@ -57,7 +57,7 @@ def runs_of(program, *args):
 
 
 def columns_of(case):
-    """The arguments of a case for three elements, which may take different branches."""
+    """Make arguments of a case for three elements, which may take different branches."""
     scale = jnp.array([1.0, -0.5, 2.5])
     return jax.tree.map(
         lambda x: jnp.stack([s * jnp.asarray(x) for s in scale]), tuple(case.args)
@@ -84,7 +84,7 @@ EVERY += [(CUSTOM_VJP, "forward"), (CUSTOM_VJP, "grad")]
 
 @pytest.mark.parametrize(("case", "derivative"), EVERY, ids=str)
 def test_every_case(case, derivative):
-    """Matrices under jit alone: eagerly the host does the same, and JAX takes long."""
+    """Matrices only under jit: eagerly the host does the same, and JAX is slow."""
     program = jax.vmap(DERIVATIVES[derivative](case.wrapped, len(case.args)))
     want = one_by_one(case, derivative)
     eager = derivative in ("forward", "grad")
@@ -96,7 +96,7 @@ xs, ms = jnp.linspace(0.5, 4.0, 7), jnp.linspace(1.0, 3.0, 5)
 
 
 def test_orders_and_axes_in_every_mix():
-    """Nested vmaps, derivatives between and around them, shared operands summed."""
+    """Nest vmaps, with derivatives between and around them and shared operands."""
     table = lambda f: jax.vmap(jax.vmap(f, (None, 0)), (0, None))  # noqa: E731
     for take in (
         lambda f, over: over(jax.grad(f, (0, 1))),
@@ -195,7 +195,7 @@ def test_a_thousand_elements_take_one_run_for_each_branch():
 
 
 def test_one_operation_on_operands_of_elements_and_on_those_that_all_share():
-    """In every order of them: each is compiled for itself, and all run at once."""
+    """Each order of them is compiled separately, and all run at once."""
     body = lambda x, w: (x * w + w * x + x * x) * (w * w) + (w * w) * x  # noqa: E731
     program = jax.jit(jax.vmap(jax.value_and_grad(by_branch(body), (0, 1)), (0, None)))
     w = jnp.float32(3)  # of the same type as x
@@ -212,7 +212,7 @@ def halvings(x):
 
 
 def lengths_run(monkeypatch):
-    """How long the arrays are that operations run on, one number for each, as they do."""
+    """Record the length of the arrays that each operation runs on."""
     lengths = []
 
     def counting(operation, axes):
@@ -229,7 +229,7 @@ def lengths_run(monkeypatch):
 
 
 def halvings_by_array(x):
-    """As `halvings`, but every iteration of every run makes a new NumPy array."""
+    """Like `halvings`, but every iteration of every run makes a new NumPy array."""
     while x > 1:
         x = (x / np.full(3, 2, np.float32))[0]
     return x
@@ -267,7 +267,7 @@ def test_operations_on_small_arrays_are_compiled_for_few_lengths(
 
 
 def test_padding_is_short_once_arrays_are_large(monkeypatch, transform):
-    """Of a small argument, a body may make an array of any size."""
+    """A body may make an array of any size from a small argument."""
 
     def body(x):
         y = jnp.sin(x)  # on 128 rows; from here on there are 8
@@ -303,7 +303,7 @@ def test_operations_that_take_long_are_not_padded_far(name, monkeypatch):
 
 
 def test_a_read_that_splits_into_many_groups():
-    """Each group goes on from the read by itself, whatever the others compute next."""
+    """Each group continues from the read separately, whatever the others compute next."""
 
     def body(x):
         k = int(jax.lax.stop_gradient(jnp.floor(x)))
@@ -357,7 +357,7 @@ def changes_a_sign():
     [(counts_in_numpy, 2), (counts_in_a_vector, 2), (changes_a_sign, -1)],
 )
 def test_a_run_computes_with_what_it_finds(make, of_second, transform):
-    """Not with the results of the run before, when what the body holds has changed."""
+    """It does not use the results of an earlier run if what the body holds has changed."""
     got = transform(jax.vmap(by_branch(make())))(xs)
     assert_close(got, jnp.where(xs > 2, xs, of_second * xs))
 
@@ -406,7 +406,7 @@ def test_what_is_compiled_is_bounded_however_sizes_change():
 
     for _ in range(200):
         call()
-    # One length of arrays, and a handful of operations with what derivatives need.
+    # One length of arrays, and a handful of operations and their derivatives.
     assert len(compiled) < 20
     several = len(compiled)
     for _ in range(50):
@@ -523,7 +523,7 @@ def test_an_exception_says_which_elements_ran(transform):
         jax.block_until_ready(transform(nested)(x[:4].reshape(2, 2)))
     note = "py_func 'body' ran on element (0, 1) of a batch of 2 x 2."
     assert note in caught.value.__notes__
-    got = transform(jax.vmap(by_branch(body)))(x[2:3])  # nothing is left broken
+    got = transform(jax.vmap(by_branch(body)))(x[2:3])  # it still works
     assert got.tolist() == [1.5]
 
 
@@ -553,7 +553,7 @@ def stateful(x):
 
 
 def stateful_scan(x):
-    """Of operands that all elements share."""
+    """The operands are shared by all elements."""
     shown = py_func(lambda y: print("effect", y), Tout=[])
     jax.lax.scan(lambda c, _: (c + 1, shown(c)), 0.0, length=1)
     return x * 2 if x > 2 else x
@@ -658,7 +658,7 @@ def test_an_array_that_a_body_holds_for_its_next_run(transform):
 
 
 def second_of_a_pair():
-    """A normal number that NumPy has drawn already, with the one before."""
+    """NumPy draws normal numbers in pairs, so the second one is drawn with the first."""
     np.random.seed(0)
     np.random.standard_normal()
     return np.random.standard_normal
@@ -698,7 +698,7 @@ def test_draws_are_made_for_each_element(draw, transform):
 
 
 def test_draws_of_another_thread(transform):
-    """A batch that meets some runs one by one, without a warning, and the next as ever."""
+    """Such a batch runs one by one, without a warning, and the next one by branch again."""
     waiting = [threading.Thread(target=random.random)]
 
     def body(x):
@@ -739,7 +739,7 @@ def test_draws_of_a_body_that_is_differentiated(transform):
     over = transform(jax.vmap(jax.value_and_grad(f, 1), (0, None)))
     with warned_of_draws(), profile() as prof:
         y, slope = jax.block_until_ready(over(x, 1.0))
-    assert_close(y, slope)  # of one draw for each element
+    assert_close(y, slope)  # one draw per element
     assert len({*(slope / x).tolist()}) == 5
     rows = prof.as_dict()["draws"]
     assert (rows["forward"]["elements"], rows["forward"]["runs"]) == (5, 6)
@@ -747,7 +747,7 @@ def test_draws_of_a_body_that_is_differentiated(transform):
 
 
 def test_draws_where_a_derivative_runs_the_body_again():
-    """What was summed already is not added twice."""
+    """Cotangents that have been summed are not added twice."""
     state = []
 
     def draws(x, w):
@@ -929,7 +929,7 @@ def draws(keys):
 
 @pytest.mark.parametrize("shape", [(20,), (4, 5), (1000,)])
 def test_random_numbers_have_the_same_bits_however_many_there_are(shape, transform):
-    """Few are drawn in a loop over the keys, and many at once."""
+    """A few are drawn in a loop over the keys, many at once."""
     keys = jax.random.split(jax.random.key(1), shape)
     body, of_all = lambda key: draws(swapped(key)), lambda key: draws(swapped_in_all(key))
     types = jax.eval_shape(of_all, jax.random.key(0))
@@ -971,7 +971,7 @@ def test_derivatives_of_bodies_that_draw_few_random_numbers(transform):
         (lambda key: jax.random.uniform(key, minval=-3.0), 128, True),
         (jax.random.uniform, 1024, False),
         (lambda key: jax.random.uniform(key, (64,)), 128, False),
-        (jax.random.normal, 128, False),  # its last bits would be others
+        (jax.random.normal, 128, False),  # the last bits would differ
     ],
 )
 def test_few_random_numbers_are_drawn_in_a_loop_which_compiles_faster(draw, count, loops):
@@ -999,12 +999,12 @@ def test_the_exception_is_that_of_the_first_element(transform):
     program = transform(jax.vmap(by_branch(body)))
     with pytest.raises(KeyError) as caught, jpyfunc.raise_original():
         jax.block_until_ready(program(jnp.array([200.0, -1, -2, -3])))
-    if transform is not jax.jit:  # where JAX's error comes between
+    if transform is not jax.jit:  # under jit, JAX's error comes first
         assert caught.value.__context__ is None
 
 
 def test_a_tape_holds_rows_of_the_elements_that_stayed():
-    """Before the split, arrays are of all elements, which those that leave do not hold."""
+    """Arrays from before the split are of all elements; a tape holds only its own rows."""
 
     def body(x):
         y = jnp.exp(jnp.sin(x)) * x
@@ -1012,13 +1012,13 @@ def test_a_tape_holds_rows_of_the_elements_that_stayed():
 
     wrapped = by_branch(body)
     x = jnp.concatenate([jnp.ones((62, 1000)), -jnp.ones((2, 1000))])
-    set_tape_limit(set_tape_limit(0))  # of the tests before, none goes meanwhile
+    set_tape_limit(set_tape_limit(0))  # so that no earlier tape is evicted meanwhile
     pullbacks = jax.jit(jax.vmap(lambda x: jax.vjp(wrapped, x)[1]))(x)
     pullback = jax.jit(jax.vmap(lambda pullback, ct: pullback(ct)[0]))
     large = jax.tree.map(lambda residual: residual[:62], pullbacks)
     three = 3 * 62 * 1000 * 4  # bytes of an operand and the results of two operations
     assert tape_bytes() > three
-    pullback(large, jnp.ones(62)).block_until_ready()  # whose tape is spent, and goes
+    pullback(large, jnp.ones(62)).block_until_ready()  # its tape is spent, and evicted
     assert 0 < tape_bytes() < three / 2
 
 

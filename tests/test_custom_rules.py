@@ -28,7 +28,7 @@ B = jnp.asarray(rng.normal(size=4), jnp.float32)
 
 
 class Counted:
-    """`solve` with its rules, and how often each ran."""
+    """`solve` with its rules, which count how often they run."""
 
     def __init__(self, **options):
         self.runs = {"body": 0, "fwd": 0, "bwd": 0, "jvp": 0}
@@ -117,7 +117,7 @@ def test_evicted_residuals_are_computed_again(transform):
 
 
 def test_residuals_that_a_linearized_pullback_uses_twice(transform):
-    """Of stateful calls, whose residuals nothing makes again."""
+    """The calls are stateful, so nothing can compute their residuals again."""
     f = numpy_func(np.sin, Tout=lambda x: x, stateful=True)
     f.defvjp(lambda x: (np.sin(x), np.cos(x)), lambda cos, bar: (cos * bar,))
 
@@ -127,7 +127,7 @@ def test_residuals_that_a_linearized_pullback_uses_twice(transform):
         return value, jvp(bar)
 
     x, bar = jnp.array([0.5, 0.7]), jnp.ones(2)
-    before = jpf.set_tape_limit(2**16)  # of which spent ones may hold the last alone
+    before = jpf.set_tape_limit(2**16)  # room for only the last of the spent ones
     try:
         got = jax.block_until_ready(transform(lambda *xs: program(f, *xs))(x, bar))
     finally:
@@ -137,7 +137,7 @@ def test_residuals_that_a_linearized_pullback_uses_twice(transform):
 
 @pytest.mark.parametrize("rules", ["defvjp", "defjvp"])
 def test_no_rule_runs_for_a_branch_that_is_not_taken(rules, transform):
-    """Under `vmap` of a `cond` its derivative is a select of both, one of them zeros."""
+    """Under `vmap`, the derivative of a `cond` selects between both, one of them zeros."""
     seen = []
 
     def noting(kind, function):
@@ -641,7 +641,7 @@ NOT_LINEAR = {
 
 @pytest.mark.parametrize("name", NOT_LINEAR)
 def test_a_function_that_is_not_linear_is_not_transposed(name, transform):
-    """Its rule gives the derivative at a point, and a transpose is at none."""
+    """The rule gives the derivative at a point, which a transpose does not have."""
     function, vjp = NOT_LINEAR[name]
     f = numpy_func(function, Tout=lambda v: v, name=name)
     f.defvjp(lambda v: (function(v), v), lambda v, c: (vjp(v, c),))
@@ -744,7 +744,7 @@ def test_objects_of_unknown_size_are_bounded_in_number(kind, least, most, spent,
 
 
 def test_a_residual_that_a_rule_writes_to_again_is_what_it_was(transform):
-    """One buffer for all iterations of a loop, whose pullbacks come after the last."""
+    """All iterations of a loop use one buffer, and the pullbacks run after the last."""
     buffer = np.zeros((), np.float32)
 
     def forward(x):
@@ -765,7 +765,7 @@ def test_a_residual_that_a_rule_writes_to_again_is_what_it_was(transform):
 @pytest.mark.parametrize("size", [1024, 2**16])
 def test_a_buffer_that_a_rule_reuses_does_not_change_earlier_results(size, transform):
     raw = np.zeros(4 * size + 64, np.uint8)
-    start = -raw.ctypes.data % 64  # as aligned as XLA asks to share memory
+    start = -raw.ctypes.data % 64  # the alignment with which XLA shares memory
     buffer = raw[start : start + 4 * size].view(np.float32)
 
     def own(x):

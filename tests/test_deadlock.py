@@ -101,4 +101,4 @@ PROGRAMS = {
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_does_not_hang(program):
     source = SETUP + "\n    " + PROGRAMS[program].strip()
-    run_program(source, limit=60, XLA_FLAGS="")  # with threads as users have them
+    run_program(source, limit=60, XLA_FLAGS="")  # with the threads that users have

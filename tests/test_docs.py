@@ -46,18 +46,28 @@ def test_docstring(test):
     assert not said, "".join(said)
 
 
+def test_public_names():
+    """The names of TensorFlow 1 are those of `jpyfunc.tf1`."""
+    assert {name for name in vars(jpyfunc) if not name.startswith("_")} == {
+        *("py_func", "numpy_func", "explain", "profile", "raise_original"),
+        *("set_tape_limit", "tape_bytes", "tf1"),
+        *("PyFuncError", "InferenceError", "NotDifferentiableError", "ResultError"),
+        *("TapeLostError", "UnsupportedError", "GradientCutWarning"),
+    }
+
+
 @pytest.mark.parametrize(("module", "name"), PUBLIC)
 def test_public_objects_have_a_docstring_and_an_example(module, name):
     thing = getattr(module, name)
     if isinstance(thing, np.dtype):
         return
     assert inspect.getdoc(thing)
-    # Functions of JAX under TensorFlow's names have a line.
+    # JAX's functions with TensorFlow's names have a single line.
     if getattr(thing, "__module__", "").startswith(
         ("jpyfunc.tf1._arrays", "jpyfunc.tf1.math")
     ):
         return
-    # An exception is shown where it is raised, and an operation is not made by calling.
+    # An exception is shown where it is raised, and operations are not created directly.
     if callable(thing) and not (isinstance(thing, type) and issubclass(thing, Exception)):
         assert ">>>" in everything_said_about(thing)
 
@@ -99,6 +109,6 @@ def test_readme(monkeypatch, tmp_path):
         if not info.lower().startswith("py"):
             continue
         assert info == "python", f"README line {line}: a {info!r} block would not be run"
-        # So that the lines of a traceback are those of the README.
+        # The line numbers in a traceback are then those of the README.
         source = "\n" * (line - 1) + code
         exec(compile(source, str(README), "exec"), namespace)

@@ -86,7 +86,7 @@ def test_ordered_calls_run_in_program_order(recorder, transform):
 
 
 def test_an_eager_ordered_call_waits_for_those_before_it():
-    """Though its body reads nothing of them."""
+    """Although its body does not read their results."""
     order = []
 
     def slow(x):
@@ -131,7 +131,7 @@ def test_derivatives_of_stateful_calls(take, want, options, transform):
 
 @pytest.mark.parametrize("options", [{}, {"stateful": True}, {"ordered": True}], ids=str)
 class TestControlFlow:
-    """Each against the same loop in Python, forward and differentiated."""
+    """Compare each with the same loop in Python, forward and differentiated."""
 
     def compare(self, program, plain, transform):
         np.testing.assert_allclose(transform(program)(0.7), plain(0.7), rtol=1e-5)
@@ -209,7 +209,7 @@ class TestControlFlow:
 def test_a_loop_under_a_derivative_makes_calls_that_no_derivative_needs(
     take, options, recorder, transform
 ):
-    """Once each, as `jax.debug.callback`; JAX drops those of `io_callback`."""
+    """Each runs once, like `jax.debug.callback`; JAX drops those of `io_callback`."""
     f = recorder.body(**options)
 
     def step(c, x):
@@ -334,7 +334,7 @@ def test_what_jax_forbids_is_refused_by_name(options, recorder, transform):
 
 
 def test_a_stateful_call_in_batched_control_flow_is_refused(recorder, transform):
-    """It would run bodies that the program does not take."""
+    """Batched, both branches would run."""
     f = recorder.body(stateful=True)
     xs = jnp.array([1.0, -1.0])
     words = r"is called inside .* under vmap.*jax\.lax\.map, or make the call pure"
@@ -351,7 +351,7 @@ def test_a_stateful_call_in_batched_control_flow_is_refused(recorder, transform)
         with pytest.raises(UnsupportedError, match=words):
             transform(jax.vmap(program))(xs)
         assert recorder.values() == []
-    # What is the same for all elements may stand there.
+    # Control flow that is the same for all elements is allowed.
     step = jax.jit(lambda i, x: (i + 1, x * 2))
     both = lambda x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: step(c[0], c[1] + 0 * f(c[1])), (0, x))[1]  # noqa: E501, E731  # fmt: skip
     assert transform(jax.vmap(both))(xs).tolist() == [4.0, -4.0]
@@ -412,7 +412,7 @@ def test_a_call_without_results_that_is_refused_says_what_to_write(make, want, t
 
 
 def test_what_batching_a_loop_costs(monkeypatch):
-    """Nothing where no call is stateful, and no more looks at it than tell anything."""
+    """Nothing where no call is stateful; else looks until nothing new is batched."""
     looked = []
     batched = loops._batched
 

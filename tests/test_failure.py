@@ -31,7 +31,7 @@ def _inner_frame(x):
 
 
 def fails_when_negative(x):
-    """Fails on what it runs on, values or the tracers of a derivative."""
+    """Fail with an error that shows the argument, a value or a tracer."""
     if x < 0:
         _inner_frame(float(jax.lax.stop_gradient(jnp.asarray(0.0))))
     return jnp.sin(x)
@@ -69,7 +69,7 @@ def test_jax_error_has_the_traceback_of_the_body(failing_call):
     function, want = failing_call
     jitted = jax.jit(function)
     for _ in range(3):
-        # JAX's fast path, once the program has run well, raises the other class.
+        # JAX's fast path, once the program has succeeded, raises the other class.
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as info:
             jax.block_until_ready(jitted(-1.0))
         for part in ("CustomError: bad value 0.0", "_inner_frame", "fails_when_negative"):
@@ -78,7 +78,7 @@ def test_jax_error_has_the_traceback_of_the_body(failing_call):
 
 
 def test_raise_original(failing_call):
-    """First call and cached calls, and everything works afterwards."""
+    """The first call and cached calls fail alike, and everything works afterwards."""
     function, want = failing_call
     jitted = jax.jit(function)
     for _ in range(3):
@@ -101,7 +101,7 @@ def test_eager_calls_raise_as_python_does(failing_call):
 
 
 def test_raise_original_of_a_call_still_in_flight():
-    """The failing body runs on XLA's thread, after the block was left otherwise."""
+    """The failing body runs on XLA's thread, after another exception has left the block."""
     big = jnp.ones((500, 500))
     f = py_func(fails_when_negative, Tout=f32)
     jitted = jax.jit(lambda x: f(-jnp.dot(x, x).max()))
@@ -113,10 +113,10 @@ def test_raise_original_of_a_call_still_in_flight():
     def fails_before_a_block():
         before = jitted(jnp.dot(big, big))
         with raise_original():
-            pass  # it is not of this block
+            pass  # raised outside of the block
         before.block_until_ready()
 
-    # JAX raises at once where the operand is ready already, as on loaded machines.
+    # JAX raises at once if the operand is ready already, as on loaded machines.
     with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="CustomError"):
         fails_before_a_block()
 
@@ -214,7 +214,7 @@ def test_export_and_serialization_say_why_not():
 
 
 def test_raise_original_of_a_body_that_handled_another_error():
-    """The text of what is raised quotes the error of the call inside."""
+    """The text of the exception quotes the error of the inner call."""
 
     @py_func(Tout=f32)
     def outer(x):
@@ -243,7 +243,7 @@ def test_texts_that_xla_cannot_carry(text):
 
 @pytest.mark.parametrize("text", ["raise RuntimeError('no text')", "return 3"])
 def test_an_exception_without_a_text_is_an_error(text):
-    """XLA would end the process."""
+    """XLA would abort the process."""
     out = run_program(
         f"""
         import jax, jax.numpy as jnp
@@ -361,7 +361,7 @@ def test_leaving_a_block_does_not_wait_for_a_lock_that_is_held_outside():
     assert run_program(LOCKED, limit=90).strip() == "done"
 
 
-# What follows is of whole processes: how they end, and what they print.
+# The following tests are about whole processes: how they end, and what they print.
 DEVICES = """
 import os, signal, sys, threading, time
 import jax, jax.numpy as jnp, numpy as np
@@ -558,7 +558,7 @@ def test_blocks_wait_for_calls_over_several_devices():
     ],
 )
 def test_blocks_under_any_configuration_and_transform(context):
-    """Their fences are programs of our own, of which no trace takes note."""
+    """Their fences are programs of our own, which no trace records."""
     f = py_func(lambda x: x + 1, Tout=lambda x: x)
     jax.jit(f)(jnp.ones(3)).block_until_ready()
     fences._compiled_fence.cache_clear()

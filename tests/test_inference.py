@@ -203,7 +203,7 @@ def test_weak_types_are_those_of_plain_jax(transform):
 
 
 def test_streams_that_a_body_or_another_thread_put_there_stay(monkeypatch):
-    """What was put there while shapes are inferred is not ours to take away."""
+    """A stream that was put there while shapes are inferred stays."""
     streams = io.StringIO(), io.StringIO(), lambda: None
 
     def body(x):
@@ -306,7 +306,7 @@ def test_what_to_write_when_branches_disagree_works(other):
     assert (f(jnp.float32(1)), f(jnp.float32(-1))) == (1, -1)
 
 
-# Each with what the error names; on the line after `def`.
+# Each with what the error names, which is on the line after `def`.
 NEEDS_A_VALUE = {
     "float() of float32[]": lambda x: float(x[0]),
     "int() of float32[]": lambda x: int(x[0]),
@@ -377,7 +377,7 @@ def test_a_loop_that_never_ends_on_abstract_values():
             pass
         return x
 
-    # Few true answers first: the run where the loop ends at once is found.
+    # Runs with few true answers come first: the one where the loop ends at once is found.
     assert jax.jit(py_func(body))(2.0) == 2
 
     def never(x):
@@ -598,7 +598,7 @@ def test_a_body_may_wait_for_a_thread_that_infers():
     ],
 )
 def test_a_python_number_that_is_no_traced_value_keeps_it(body):
-    """As a size, an axis or an index, it is known where shapes are inferred."""
+    """A size, an axis or an index is known where shapes are inferred."""
     x = jnp.arange(6.0).reshape(2, 3)
     check_same(jax.jit(lambda x: py_func(body, [x, 1]))(x), body(x, 1))
     check_same(jax.jit(lambda x: py_func(body)(x, n=1))(x), body(x, 1))
@@ -643,7 +643,7 @@ NESTINGS = {
 @pytest.mark.parametrize("is_local", [False, True], ids=["global", "local"])
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_nested_calls_are_explored_once(nesting, is_local):
-    """And not as often as there are paths through all that call them."""
+    """Not once for each path through all of their callers."""
     runs = itertools.count()
 
     def halved(x):

@@ -12,13 +12,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def unit(path: Path) -> str:
-    """What the list calls the module: its path in the package, and a wing by its own."""
+    """Return the name of a module in the list: its path, without `__init__`."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
 def stated_order() -> list[str]:
-    """The list, top down; an indented name is in the wing that was named last."""
+    """Read the list, top down; an indented name belongs to the wing named last."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = re.search(r"## Layout.*?```\n(.*?)```", text, re.DOTALL)
     order: list[str] = []
@@ -32,7 +32,7 @@ def stated_order() -> list[str]:
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of the modules that a module imports, wherever in its code."""
+    """Return the full names of all modules that a module imports, anywhere in its code."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -155,7 +155,7 @@ def test_calls_of_one_function_find_what_was_compiled():
 
 
 def test_originals_are_bounded():
-    """Of many failures in a block all can be asked for; the last have their variables."""
+    """All failures in a block can be retrieved; only the last ones have their variables."""
 
     class Large:
         pass

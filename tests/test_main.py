@@ -49,7 +49,7 @@ def test_text_where_marks_have_no_encoding(monkeypatch, capsys):
 
 
 def check_text(text, mark):
-    """All checks passed, and have the mark; and what they ran with is told."""
+    """All checks passed and are marked, and the report has the versions and devices."""
     assert sum(line.startswith(f"  {mark} ") for line in text.splitlines()) == 7
     assert "7 of 7 checks passed." in text
     for word in (jax.__version__, platform.python_version(), "numpy", "jaxlib", "cpu:0"):
@@ -119,7 +119,7 @@ def test_an_exception_is_exit_status_1_with_the_reason(monkeypatch, capsys):
 
 
 def with_shape(py_func):
-    """`py_func` whose body runs on data only."""
+    """Return `py_func` with a `Tout` that has a shape, so that bodies run only on data."""
     scalar = jax.ShapeDtypeStruct((), "float32")
     return lambda func, inp=None, Tout=None: py_func(func, inp, scalar)
 

@@ -31,7 +31,7 @@ def code_cells(notebook):
 
 
 def texts(cell):
-    """The texts that a reader of the cell's outputs sees."""
+    """Yield the texts that a reader of the cell's outputs sees."""
     for output in cell.outputs:
         if output.output_type == "stream":
             yield output.text
@@ -40,7 +40,7 @@ def texts(cell):
 
 
 def shown(cell):
-    """What kinds of output a cell has: the text it prints as one, each plot by itself."""
+    """Return the kinds of output of a cell: whether it prints, and its plots' formats."""
     printed = [o.name for o in cell.outputs if o.output_type == "stream"]
     plots = [sorted(o.data) for o in cell.outputs if o.output_type != "stream"]
     # Warnings about the machine (such as a missing GPU driver) are no part of a notebook.
@@ -49,7 +49,7 @@ def shown(cell):
 
 @pytest.fixture
 def kernel_environment(monkeypatch, tmp_path):
-    """What a user's kernel has: one device, inline plots, this jpyfunc; no profile."""
+    """The environment of a user's kernel: one device, inline plots, this jpyfunc."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
@@ -133,7 +133,7 @@ def test_runs_top_to_bottom(path, kernel_environment):
 
 
 def test_a_debugger_prompts_in_a_compiled_program(kernel_environment):
-    """What the notebook on debugging promises to one who sits at it."""
+    """The notebook on debugging promises this."""
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(env=kernel_environment)
     client = manager.client()

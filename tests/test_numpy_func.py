@@ -90,7 +90,7 @@ def test_results(transform, make, tout, expected):
 
 def test_a_buffer_that_the_body_reuses_does_not_change_earlier_results(transform):
     raw = np.zeros(4096 + 16, np.float32)
-    start = (-raw.ctypes.data) % 64 // 4  # as aligned as XLA asks to share memory
+    start = (-raw.ctypes.data) % 64 // 4  # the alignment with which XLA shares memory
     buffer = raw[start : start + 4096]
 
     def body(x):

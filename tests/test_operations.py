@@ -19,7 +19,7 @@ f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
 @pytest.fixture
 def compiled():
-    """What XLA compiles, one event each."""
+    """Count the programs that XLA compiles, one event each."""
     events = []
 
     def listen(event, duration, **_):
@@ -32,7 +32,7 @@ def compiled():
 
 
 def test_a_loop_of_varying_length_compiles_nothing_after_a_while(compiled):
-    """However many iterations it takes, its operations are the same."""
+    """A loop whose operations are the same however many iterations it takes."""
 
     def body(x, n):
         y = x
@@ -55,7 +55,7 @@ def test_a_loop_of_varying_length_compiles_nothing_after_a_while(compiled):
 
 
 def test_a_body_of_more_operations_than_the_cache_has_room_for(compiled, monkeypatch):
-    """From the second call on it grows, and in the end nothing is compiled."""
+    """The cache grows from the second call on, and in the end nothing is compiled."""
     monkeypatch.setattr(cache, "_operations", cache.LruCache(size=8))
     bodies = [
         lambda x, k=k: sum((x[i : i + k] ** 2).sum() for i in range(12)) for k in (2, 3)
@@ -92,7 +92,7 @@ def test_nothing_is_planted_on_functions_of_jax():
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_a_structure_that_is_met_again_and_again(case):
-    """From the third time on, its cotangents are pulled back by one program."""
+    """From the third time on, one program pulls its cotangents back."""
     grad = jax.jit(jax.value_and_grad(scalar(case.wrapped), tuple(range(len(case.args)))))
     want = jax.jit(jax.value_and_grad(scalar(case.plain), tuple(range(len(case.args)))))
     for scale in (1.0, 1.1, -0.5, 0.9, -0.55, 1.2, -0.6, -0.65):
@@ -103,7 +103,7 @@ def test_a_structure_that_is_met_again_and_again(case):
 
 
 def test_one_structure_with_other_operands_and_results_differentiated():
-    """The same operations again and again, each time for another entry of the matrix."""
+    """The same operations repeat, each time for another entry of the matrix."""
     f = py_func(lambda x, y: (jnp.sin(x) * y, x * y**2), Tout=(f32, f32))
 
     def entry(jvp, i, k):
@@ -123,7 +123,7 @@ def test_one_structure_with_other_operands_and_results_differentiated():
 
 
 def scale_of(parameter):
-    """Of `scaled`, another for each of what Python says is equal."""
+    """A version of `scaled` for each of the parameters that are equal to Python."""
     scale = {bool: 2.0, int: 3.0, float: 5.0}[type(parameter)]
     scale *= math.copysign(1.0, parameter)
     return scale if jax.config.jax_threefry_partitionable else 10 * scale
@@ -139,7 +139,7 @@ ad.defjvp(scaled, lambda t, x, *, by: t * scale_of(by))
 
 
 def test_parameters_and_configurations_that_python_calls_equal(transform):
-    """Each is another operation, in one body and from call to call."""
+    """Each is a different operation, within one body and from call to call."""
     parameters = [True, 1, 1.0, 0.0, -0.0, 0, False]
     f = py_func(
         lambda x: sum(scaled.bind(x * (i + 1), by=by) for i, by in enumerate(parameters)),
@@ -152,7 +152,7 @@ def test_parameters_and_configurations_that_python_calls_equal(transform):
 
 
 def test_a_rule_of_jaxs_own_with_other_static_arguments():
-    """The axis is no parameter of a bind: JAX's function closes over it."""
+    """The axis is not a parameter of the bind: JAX's function closes over it."""
     x = jnp.arange(6.0).reshape(2, 3) / 5
 
     def body(x):
@@ -166,7 +166,7 @@ def test_a_rule_of_jaxs_own_with_other_static_arguments():
 
 
 def test_the_same_operations_on_other_operands():
-    """In the same order: nothing else tells one structure from the other."""
+    """The operations are in the same order: nothing else distinguishes the structures."""
 
     def body(x, n):
         a = jnp.sin(x)
@@ -243,7 +243,7 @@ def test_functions_made_again_in_each_run_are_released():
 
 
 def test_what_a_body_leaves_goes_with_it():
-    """Though there is room for its runs."""
+    """Although there is room for its tapes."""
     out = run_program(
         LIVES
         + """
@@ -265,7 +265,7 @@ def test_what_a_body_leaves_goes_with_it():
 
 
 def test_cached_tapes_hold_nothing_that_was_compiled_for_them_alone():
-    """Some megabytes for each call of a function that a body jits again."""
+    """It would hold some megabytes for each call of a function that a body jits again."""
     out = run_program(
         """
         from programs import resident

@@ -26,7 +26,7 @@ def cube(x):
 
 
 def counts(prof, column, name="cube"):
-    """A column of the rows of one function, by kind."""
+    """Return a column of the table for one function, by kind."""
     return {kind: row[column] for kind, row in prof.as_dict()[name].items()}
 
 
@@ -262,7 +262,7 @@ def test_calls_of_many_threads():
 
 
 def unfinished():
-    """An identity matrix still being computed, so that what takes it is not run yet."""
+    """Make an identity matrix that is still being computed, so that its users wait."""
     x = jnp.eye(600)
     for _ in range(30):
         x = x @ x
@@ -419,7 +419,7 @@ REASONS = {
 def test_says_why_a_batch_ran_one_by_one(reason):
     body, why = REASONS[reason]
     f = jax.jit(jax.vmap(py_func(body, Tout=SCALAR, name="f")))
-    for _ in range(2):  # when it is found, and when it is remembered
+    for _ in range(2):  # when it is found, and from the cache
         failing = contextlib.suppress(jax.errors.JaxRuntimeError, ValueError)
         with profile() as prof, failing:
             jax.block_until_ready(f(jnp.arange(1.0, 11.0)))
@@ -480,7 +480,7 @@ def test_prints_as_an_aligned_table():
         r"<f> +forward +1,500 +1,500 +1,500 .* 5.9 MiB +5.9 MiB +0 +0 +0 +0.0 us +0 B$",
         rows[0],
     )
-    # A ticket of 16 bytes leaves with the result.
+    # The result includes a ticket of 16 bytes.
     assert re.search(
         r"forward +1 +1 +1 .* 4 B +20 B +0 +0 +0 +[\d.]+ [um]?s +[1-9].* KiB$", rows[1]
     )
@@ -495,7 +495,7 @@ def test_prints_as_an_aligned_table():
 
 
 def test_bodies_have_their_names_in_traces(tmp_path):
-    # In its own process, because a trace is of the whole process.
+    # In its own process, because a trace covers the whole process.
     run_program(
         f"""
         import jax, jax.numpy as jnp

@@ -95,7 +95,7 @@ def test_call_forms(transform, form):
 
 
 def test_no_arguments(transform):
-    # `inp=[]` calls, and an `inp` that is left out does not.
+    # `inp=[]` calls the function; leaving `inp` out does not.
     assert transform(lambda: py_func(lambda: 5.0, [], jnp.float32))() == 5
     assert transform(py_func(lambda: 5.0, Tout=jnp.float32))() == 5
 
@@ -117,7 +117,7 @@ def test_a_wrapped_function_is_like_its_own():
 
 
 def test_a_function_that_is_wrapped_twice_makes_one_host_call():
-    """With the options of both, those of the last one first."""
+    """The options of both apply; the outer ones take precedence."""
     once = py_func(scale, Tout=F32, name="scale it", vmap_method="sequential")
     twice = py_func(once)
     assert twice == once
@@ -231,7 +231,7 @@ def test_static_leaves_that_compare_equal_are_not_mixed_up(transform, first, sec
 
 
 def test_operands_are_what_plain_jax_takes(transform):
-    # As in `jnp.multiply(x, x)`: 64 bits are off, and NumPy dtypes are canonical.
+    # As for `jnp.multiply(x, x)`: 64 bits are off, and NumPy dtypes are canonicalized.
     for x in (2, 2.0, True, 1j, np.float64(2), np.arange(3), np.ones(2, np.float16)):
         y = transform(py_func(lambda x: x))(x)
         plain = jax.jit(lambda x: x)(x)
@@ -340,7 +340,7 @@ def test_equality_of_wraps():
 
 @pytest.fixture
 def compiles():
-    """Names of the events of compilation, as they happen."""
+    """Record the names of compilation events."""
     events = []
 
     def listen(name, _, **__):
@@ -372,7 +372,7 @@ def test_wrapping_or_calling_again_does_not_compile_again(compiles):
     assert len(traced) == 1
     assert after_first > 0
     assert len(compiles) == after_first
-    # The counts do count: another function is another program.
+    # To verify the counters: another function is another program.
     jax.jit(py_func(lambda x: x * np.float32(2), Tout=tout))(x)
     assert len(traced) == 2
     assert len(compiles) == after_first + 1
@@ -404,7 +404,7 @@ def test_equal_calls_are_equal_in_a_jaxpr():
     assert params(body, 1.0) != params(body, jnp.ones(2))
 
 
-# Bodies that hold a traced w; each is refused where it is called.
+# Bodies that close over a traced w; each is refused where it is called.
 def closure(w):
     return lambda x: w * x
 
@@ -521,7 +521,7 @@ def test_a_function_that_is_a_pytree_passes_as_an_argument(transform):
 
 @dataclasses.dataclass
 class Weights:
-    """A dataclass that JAX does not take apart."""
+    """A dataclass that JAX does not flatten."""
 
     w: Any
 
@@ -566,7 +566,7 @@ def test_a_branch_under_a_jit_that_py_func_wraps_says_to_swap_them(tout, transfo
 
 
 def test_a_body_with_much_data_is_searched_in_bulk():
-    """In C, and not by Python functions that are called for each of its lists."""
+    """The search runs in C, not by Python functions called for each list."""
     data = [[i, float(i), np.ones(1), Model([i])] for i in range(20_000)]
     calls = []
     sys.setprofile(lambda _, event, arg: calls.append(arg) if event == "call" else None)
@@ -632,7 +632,7 @@ def test_results_of_an_eager_batch_stay_on_the_device_of_its_operands():
 
 
 def test_pickles_by_name_and_by_value(tmp_path):
-    """A module's function by its name; what has none, such as a notebook's, as it is."""
+    """A function of a module is pickled by its name, one of a notebook by value."""
     (tmp_path / "ours.py").write_text(
         "import jax, jax.numpy as jnp\n"
         "from jpyfunc import py_func, numpy_func\n"

@@ -23,7 +23,7 @@ def body(x, w):
 
 
 def per_shard(x, w):
-    """What a shard_map over four devices computes, in plain JAX."""
+    """Compute in plain JAX what a shard_map over four devices computes."""
     parts = [body(part, w) for part in jnp.split(x, 4)]
     return jnp.concatenate([p[0] for p in parts]), jnp.stack([p[1] for p in parts])
 
@@ -90,7 +90,7 @@ def test_sharded_jit_of_a_gradient_runs_once(wrapped, calls):
 
 
 def test_a_gradient_with_several_results_runs_its_body_once():
-    """XLA of jaxlib 0.12 runs it on every device if left to choose."""
+    """Left to choose, XLA of jaxlib 0.12 runs it on every device."""
     runs = []
 
     def counted(x, w):
@@ -305,7 +305,7 @@ def test_partly_automatic_shard_map_is_refused():
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_mesh_that_the_caller_set_is_not_in_force_in_the_body(count):
-    """And is again afterwards; on one device, the body runs on the caller's thread."""
+    """Afterwards it is in force again; on one device, the caller's thread runs the body."""
     mesh = jax.make_mesh((count,), ("d",), axis_types=(AxisType.Explicit,))
 
     def body(x):

@@ -34,7 +34,7 @@ def staged(body, **options):
 
 
 def calls_of(function, *args):
-    """How often `py_func` stands in the jaxpr, and what primitives there are."""
+    """Return how often `py_func` occurs in the jaxpr, and its primitives."""
     text = str(jax.make_jaxpr(function)(*args))
     return text.count("py_func[")
 
@@ -55,7 +55,7 @@ def test_every_case(case, derivative):
     n = len(case.args)
     take = DERIVATIVES[derivative]
     want = jax.jit(take(case.plain, n))(*case.args)
-    # What calls the body beyond a limit has the most branches to compile.
+    # Bodies that are called beyond a limit have the most branches to compile.
     eager = case.name != "while" or derivative == "forward"
     for got in eager_and_jit(take(f, n), *case.args, eager=eager):
         assert_close(got, want)
@@ -166,7 +166,7 @@ def test_a_leaf_in_a_batch_runs_for_the_elements_that_need_it(transform):
 
 
 def test_leaves_in_both_branches_and_in_scans(transform):
-    """They run for the elements that come through all of the branches before them."""
+    """They run for the elements that reach them through all branches before."""
     ran = []
 
     def body(x, y):
@@ -192,7 +192,7 @@ def test_leaves_in_both_branches_and_in_scans(transform):
 
 
 def test_a_body_that_does_something_else_when_it_is_run_again_is_called(transform):
-    """What runs on abstract values told of it would be of several bodies."""
+    """Abstract runs of it would describe several different bodies."""
     runs = []
 
     def added(x):
@@ -315,7 +315,7 @@ def in_shard_map(x, b):
     return jax.shard_map(lambda x, b: x * b, mesh=mesh, in_specs=spec, out_specs=P())(x, b)
 
 
-# Each gives x * b, where b is of NumPy.
+# Each computes x * b, where b is a NumPy array.
 USES_OF_A_BUFFER = {
     "operand": lambda x, b: x * b,
     "put": lambda x, b: x * jnp.asarray(b),
@@ -351,7 +351,7 @@ def test_a_numpy_array_that_is_written_to_counts_as_what_it_held(use, ndim, tran
 
 
 def aligned(value):
-    """1,000 numbers where XLA takes them without a copy."""
+    """Make 1,000 numbers, aligned so that XLA takes them without a copy."""
     buffer = np.empty(4096 + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     array = buffer[start : start + 4000].view(np.float32)
@@ -422,7 +422,7 @@ def test_what_is_new_in_each_run_and_the_same_is_staged(transform):
 
 @pytest.mark.parametrize("options", [{}, {"staged": True}], ids=str)
 def test_constants_that_a_body_caches_are_arrays(options):
-    """Of any size, in the runs on abstract values, and afterwards."""
+    """Constants of any size are known, during abstract runs and afterwards."""
 
     @functools.cache
     def table(n):
@@ -447,7 +447,7 @@ def test_constants_are_known_and_do_not_stand_in_the_program():
         mask = jnp.arange(1_000_000) % 3 == 0
         shared = mask * 2.0
         for _ in range(60):
-            shared = shared + shared  # exponential for what takes it for a tree
+            shared = shared + shared  # takes exponential time if it is traversed as a tree
         if mask[6] and not mask[7] and float(shared[3]) > 0:  # it is an array
             return x * jnp.where(mask, shared, 0).mean() * 2.0**-60 if x > 0 else x
         raise AssertionError
@@ -568,10 +568,10 @@ def test_a_branch_that_returns_something_else_calls_where_it_is_declared(transfo
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_nan_of_the_other_branch_reaches_no_gradient(shared, transform):
-    """`vmap` computes both branches, as selects of what they give.
+    """`vmap` computes both branches and selects from their results.
 
-    JAX stops the gradients of their operands, too, so that no order of `vmap` and
-    derivatives has the NaN of a branch that is not taken.
+    JAX also stops the gradients of their operands, so that no order of `vmap` and
+    derivatives yields the NaN of a branch that is not taken.
     """
 
     def body(x, w):

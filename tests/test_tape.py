@@ -33,7 +33,7 @@ from jpyfunc._interpreters import rule_stores
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
-# Each shows the body its operand once, differentiated.
+# Each runs the body once, on a differentiated operand.
 DERIVATIVES = {
     "grad": jax.grad,
     "jvp": lambda f: lambda x: jax.jvp(f, (x,), (1.0,))[1],
@@ -64,14 +64,14 @@ def derivative(request, transform):
 
 @pytest.fixture(params=["cached", "evicted"])
 def tape_limit(request):
-    """With tapes cached, and with none, where each derivative runs the body again."""
+    """Test with tapes cached, and with none, where each derivative runs the body again."""
     before = set_tape_limit(2**26 if request.param == "cached" else 0)
     yield request.param
     set_tape_limit(before)
 
 
 def call(function, *args):
-    """Call it and raise what a body raised."""
+    """Call a function, and raise the exception of a body as it is."""
     with raise_original():
         return jax.block_until_ready(function(*args))
 
@@ -239,7 +239,7 @@ def test_a_conversion_to_numpy_raises_in_a_few_lines(conversion, transform, tape
 
 @pytest.mark.parametrize("take", [jax.grad, jax.jacfwd, jax.hessian])
 def test_a_result_detached_by_a_read_raises(take, transform, tape_limit):
-    """Where TensorFlow returns 0.0 and says nothing."""
+    """TensorFlow silently returns 0.0 here."""
 
     def body(x):
         return jnp.float32(math.sin(x))
@@ -260,7 +260,7 @@ def test_a_result_that_depends_on_nothing_without_a_read_has_a_zero_gradient(tra
 @pytest.mark.parametrize("by_x", [jax.grad, jax.jacfwd])
 @pytest.mark.parametrize("again", [jax.grad, jax.jacfwd])
 def test_a_derivative_detached_by_a_read_raises_where_it_is_differentiated(by_x, again):
-    """In a body, too: it is a number then, and its derivative no 0.0."""
+    """In a body, too: there it is a number, whose derivative is not 0.0."""
     read = py_func(lambda x: x * float(x), Tout=f32)
     inside = py_func(lambda x: by_x(read)(x), Tout=f32)
     for program in (again(by_x(read)), again(inside)):
@@ -272,7 +272,7 @@ def test_a_derivative_detached_by_a_read_raises_where_it_is_differentiated(by_x,
 
 
 def test_what_depends_on_an_operand_without_a_gradient_may_be_read(transform):
-    """A whole number of it, alone or beside a result of the same operation that has one."""
+    """An integer part, alone or beside a result of the same operation with a gradient."""
     halves = jax.jit(lambda x: (x / 2, jnp.floor(x / 2) + 1))
 
     def body(x):
@@ -349,7 +349,7 @@ def test_an_array_that_outlives_its_run_is_its_value(take, transform):
 
 
 def test_a_numpy_array_that_a_body_writes_to_is_recorded_as_it_was(transform):
-    """Of no dimension, too: `t += 1` writes to it."""
+    """Scalars, too: `t += 1` writes to them."""
     for shape in ((), (1,)):
 
         def body(x, shape=shape):
@@ -368,7 +368,7 @@ def test_a_numpy_array_that_a_body_writes_to_is_recorded_as_it_was(transform):
 
 
 def test_jax_tells_one_run_from_another(transform):
-    """Libraries forbid to change in one trace what was made in another."""
+    """Libraries forbid changing an object in another trace than that which created it."""
     states = []
 
     def body(x):
@@ -388,7 +388,7 @@ def test_jax_tells_one_run_from_another(transform):
         assert len(states) == 2 * count
         assert all(a != b for a, b in itertools.combinations(states, 2))
     states.clear()
-    held = jnp.ones(())  # on a device of another client than bodies
+    held = jnp.ones(())  # on a device of another client than that of bodies
     value = transform(py_func(lambda x: body(x) + held, Tout=f32))
     jax.block_until_ready(value(1.0))
     assert states == [jax.extend.core.get_opaque_trace_state()]  # with values, as here
@@ -411,7 +411,7 @@ def of_its_own(x):
     return jnp.sin(x)
 
 
-# The value is not that of the function, so that the derivative of the value has no 3.
+# The rule's value is not that of the function, so its derivative has no factor 3.
 of_its_own.defjvp(lambda p, t: (jnp.sin(p[0]), 3 * jnp.cos(p[0]) * t[0]))
 straight_through = jax.custom_jvp(lambda x: jnp.round(x))
 straight_through.defjvp(lambda p, t: (jnp.round(p[0]), t[0]))
@@ -487,7 +487,7 @@ ORDERS = {
 
 
 def plain(name):
-    """The body without functions of ours in it, for JAX to compile."""
+    """Return the body without calls of wrapped functions, for JAX to compile."""
     body = BODIES[name]
     if name == "numpy_func":
         return lambda x: body(x, jnp.floor)
@@ -496,7 +496,7 @@ def plain(name):
 
 @pytest.mark.parametrize("body", BODIES)
 def test_gradients_of_what_jax_offers_a_body(body):
-    """Twice each, so that operations are met for the first time and again."""
+    """Run each twice, so that operations are new and then cached."""
     orders = ["grad"] if body == "shard_map" else ORDERS  # the others take JAX long
 
     def all_of(f):
@@ -514,7 +514,7 @@ def test_gradients_of_what_jax_offers_a_body(body):
     ["relu", "softplus", "custom_jvp", "custom_vjp", "vmap_of_custom", "rule_of_its_own"],
 )
 def test_custom_rules_where_jax_has_no_stores_that_we_know(body, monkeypatch):
-    """They are not cached then, and a second derivative runs the body again."""
+    """Their tapes are not cached then, and a second derivative runs the body again."""
 
     def fail(*_):
         raise AssertionError("a store is used")
@@ -537,7 +537,7 @@ def test_custom_rules_where_jax_has_no_stores_that_we_know(body, monkeypatch):
 
 
 def test_one_tape_is_differentiated_again_on_many_threads():
-    """The rules of a function under `jax.vmap` fill what JAX keeps of one call."""
+    """The rules of a function under `jax.vmap` fill JAX's stores for one call."""
     body = BODIES["vmap_of_custom"]
     pullback = jax.jit(lambda x: jax.vjp(jax.grad(py_func(body, Tout=f32)), x)[1])(0.7)
     apply = jax.jit(lambda pullback: pullback(1.0)[0])
@@ -549,7 +549,7 @@ def test_one_tape_is_differentiated_again_on_many_threads():
 
 @pytest.mark.parametrize("rule", [of_its_own, straight_through])
 def test_the_derivative_of_a_value_that_a_rule_computed(rule):
-    """Where a derivative is taken already, it is that of what the rule does."""
+    """Inside another derivative, the derivative is that of what the rule computes."""
     bodies = [lambda x: rule(x) * x, lambda x: jax.jit(rule)(x) * x]
     orders = [ORDERS["rev_rev"], lambda f: jax.jacfwd(jax.jacfwd(f))]
 
@@ -635,7 +635,7 @@ def test_in_float64_and_in_both_precisions_alternately():
 
 
 def test_error_texts_have_no_dangling_places():
-    """Where no frame is the user's: a body that is all NumPy."""
+    """A body that is all NumPy has no frame in the user's code."""
     with pytest.raises(NotDifferentiableError) as info:
         jax.grad(py_func(np.sin, Tout=f32))(0.5)
     assert re.search(r"'sin'.*converted to NumPy", str(info.value))
@@ -645,7 +645,7 @@ def test_error_texts_have_no_dangling_places():
 
 
 def test_calls_in_control_flow_of_a_body_run_once(transform):
-    """And are differentiated where they ran."""
+    """They are differentiated at the values that they ran on."""
     factors = []
 
     def scaled(x):
@@ -698,7 +698,7 @@ def test_custom_rules_are_python_that_sees_values_and_the_world(transform):
 
 @pytest.mark.parametrize("take", [jax.grad, jax.jacfwd])
 def test_a_numpy_array_that_a_body_writes_to_again(take, transform):
-    """Plain `jax.grad` gets [9, 9, 9]: it looks at the array when it is too late."""
+    """Plain `jax.grad` gets [9, 9, 9]: it reads the array too late."""
 
     def body(x):
         weights, total = np.ones(3, np.float32), 0.0
@@ -775,7 +775,7 @@ LEAD_NOWHERE = {
 
 @pytest.mark.parametrize("body", LEAD_NOWHERE)
 def test_forward_mode_asks_a_custom_vjp_only_for_what_leads_to_results(body, transform):
-    """`jax.linearize` leaves out the others, and raises where there is one."""
+    """`jax.linearize` omits the others, and raises if there is one."""
 
     def along(f):
         return transform(lambda x, t: jax.linearize(f, x)[1](t))(0.5, jnp.float32(0.9))

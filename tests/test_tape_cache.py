@@ -336,7 +336,7 @@ RESIDUALS = """
 
 
 def test_a_ticket_of_another_process_is_none_of_ours(tmp_path):
-    """Residuals saved here and loaded there, where the numbers of runs are the same."""
+    """Residuals are saved here and loaded there, where runs have the same numbers."""
     path = tmp_path / "residuals"
     save = RESIDUALS.replace("X", "3.0").replace("A)", "5.0)")
     run_program(
@@ -447,7 +447,7 @@ def test_a_waiting_tape_that_was_used_is_evicted_after_others(limit):
     x = jnp.ones(2**14)  # 64 KiB an array
     limit(2**19)
     a, b = (jax.vjp(f, x * i)[1] for i in (1, 2))
-    _, jvp = jax.linearize(a, 1.0)  # which needs its tape once more
+    _, jvp = jax.linearize(a, 1.0)  # uses its tape once more
     c = jax.vjp(f, x * 3)[1]
     for i, pullback in ((1, jvp), (3, c)):
         np.testing.assert_allclose(pullback(1.0)[0], i * np.cos(i) + np.sin(i), rtol=1e-5)
@@ -472,7 +472,7 @@ def test_a_tape_is_dropped_once_its_derivative_has_been_taken(limit, transform):
 
 @pytest.mark.parametrize("size", [1, 2**20])  # elements: a small tape, and a large one
 def test_a_pullback_is_called_again_after_others(size, limit, transform):
-    """Where its tape is spent and has gone, a pure body runs again with the same result."""
+    """If its spent tape has been evicted, a pure body runs again with the same result."""
     limit(2**30)
     rng = np.random.default_rng(0)
     drawn = []
@@ -503,9 +503,9 @@ def test_a_pullback_is_called_again_after_others(size, limit, transform):
     ids=["jacrev", "jvp_of_grad", "grad_of_grad"],
 )
 def test_a_second_derivative_finds_the_tape_that_the_first_has_used(take, limit, transform):
-    """Of stateful bodies, which cannot run again; in a scan, where several wait at once."""
+    """The bodies are stateful and cannot run again; in a scan, several tapes wait."""
     f = py_func(lambda c: jnp.sin(c) * c, Tout=lambda c: c, stateful=True)
-    limit(2**16)  # of which spent tapes may hold nothing
+    limit(2**16)  # no room for spent tapes
 
     def program(f, x):
         return jax.lax.scan(lambda c, _: (f(c), None), x, None, length=3)[0].sum()
@@ -561,7 +561,7 @@ def test_an_exception_half_way_leaves_no_tape_and_nothing_broken(transform):
 
 
 def test_a_training_loop_does_not_grow():
-    """Whatever is left for the derivative, in steps of scalars, arrays and objects."""
+    """In steps that leave scalars, arrays and objects for the derivative."""
     out = run_program(
         """
         from programs import resident
@@ -599,7 +599,7 @@ def test_a_training_loop_does_not_grow():
 
 
 def test_memory_stays_under_the_limit():
-    """Backward passes that never come, as in tensorflow/tensorflow#35010."""
+    """The backward passes never run, as in tensorflow/tensorflow#35010."""
     out = run_program(
         """
         from programs import resident
@@ -630,7 +630,7 @@ def test_memory_stays_under_the_limit():
 
 
 def test_an_evicted_tape_leaves_nothing_behind():
-    """Not even its name: the function lives, and so may be run for days."""
+    """Not even its name, as the function lives on and may run for days."""
     f = py_func(lambda x: jnp.sin(x), Tout=f32)
     forward = jax.jit(lambda x: jax.vjp(f, x)[1])
 
@@ -651,7 +651,7 @@ def test_an_evicted_tape_leaves_nothing_behind():
 
 
 def test_a_small_tape_counts_at_least_what_it_takes():
-    """So that many small arrays do not exceed a limit of n bytes."""
+    """Otherwise many small arrays could exceed a limit of n bytes."""
     out = run_program(
         """
         from programs import resident

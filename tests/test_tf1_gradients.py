@@ -64,7 +64,7 @@ def test_every_derivative_to_third_order(sess, name):
     expected = every(jnp.float32(0.7), jnp.float32(1.3))
     for got, want in zip(results, expected, strict=True):
         close(got, np.asarray(want), rtol=2e-4, atol=2e-5)
-    # Alone, each lowers to another program.
+    # Each lowers to another program if it is fetched alone.
     close(sess.run(third[2], {x: 0.7, m: 1.3}), np.asarray(expected[3])[2], rtol=2e-4)
 
 
@@ -86,7 +86,7 @@ def test_grad_ys(sess):
     )
     got = sess.run([by_tensor, by_array, mixed], feed)
     close(got, [[8, 20, 36], [8, 20, 36], [9, 21, 37]])
-    # Linear in grad_ys, which can be differentiated for too: a product of J and a vector.
+    # It is linear in grad_ys; its derivative with respect to these is a JVP.
     (forward,) = tf.gradients(by_tensor, weight, grad_ys=np.array([1.0, 0.0, 2.0]))
     close(sess.run(forward, feed), [2, 0, 12])
 
@@ -116,8 +116,8 @@ def test_intermediate_xs_and_fed_ones(sess):
     y = jpf.py_func(lambda h: h**3, [h], SCALAR)
     dy_dh, dy_dx = tf.gradients(y, [h, x])
     close(sess.run([dy_dh, dy_dx], {x: 0.5}), [3 * np.exp(1.0), 3 * np.exp(1.5)], rtol=1e-6)
-    close(sess.run([y, dy_dh], {h: 2.0}), [8, 12])  # what h is computed from is not needed
-    # As in TensorFlow: the fed value in y, and the derivative of h where it is defined.
+    close(sess.run([y, dy_dh], {h: 2.0}), [8, 12])  # the inputs of h are not needed
+    # As in TensorFlow: y uses the fed value, and h is differentiated where it is defined.
     close(sess.run(dy_dx, {h: 2.0, x: 0.5}), 12 * np.exp(0.5), rtol=1e-6)
     (second,) = tf.gradients(dy_dx, x)
     close(sess.run(second, {dy_dx: 0.0, x: 0.5}), 9 * np.exp(1.5), rtol=1e-5)
@@ -152,7 +152,7 @@ def test_stop_gradients(sess):
     square = x**2
     (slope,) = tf.gradients(square * x, x, stop_gradients=[square])
     close(sess.run(slope, {x: 3.0}), 9)
-    # Of what lies between a constant and y, no derivative is made.
+    # No derivative is taken between a constant and y.
     (slope,) = tf.gradients(tf.numpy.cos(square) * x, x, stop_gradients=[square])
     assert not any("cos_grad" in op.name for op in sess.graph.get_operations())
     close(sess.run(slope, {x: 3.0}), np.cos(9.0), rtol=1e-6)
@@ -177,7 +177,7 @@ def test_no_gradient_passes_an_integer_in_between(sess):
     x = tf.placeholder(jnp.float32)
     whole = tf.lift(lambda x: x.astype(jnp.int32))(x)
     assert tf.gradients(whole * 2.5, x) == [None]
-    # Where it hides in the pytree of one operation, JAX's rule holds: no derivative.
+    # Inside the pytree of one operation, JAX's rule holds: no derivative.
     parts = tf.lift(lambda x: {"whole": x.astype(jnp.int32), "rest": x * 3})(x)
     (slope,) = tf.gradients(parts["whole"] + parts["rest"], x)
     close(sess.run(slope, {x: 1.5}), 3)
@@ -206,7 +206,7 @@ def test_several_results_and_a_tensor_used_twice(sess):
     out = jpf.py_func(parts, [x, y])
     grads = tf.gradients([out["product"], out["ratio"]], [x, y])
     close(sess.run(grads, {x: 3.0, y: 2.0}), [2 + 1 / 2, 3 - 3 / 4])
-    # The result whose cotangent nobody asks for must not spoil the other with 0 * inf.
+    # The result without a cotangent must not spoil the other one with 0 * inf.
     product, ratio = (tf.gradients(out[k], [x, y]) for k in ("product", "ratio"))
     close(sess.run(product, {x: 3.0, y: 0.0}), [0, 3])
     close(sess.run([product, ratio], {x: 3.0, y: 0.0}), [[0, 3], [np.inf, -np.inf]])

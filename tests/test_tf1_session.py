@@ -359,7 +359,7 @@ class TestFailure:
 
     @pytest.mark.parametrize("options", [{"stateful": True}, {"ordered": True}], ids=str)
     def test_of_a_program_with_effects_is_raised_once(self, sess, options):
-        """By the run, and not by what waits for effects afterwards."""
+        """The run raises it, not what waits for effects afterwards."""
         threads = []
 
         def check(x):
@@ -458,7 +458,7 @@ class TestThreads:
             assert all(pool.map(work, range(8)))
 
     def test_the_first_runs_at_once_share_one_program(self, graph):
-        """Which is traced once."""
+        """The program is traced once."""
         traces = []
 
         def traced(x):
@@ -598,7 +598,7 @@ def test_a_regression_is_learned(sess):
 
 class TestLargeGraph:
     def test_nodes_outside_the_fetches_cost_a_run_nothing(self, sess, graph):
-        """In calls of Python functions, which do not depend on the machine."""
+        """Measured in calls of Python functions, which do not depend on the machine."""
         x = tf.placeholder(jnp.float32, [])
         y = x + 1
 
@@ -609,7 +609,7 @@ class TestLargeGraph:
                 nonlocal count
                 count += event == "call"
 
-            gc.disable()  # the finalizers of other tests are no calls of this one
+            gc.disable()  # finalizers of other tests must not count
             sys.setprofile(note)
             try:
                 function()

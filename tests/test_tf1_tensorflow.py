@@ -156,7 +156,7 @@ def test_log_huber(sess, x, m):
 
 
 def test_no_placement_is_forced(sess):
-    # Left to JAX: what is fed on a device runs there.
+    # This is left to JAX: operations run on the device of what is fed.
     device = jax.devices()[-1]
     fed = jax.device_put(jnp.float32(2), device)
     x = tf.placeholder(tf.float32)
@@ -165,7 +165,7 @@ def test_no_placement_is_forced(sess):
 
 
 def test_no_arguments_is_a_node_that_runs_each_time(sess):
-    """`py_func(lambda: next(batches), [], dtype)`, and no batch is lost by inference."""
+    """`py_func(lambda: next(batches), [], dtype)`: inference does not lose a batch."""
     batches = iter([np.full(3, i, np.float32) for i in range(9)])
     batch = tf.contrib.eager.py_func(lambda: next(batches), [], tf.float32)
     total = tf.numpy.sum(batch * 2)
@@ -265,7 +265,7 @@ class TestNumpyPyFunc:
 
 @pytest.mark.parametrize("name", ["py_func", "contrib.eager.py_func"])
 def test_without_tensors_or_a_with_it_is_a_node_of_the_default_graph(name):
-    """Were it called at once, each run would get the first batch again."""
+    """If it were called at once, each run would get the first batch."""
     out = run_program(
         f"""
         import numpy as np, jpyfunc.tf1 as tf

@@ -22,7 +22,7 @@ F32 = Struct((), jnp.float32)
 Pair = collections.namedtuple("Pair", "low high")
 X = jnp.arange(3.0)
 
-# What the body returns for X, the Tout, and the independent answer.
+# The result of the body for X, the Tout, and the independent answer.
 FORMS = {
     "exact": (lambda x: 2 * x, Struct((3,), jnp.float32), 2 * np.arange(3)),
     "like an array": (lambda x: 2 * x, jnp.zeros(3), 2 * np.arange(3)),
@@ -107,8 +107,8 @@ def test_arguments_of_callable_tout_keep_weak_types(transform):
     assert weak == [True, False]
 
 
-# Casting: the rows are dtypes of a result, the columns what Tout declares. This is the
-# answer of np.can_cast(..., "same_kind"), with ml_dtypes put beside their NumPy kin.
+# Casting: rows are dtypes of a result, columns are dtypes that Tout declares. This is the
+# answer of np.can_cast(..., "same_kind"), with ml_dtypes treated like their NumPy kin.
 KIN = {
     "bool": "bool", "uint4": "uint8", "uint8": "uint8", "uint32": "uint32",
     "int4": "int8", "int8": "int8", "int32": "int32",
@@ -242,7 +242,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class FlaxLike:
-    """A pytree that JAX knows by its methods alone, as those of flax."""
+    """A pytree that JAX knows only by its methods, like those of flax."""
 
     w: Any
     unit: str = "m"
@@ -325,7 +325,7 @@ def test_refused_tout(tout):
 
 
 class Chosen(equinox.Module):
-    """A function with a number that JAX takes for a leaf."""
+    """A function with a number that JAX treats as a leaf."""
 
     index: int
 
@@ -334,7 +334,7 @@ class Chosen(equinox.Module):
 
 
 class Shapely(equinox.Module):
-    """A callable pytree whose methods and wrapped functions JAX takes for pytrees, too."""
+    """A callable pytree whose methods and wrapped functions are pytrees to JAX, too."""
 
     w: Any
 
@@ -375,7 +375,7 @@ def test_functions_that_are_pytrees_are_called(tout, transform):
 
 
 class Fussy(equinox.Module):
-    """Its text and its checks read what nothing but an array has."""
+    """Its repr and its checks read attributes that only arrays have."""
 
     w: Any
 
@@ -417,7 +417,7 @@ def test_a_tout_of_other_parameters_is_told_so(transform):
     )
     with pytest.raises(TypeError, match=re.escape(text)):
         transform(lambda x: f(x, scale=2.0))(1.0)
-    # Here it is the call that is wrong.
+    # Here the call is wrong.
     text = "'body': too many positional arguments; call it with the arguments of (x, *, sca"
     with pytest.raises(TypeError, match=re.escape(text)):
         transform(f)(1.0, 2.0)

@@ -22,7 +22,7 @@ F32 = Struct((), jnp.float32)
 
 
 def dtypes_of_zeros():
-    """Every dtype that `jnp.zeros` makes, but two.
+    """Return every dtype that `jnp.zeros` makes, except two.
 
     XLA's host callbacks have no float6 (`jax.pure_callback` fails on them too).
     """
@@ -155,7 +155,7 @@ def test_layouts(transform, wrap, layout):
     value = LAYOUTS[layout]
     tout = Struct(value.shape, jnp.float32)
     np.testing.assert_array_equal(transform(wrap(lambda x: value, Tout=tout))(0.0), value)
-    if layout != "big-endian":  # which JAX has no operands of
+    if layout != "big-endian":  # JAX has no such operands
         np.testing.assert_array_equal(transform(wrap(lambda x: x, Tout=tout))(value), value)
 
 
@@ -194,7 +194,7 @@ def test_arrays_that_a_numpy_body_holds_stay_valid(transform):
 @pytest.mark.parametrize("size", [1000, 2**16])
 @pytest.mark.parametrize("wrap", [py_func, numpy_func])
 def test_results_survive_what_the_body_does_to_them_later(wrap, size, transform):
-    """Small ones, which XLA copies, and large ones that it could share as they are."""
+    """Test small ones, which XLA copies, and large ones, which it could share."""
     raw = np.empty(4 * size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     held = raw[start : start + 4 * size].view(np.float32)
@@ -248,7 +248,7 @@ def test_committed_operands_and_results(transform):
     np.testing.assert_array_equal(y + x, np.full(3, 3))
 
 
-# JAX configuration. Each body tells what is in force where it runs.
+# JAX configuration. Each body reports what is in force where it runs.
 VALUES = {
     "jax_accurate_erf_inv": True,
     "jax_allow_f16_reductions": False,
@@ -288,7 +288,7 @@ def test_what_jax_traces_depend_on_is_captured_or_has_a_reason_not_to_be():
 
 
 def unready():
-    """A result of the shared client that is not ready yet: 1.0, after a while."""
+    """Make a result of the shared client that is not ready yet: 1.0, after a while."""
     x = jnp.full((800, 800), 1.0)
     return (x @ x)[0, 0] / 800
 
@@ -313,7 +313,7 @@ def test_the_callers_configuration_is_in_force_in_the_body(transform, name, sett
 
 
 def test_configuration_is_in_force_on_the_thread_of_the_runtime():
-    """All at once: of a program that is compiled under them, and runs without."""
+    """All options at once: the program is compiled under them and runs without."""
     seen = []
 
     def in_force():
@@ -361,7 +361,7 @@ def test_configuration_is_the_callers_again_after_a_body_raised():
 
 
 def test_randomness_of_the_caller(transform):
-    """What JAX's random numbers depend on, against JAX alone."""
+    """Compare everything that JAX's random numbers depend on with JAX alone."""
 
     def body(x):
         return jax.random.gumbel(jax.random.key(3), (4,)) + x
@@ -508,7 +508,7 @@ def test_weak_operands_stay_weak_in_the_body(transform):
 
 
 def test_weak_types_in_a_body_are_those_of_plain_jax(transform):
-    """A weak array takes the dtype of what it meets; each result here tells which it is."""
+    """A weak array takes the dtype of the other operand, which each result here shows."""
     half, number = jnp.bfloat16(1.5), jnp.asarray(2.0)
     dtypes = []
 
@@ -546,7 +546,7 @@ def test_weak_types_in_a_body_are_those_of_plain_jax(transform):
 
 
 class TestTransferGuard:
-    """`jax.transfer_guard` finds what the user transfers, and nothing of ours."""
+    """`jax.transfer_guard` detects the user's transfers, and none of ours."""
 
     threshold, two = jnp.float32(1.5), jnp.float32(2)
 

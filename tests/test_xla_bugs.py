@@ -61,7 +61,7 @@ except jax.errors.JaxRuntimeError as error:
 
 
 def raised(text):
-    """JAX's error about a callback that raises, made in a Python which that may abort."""
+    """Raise JAX's error about a callback that raises, in a process that this may abort."""
     running = start_program(RAISING.format(text=text), JAX_PLATFORMS="cpu")
     try:
         return running.communicate(timeout=60)[0]
