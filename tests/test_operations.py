@@ -7,12 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, assert_close, scalar
+from jax.core import Tracer
+from jax.experimental import io_callback
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from programs import run_program
 
-from jpyfunc import py_func
+from jpyfunc import _compat, py_func
 from jpyfunc._interpreters import operation_cache as cache
+from jpyfunc._interpreters.base_tracer import BodyTracer
+from jpyfunc._interpreters.batch_tracer import BatchTracer
+from jpyfunc._interpreters.jaxpr_queries import (
+    calls_host,
+    differs_in_batches,
+    has_rules,
+    is_host_call,
+    is_stateful,
+)
+from jpyfunc._interpreters.tape_tracer import TapeTracer
+from jpyfunc._staging.abstract_tracer import AbstractTracer
 
 f32 = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -324,3 +337,55 @@ def test_many_threads_that_meet_the_same_operations_first(tmp_path):
         limit=180,
     )
     assert out.strip() == "[]"
+
+
+def of_callback(callback, **options):
+    return lambda x: callback(lambda x: np.asarray(x), f32, x, **options)
+
+
+@pytest.mark.parametrize(
+    ("function", "is_debug"),
+    [
+        (lambda x: jax.debug.print("{}", x), True),
+        (lambda x: jax.debug.print("{}", x, ordered=True), True),
+        (lambda x: jax.debug.callback(lambda x: None, x), True),
+        (of_callback(jax.pure_callback), False),
+        (of_callback(io_callback), False),
+        (of_callback(io_callback, ordered=True), False),
+        (lambda x: py_func(np.sin, [x], f32), False),
+    ],
+)
+def test_primitives_that_call_the_host_are_known(function, is_debug):
+    """JAX may give them other primitives, and some have no public names."""
+    jaxpr = jax.make_jaxpr(function)(1.0)
+    (eqn,) = jaxpr.eqns
+    assert is_host_call(eqn.primitive, eqn.params)
+    assert calls_host(jax.make_jaxpr(jax.jit(function))(1.0))
+    assert (eqn.primitive in _compat.DEBUG_PRIMITIVES) == is_debug
+    assert is_stateful(jaxpr) == (bool(jaxpr.effects) and not is_debug)
+
+
+def test_primitives_with_rules_of_the_users_are_known():
+    rule = jax.custom_jvp(lambda x: x)
+    rule.defjvp(lambda p, t: (p[0], t[0]))
+    assert has_rules(jax.make_jaxpr(jax.jit(rule))(1.0))
+    assert not has_rules(jax.make_jaxpr(jnp.sin)(1.0))
+    batched = jax.custom_batching.custom_vmap(jnp.sin)
+    batched.def_vmap(lambda size, is_batched, x: (jnp.cos(x), True))
+    assert differs_in_batches(jax.make_jaxpr(batched)(1.0))
+    assert not differs_in_batches(jax.make_jaxpr(jnp.sin)(1.0))
+
+
+@pytest.mark.parametrize("tracer", [TapeTracer, BatchTracer, AbstractTracer])
+def test_a_tracer_hides_no_method_of_arrays(tracer):
+    """A body would call ours in its place."""
+    hooks = {name for name in vars(BodyTracer) if not hasattr(Tracer, name)}
+    own = {name for name in vars(tracer) if not name.startswith("_")} - {"aval"}
+    array = jnp.ones(())
+    assert not [name for name in (hooks | own) - REDEFINED if hasattr(array, name)]
+
+
+# Of an array, or what JAX refuses of its tracers.
+REDEFINED = {
+    "block_until_ready", "copy_to_host_async", "item", "full_lower", "to_concrete_value",
+}  # fmt: skip

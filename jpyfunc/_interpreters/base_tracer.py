@@ -28,6 +28,8 @@ class BodyTracer(Tracer):
 
     __slots__ = ()
 
+    aval: Any  # a ShapedArray, or of a PRNG key
+
     body_trace: Any = _compat.TRACE_SLOT
 
     def concrete(self, use: str) -> Any:

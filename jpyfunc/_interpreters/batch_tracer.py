@@ -70,7 +70,7 @@ class BatchTracer(BodyTracer):
             self._taken = (subset, rows_of(self.value, subset.pad(index)))
         return self._taken[1]
 
-    def take(self, subset: Subset) -> BatchTracer:
+    def of_subset(self, subset: Subset) -> BatchTracer:
         """The tracer of the elements of `subset` alone, which frees the other rows."""
         if self.subset is subset:
             return self

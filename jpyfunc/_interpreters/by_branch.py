@@ -336,7 +336,7 @@ class ByBranchTrace(EagerTrace):
         return super().process_primitive(primitive, tracers, params)
 
     def apply_uncacheable(
-        self, loose: UncachedOperation, operands: Sequence[Any]
+        self, operation: UncachedOperation, operands: Sequence[Any]
     ) -> list[Any]:
         self.refuse(f"{self._primitive.name} may be another operation in every run")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.extend.core import (
     ClosedJaxpr,
     Jaxpr,
     JaxprEqn,
+    Literal,
     Primitive,
     Var,
     jaxprs_in_params,
@@ -138,13 +140,14 @@ def cost_in_bytes(jaxpr: AnyJaxpr) -> int:
         elif eqn.primitive is primitives.dot_general_p:
             # Some 64 numbers are multiplied and added in the time of one sine.
             (summed, _), _ = eqn.params["dimension_numbers"]
-            factor += math.prod(eqn.invars[0].aval.shape[i] for i in summed) // 64
+            left: Any = eqn.invars[0].aval
+            factor += math.prod(left.shape[i] for i in summed) // 64
         cost = max([cost, *(size * factor for size in sizes)])
     return cost
 
 
-def _is_other_key(variable: Var) -> bool:
-    dtype = getattr(variable.aval, "dtype", None)
+def _is_other_key(atom: Var | Literal) -> bool:
+    dtype = getattr(atom.aval, "dtype", None)
     is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     return is_key and dtype != _threefry_dtype()
 

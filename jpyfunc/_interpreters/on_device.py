@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import ShapedArray
+from jax.core import ShapedArray, eval_jaxpr
 from jax.extend.core import set_current_trace
 from jax.extend.core.primitives import jit_p
 
@@ -54,4 +54,4 @@ class OnDevice(_compat.EvalTrace, BodyTrace):
 
 @_compat.weakref_lru_cache
 def _jitted(jaxpr: Any) -> Any:
-    return jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *args))
+    return jax.jit(lambda consts, *args: eval_jaxpr(jaxpr.jaxpr, consts, *args))

@@ -72,7 +72,10 @@ def let_refill(function: Any) -> None:
                 store.__class__ = _RefillableStore
 
 
-class _RefillableStore(_compat.Store or object):
+_Store: Any = _compat.Store or object
+
+
+class _RefillableStore(_Store):
     """A store that takes another value in the place of the one that it holds."""
 
     __slots__ = ()

@@ -247,7 +247,7 @@ class Tape:
         if batch:  # of the elements that left meanwhile, nothing is kept
             for values in self._value_lists():
                 values[:] = [
-                    x.take(batch.subset) if is_batch_tracer(x) else x for x in values
+                    x.of_subset(batch.subset) if is_batch_tracer(x) else x for x in values
                 ]
 
     def arrays(self) -> Iterator[Any]:
