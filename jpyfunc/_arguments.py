@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray, Tracer
 
-from jpyfunc._bodies.primal import Float0Leaf, StaticLeaf
+from jpyfunc._bodies.user_function import Float0Leaf, StaticLeaf
 from jpyfunc._conversion import ARGUMENT, native, refuse_mask
 from jpyfunc._hashable import hashable
 from jpyfunc._interpreters.batch_tracer import is_batch_tracer

@@ -25,8 +25,8 @@ from jpyfunc._arguments import (
     unsharded_aval,
     with_arrays_traced,
 )
-from jpyfunc._bodies.primal import KeyLeaf, Primal, physical_aval, read_only
-from jpyfunc._bodies.profile import Row, measured
+from jpyfunc._bodies.primal import Primal
+from jpyfunc._bodies.user_function import KeyLeaf, UserFunction, physical_aval, read_only
 from jpyfunc._conversion import is_key_dtype, is_weak
 from jpyfunc._errors import (
     InferenceError,
@@ -44,6 +44,7 @@ from jpyfunc._options import Callee, not_by_branch, not_staged
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._runtime.configuration import current_config
 from jpyfunc._runtime.context import Context, current, running_batch
+from jpyfunc._runtime.profile import Row, measured
 from jpyfunc._runtime.transfers import allowed_transfers
 from jpyfunc._staging.branch_tree import BranchTree, stage, warn_if_large
 from jpyfunc._staging.closure import refuse_traced_closure
@@ -294,7 +295,7 @@ def _bind(
         operands.insert(0, needed)
         in_avals.insert(0, ShapedArray((), np.bool_))
     of_arrays = iter(keys)
-    body = Primal(
+    function = UserFunction(
         callee.func,
         callee.name,
         arguments.tree,
@@ -310,7 +311,7 @@ def _bind(
         raise not_by_branch(callee.label, "returns nothing, so that its runs count")
     default = "sequential" if stateful or callee.is_host_function else "by_branch"
     params = Params(
-        body,
+        Primal(function),
         stateful,
         callee.ordered,
         callee.vmap_method or default,

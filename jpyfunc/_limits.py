@@ -31,7 +31,7 @@ MAX_OPENED_CONTAINERS = 100_000
 MAX_FINGERPRINT_OBJECTS = 1000
 MAX_FINGERPRINT_BYTES = 2**16
 
-# --- Tapes (`_bodies/tape_cache.py`).
+# --- Tapes (`_runtime/tape_cache.py`).
 
 # What all tapes may hold in bytes; `set_tape_limit` changes it.
 DEFAULT_TAPE_LIMIT = 2**30

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
-from jpyfunc._bodies.primal import CustomRules
+from jpyfunc._bodies.user_function import CustomRules
 from jpyfunc._hashable import hashable, unwrapped
 from jpyfunc._limits import MAX_ABSTRACT_RUNS
 from jpyfunc._primitive.batching import BATCHERS

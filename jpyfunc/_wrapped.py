@@ -14,7 +14,7 @@ from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._arguments import Arguments
-from jpyfunc._bodies.primal import CustomRules
+from jpyfunc._bodies.user_function import CustomRules
 from jpyfunc._calling import branch_tree, call
 from jpyfunc._errors import adding_note
 from jpyfunc._frames import is_called_from

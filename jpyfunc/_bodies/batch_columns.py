@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import ShapedArray
 
 from jpyfunc import _compat
-from jpyfunc._bodies.derived import Batch, Body, FlatBody
+from jpyfunc._bodies.linear import FlatBody
 from jpyfunc._interpreters.batch_tracer import BatchTracer
 from jpyfunc._interpreters.by_branch import ByBranchTrace
 from jpyfunc._interpreters.subset import Subset
@@ -38,20 +38,6 @@ class BatchLayout:
     sizes: tuple[int, ...]
     stacked_in: list[tuple[bool, ...]]
     stacked_out: list[tuple[bool, ...]]
-
-    @classmethod
-    def of(cls, batch: Batch) -> BatchLayout:
-        levels: list[Batch] = []
-        body: Body = batch
-        while isinstance(body, Batch):
-            levels.append(body)
-            body = body.base
-        return cls(
-            body,
-            tuple(level.size for level in levels),
-            [*zip(*(level.stacked_in for level in levels), strict=True)],
-            [*zip(*(level.stacked_out for level in levels), strict=True)],
-        )
 
     @property
     def count(self) -> int:

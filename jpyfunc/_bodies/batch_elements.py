@@ -33,7 +33,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jpyfunc._bodies import tape_cache
 from jpyfunc._bodies.batch_columns import (
     BatchLayout,
     OperandColumn,
@@ -41,13 +40,11 @@ from jpyfunc._bodies.batch_columns import (
     TicketColumn,
 )
 from jpyfunc._bodies.batch_refusals import Scope, remember_refusal, remembered_refusal
-from jpyfunc._bodies.derivatives import call
-from jpyfunc._bodies.derived import Batch, Transpose, WithTape, recorded_of, ticket_of
-from jpyfunc._bodies.primal import Primal
-from jpyfunc._bodies.profile import title_of
+from jpyfunc._bodies.body import Avals, zeros
+from jpyfunc._bodies.linear import Transpose
 from jpyfunc._bodies.random_draws import drawn_since, generator_states
+from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._frames import warn_at_function
-from jpyfunc._hashable import unwrapped
 from jpyfunc._interpreters.by_branch import (
     ElementNames,
     Refusal,
@@ -58,30 +55,36 @@ from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import MAX_BATCH_BYTES, MAX_ELEMENT_BYTES
 from jpyfunc._runtime.configuration import is_debugging
 from jpyfunc._runtime.context import Context, current
+from jpyfunc._runtime.tape_cache import tapes
+from jpyfunc._runtime.tickets import is_void, tickets_of_rows
 
 
-def evaluate_batch(batch: Batch, operands: Sequence[Any], context: Context) -> list[Any]:
-    """The results of a batch, as `evaluate` gives them."""
-    layout = BatchLayout.of(batch)
+def evaluate_batch(
+    layout: BatchLayout,
+    out_avals: Avals,
+    by_branch: bool,
+    context: Context,
+    operands: Sequence[Any],
+) -> list[Any]:
+    """Compute the results of a batch, as `Batch` says."""
     if not layout.count:
-        return [np.zeros(aval.shape, aval.dtype) for aval in batch.out_avals]
+        return [*zeros(out_avals)]
     if any(isinstance(x, Tracer) for x in operands):
         return _evaluate_traced(layout, operands)
     elements = BatchElements(layout, operands, context)
-    if batch.by_branch and layout.count > 1 and not isinstance(layout.base, Transpose):
+    if by_branch and layout.count > 1 and not isinstance(layout.base, Transpose):
         elements.run_by_branch()
     else:
         elements.run_each(np.arange(layout.count))
     return [
         result.array.reshape(aval.shape).astype(aval.dtype, copy=False)
-        for result, aval in zip(elements.results, batch.out_avals, strict=True)
+        for result, aval in zip(elements.results, out_avals, strict=True)
     ]
 
 
 def _run_base(layout: BatchLayout, operands: Sequence[Any]) -> list[Any]:
     """Run the body of one element, or of a subset that runs by branch."""
-    context = current()  # which says what subset that is
-    return context.timed(title_of(layout.base), call, layout.base, operands, context)
+    return layout.base.run(current(), operands)  # which says what subset that is
 
 
 def _evaluate_traced(layout: BatchLayout, operands: Sequence[Any]) -> list[Any]:
@@ -129,8 +132,8 @@ class BatchElements:
         self.layout = layout
         self._context = context
         base = layout.base
-        ticket = ticket_of(base)
-        device = None if base.primal.numpy else context.device
+        ticket = base.ticket_index
+        device = None if base.function.is_host_function else context.device
         self.columns = [
             (TicketColumn if i == ticket else OperandColumn)(
                 x, layout.places(stacked), aval, device
@@ -139,7 +142,7 @@ class BatchElements:
                 zip(operands, layout.stacked_in, base.in_avals, strict=True)
             )
         ]
-        self._names = ElementNames(base.primal.label, layout.sizes)
+        self._names = ElementNames(base.function.label, layout.sizes)
         self._follows_tapes = ticket is not None
         self._drop_results()
 
@@ -193,7 +196,7 @@ class BatchElements:
             remember_refusal(self.layout, scope, refusal.why)
         elif drawn_since(before):  # or else another thread drew
             remember_refusal(self.layout, Scope.FUNCTION, refusal.why)
-            _warn_of_draws(self.layout.base.primal, drawn)
+            _warn_of_draws(self.layout.base.function, drawn)
 
     def _attempt(self, subsets: Sequence[Subset]) -> Refusal | None:
         """Run subsets by branch.
@@ -208,9 +211,9 @@ class BatchElements:
 
         def collect(rows: np.ndarray, results: list[np.ndarray]) -> None:
             nonlocal counted
-            if isinstance(self.layout.base, WithTape):
+            if self.layout.base.has_tape:
                 # The ticket of the run, which all elements share, and their numbers in it.
-                results[-1] = tape_cache.of_rows(results[-1][0], len(rows))
+                results[-1] = tickets_of_rows(results[-1][0], len(rows))
             for column, values in zip(self.results, results, strict=True):
                 column.add_rows(rows, values)
             self.is_done[rows] = True
@@ -263,19 +266,20 @@ class BatchElements:
         """The elements that can begin together: at one tape, or at none."""
         nbytes = max(self._array_bytes, default=0)
         every = np.arange(self.layout.count)
-        at_tape = recorded_of(self.layout.base)
-        if at_tape is None:
+        base = self.layout.base
+        ticket, in_avals = base.ticket_index, base.function.in_avals
+        if ticket is None:
             yield Subset(every, None, every, nbytes)
             return
-        tickets = self.columns[len(at_tape.base.in_avals)].rows(every)
+        tickets = self.columns[ticket].rows(every)
         names = np.ascontiguousarray(tickets[:, :3]).view("V12").ravel()
         _, first, labels = np.unique(names, return_index=True, return_inverse=True)
         evicted = []
         for label, place in enumerate(first):
             rows = np.flatnonzero(labels == label)
-            if tape_cache.is_void(tickets[place]):  # no branch ran: results stay zero
+            if is_void(tickets[place]):  # no branch ran: results stay zero
                 continue
-            is_cached, subset = tape_cache.subset_of(at_tape, tickets[place])
+            is_cached, subset = tapes.subset_of(tickets[place], in_avals)
             if not is_cached:
                 evicted.append(rows)
                 continue
@@ -286,10 +290,10 @@ class BatchElements:
             yield Subset(rows, None, rows, nbytes)
 
 
-def _warn_of_draws(primal: Primal, generator: str) -> None:
+def _warn_of_draws(function: UserFunction, generator: str) -> None:
     warn_at_function(
-        unwrapped(primal.func),
-        f"{primal.label} ran under vmap on many elements at once and drew numbers from "
+        function.callable,
+        f"{function.label} ran under vmap on many elements at once and drew numbers from "
         f"{generator}, so all elements would have had the same. It runs once for each "
         "element instead, now and from now on. If draws are to differ, say so with "
         "stateful=True, or draw with jax.random and a key for each element.",

@@ -11,8 +11,6 @@ import enum
 from typing import Any
 
 from jpyfunc._bodies.batch_columns import BatchLayout
-from jpyfunc._bodies.profile import title_of
-from jpyfunc._hashable import unwrapped
 from jpyfunc._interpreters.lru_cache import LruCache
 from jpyfunc._limits import REFUSAL_CACHE_SIZE
 
@@ -42,9 +40,9 @@ def remember_refusal(layout: BatchLayout, scope: Scope, why: str) -> None:
 
 def _keys(layout: BatchLayout) -> tuple[list[Any], Any]:
     """The keys of a call, a `Scope` each, and the function, which must live for them."""
-    function = unwrapped(layout.base.primal.func)
+    function = layout.base.function.callable
     # A bound method is a new object each time, so its function is the one.
     function = getattr(function, "__func__", function)
-    kind = (id(function), title_of(layout.base), layout.base.in_avals)
+    kind = (id(function), layout.base.title, layout.base.in_avals)
     size = (layout.count - 1).bit_length()
     return [id(function), kind, (*kind, size)], function

@@ -1,33 +1,34 @@
-"""Derivatives by the user's rules, which run on the host, on NumPy arrays."""
+"""Custom derivative rules, which run on the host, on NumPy arrays.
+
+A user gives `fwd` and `bwd` with the signatures of `jax.custom_vjp`, or `jvp` with that of
+`jax.custom_jvp`. The functions here go from flat operands, tangents and cotangents to the
+arguments of the rules, and check what these return.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 
-from jpyfunc._bodies.derived import Transpose, others
-from jpyfunc._bodies.primal import (
-    Primal,
-    read_only,
-)
+from jpyfunc._bodies.user_function import Avals, UserFunction, read_only
 from jpyfunc._conversion import as_array, can_cast, cast
 from jpyfunc._errors import ResultError, not_linear
-from jpyfunc._hashable import unwrapped
-from jpyfunc._limits import (
-    LINEARITY_TOLERANCE,
-)
+from jpyfunc._limits import LINEARITY_TOLERANCE
+
+Indices = tuple[int, ...]
 
 
 class RuleResiduals:
-    """What a forward rule left for the backward rule: a run, to `kept`.
+    """The residuals that `fwd` returned, cached in the place of a tape.
 
     Attributes:
         value: any Python object.
-        subset: as of `Tape`.
+        subset: None, as for a tape of one element: rules never run by branch.
     """
 
     subset = None
@@ -36,31 +37,33 @@ class RuleResiduals:
         self.value = value
 
     def arrays(self) -> Iterator[Any]:
-        """What it consists of, as far as JAX can take it apart."""
+        """Everything that the residuals hold, as far as JAX can flatten them."""
         try:
             yield from jax.tree.leaves(self.value)
-        except Exception:  # noqa: BLE001 - from a method of the user's, or keys without order
+        except Exception:  # noqa: BLE001 - from a user's pytree, or keys that have no order
             yield self.value
 
 
-def forward(primal: Primal, operands: Sequence[Any]) -> tuple[list[Any], RuleResiduals]:
-    """Results and residuals of the forward rule."""
-    args, kwargs = primal.arguments(operands)
-    result = unwrapped(primal.rules.fwd)(*args, **kwargs)
+def apply_fwd(
+    function: UserFunction, operands: Sequence[Any]
+) -> tuple[list[Any], RuleResiduals]:
+    """Apply the forward rule; return the results and the residuals."""
+    args, kwargs = function.arguments(operands)
+    result = function.rule("fwd")(*args, **kwargs)
     if not isinstance(result, tuple) or len(result) != 2:
         raise ResultError(
-            f"{primal.label}: expected its fwd to return a pair (result, residuals), got "
-            f"{_what(result)}. Write return result, residuals."
+            f"{function.label}: expected its fwd to return a pair (result, residuals), got "
+            f"{_description(result)}. Write return result, residuals."
         )
-    values = primal.template.check(result[0], f"{primal.label}: fwd")
+    values = function.template.check(result[0], f"{function.label}: fwd")
     return values, RuleResiduals(_owned(result[1]))
 
 
 def _owned(residuals: Any) -> Any:
-    """`residuals`, without arrays that the user may write to before they are used.
+    """Copy the arrays that the user may write to before the backward rule reads them.
 
-    A rule may fill one buffer in each iteration of a loop, whose pullbacks come later. What
-    is no array, tuple, list or dict is the user's object, and stays that.
+    A rule may fill one buffer in each iteration of a loop, whose pullbacks come later. Only
+    arrays in tuples, lists and dicts are copied: any other object is the user's.
     """
     if isinstance(residuals, np.ndarray):
         return residuals.copy() if residuals.flags.writeable else residuals
@@ -71,24 +74,35 @@ def _owned(residuals: Any) -> Any:
     return residuals
 
 
-def backward(
-    primal: Primal,
+def apply_bwd(
+    function: UserFunction,
     residuals: RuleResiduals,
-    of: Sequence[int],
+    of: Indices,
     cotangents: Sequence[Any],
-    wrt: Sequence[int],
-) -> list[Any]:
-    """The cotangents of operands `wrt` by those of results `of`."""
-    bars = _with_zeros(primal.out_avals, of, cotangents)
-    x_bar = jax.tree.unflatten(primal.template.tree, bars)
-    where = f"{primal.label}: bwd"
-    result = unwrapped(primal.rules.bwd)(residuals.value, x_bar)
-    trees = _arguments(primal, range(len(primal.in_avals)))
+    wrt: Indices,
+) -> list[np.ndarray]:
+    """Apply the backward rule.
+
+    Args:
+        function: whose rule it is.
+        residuals: those that the forward rule left.
+        of: the results that have a cotangent; it is zero for the others.
+        cotangents: one per entry of `of`.
+        wrt: the operands whose cotangents are wanted.
+
+    Returns:
+        One cotangent per entry of `wrt`.
+    """
+    bars = _with_zeros(function.out_avals, of, cotangents)
+    x_bar = jax.tree.unflatten(function.template.tree, bars)
+    where = f"{function.label}: bwd"
+    result = function.rule("bwd")(residuals.value, x_bar)
+    trees = _positional(function, range(len(function.in_avals)))
     if not isinstance(result, tuple | list) or len(result) != len(trees):
         raise ResultError(
             f"{where}: expected a tuple of {len(trees)} cotangents, one per argument, got "
-            f"{_what(result)}. Return ({', '.join('g' * len(trees))},), with None for an "
-            "argument that needs none."
+            f"{_description(result)}. Return ({', '.join('g' * len(trees))},), with None "
+            "for an argument that needs none."
         )
     found: dict[int, Any] = {}
     for number, (numbers, cotangent) in enumerate(zip(trees, result, strict=True)):
@@ -107,98 +121,108 @@ def backward(
             if type(place) is int and leaf is not None
         }
     return [
-        _checked(found.get(i), primal.in_avals[i], f"{where}: operand {i}") for i in wrt
+        _checked(found.get(i), function.in_avals[i], f"{where}: operand {i}") for i in wrt
     ]
 
 
-def push(
-    primal: Primal,
+def apply_jvp(
+    function: UserFunction,
     operands: Sequence[Any],
-    wrt: Sequence[int],
+    wrt: Indices,
     tangents: Sequence[Any],
-    of: Sequence[int],
-) -> list[Any]:
-    """The tangents of results `of` by those of operands `wrt`."""
-    dots = _with_zeros(primal.in_avals, wrt, tangents)
-    where = f"{primal.label}: jvp"
-    arguments = [tuple(_arguments(primal, values)) for values in (operands, dots)]
-    result = unwrapped(primal.rules.jvp)(*arguments)
-    if not isinstance(result, tuple | list) or len(result) != 2:
-        raise ResultError(
-            f"{where}: expected a pair (result, tangent), got {_what(result)}. Write "
-            "return result, tangent."
-        )
-    leaves = primal.template.match(result[1], f"{where}: tangent")
-    return [_checked(leaves[i], primal.out_avals[i], f"{where}: tangent {i}") for i in of]
-
-
-def transpose(body: Transpose, operands: Sequence[Any]) -> list[Any]:
-    """Cotangents of the operands `body.wrt` that a function is linear in, by its rules.
-
-    A linear function f(v) = A v is its own derivative at any v, so that `bwd` pulls c back
-    to A^T c, whatever v its residuals are of. Neither JAX nor the rules say that the
-    function is linear, and for one that is not, the result would depend on that v, which
-    nobody chose. So f(-2 v) = -2 f(v) is checked for one v, which rounds nothing where a
-    function adds and multiplies. It holds for no affine or bilinear function, and for no
-    `abs`, `sort` or `round`; what it cannot tell is a function such as the median.
+    of: Indices,
+) -> list[np.ndarray]:
+    """Apply the JVP rule.
 
     Args:
-        body: the transpose, of the function or of its transpose.
-        operands: of `body`.
+        function: whose rule it is.
+        operands: the primals.
+        wrt: the operands that have a tangent; it is zero for the others.
+        tangents: one per entry of `wrt`.
+        of: the results whose tangents are wanted.
+
+    Returns:
+        One tangent per entry of `of`.
+    """
+    dots = _with_zeros(function.in_avals, wrt, tangents)
+    where = f"{function.label}: jvp"
+    arguments = [tuple(_positional(function, values)) for values in (operands, dots)]
+    result = function.rule("jvp")(*arguments)
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise ResultError(
+            f"{where}: expected a pair (result, tangent), got {_description(result)}. "
+            "Write return result, tangent."
+        )
+    leaves = function.template.match(result[1], f"{where}: tangent")
+    avals = function.out_avals
+    return [_checked(leaves[i], avals[i], f"{where}: tangent {i}") for i in of]
+
+
+def apply_transpose(
+    function: UserFunction, wrt: Indices, of: Indices, operands: Sequence[Any]
+) -> list[np.ndarray]:
+    """Transpose a linear function by its rules `fwd` and `bwd`.
+
+    A linear function f(v) = A v is its own derivative at every v, so its VJP at any v is
+    the transpose: bwd(residuals(v), c) = A^T c. We choose a v, at random so that it has no
+    special structure.
+
+    Nothing says that f is linear. If it is not, its VJP depends on v, and the result would
+    silently depend on our choice. So we check at v that f(-2 v) = -2 f(v). The factor is a
+    power of two: where f only adds and multiplies by constants, every rounding on the left
+    is the same as on the right, and the check does not fail for a linear function. It fails
+    for affine and bilinear functions, `abs`, `sort` and `round`. It passes for a function
+    that is odd and homogeneous without being additive, such as the median.
+
+    Args:
+        function: what to transpose.
+        wrt: the operands that the function is linear in.
+        of: the results whose cotangents are given.
+        operands: those of the function that are not in `wrt`, then the cotangents.
+
+    Returns:
+        One cotangent per entry of `wrt`.
 
     Raises:
         NotDifferentiableError: the function is not linear.
     """
-    base = body.base
-    if isinstance(base, Transpose):
-        return _transpose_of_transpose(body, base, operands)
-    primal, count = base.primal, len(operands) - len(body.of)
-    known = dict(zip(others(base, body.wrt), operands[:count], strict=True))
+    count = len(operands) - len(of)
+    fixed = [i for i in range(len(function.in_avals)) if i not in wrt]
+    known = dict(zip(fixed, operands[:count], strict=True))
     rng = np.random.default_rng(0)
-    points = {}
-    for i in body.wrt:
-        aval = primal.in_avals[i]
-        sizes = rng.uniform(1.25, 1.5, aval.shape)  # twice which rounds to 3
-        points[i] = (sizes * rng.choice([-1, 1], aval.shape)).astype(aval.dtype)
-    results, residuals = forward(primal, _values(primal, known | points))
-    twice = primal(_values(primal, known | {i: -2 * x for i, x in points.items()}))
-    for i in body.of:
-        once, other = (np.asarray(x[i], np.complex128) for x in (results, twice))
-        if not np.linalg.norm(other + 2 * once) <= LINEARITY_TOLERANCE * np.linalg.norm(
-            other
-        ):
-            raise not_linear(primal.label, "it is not: f(-2 * v) differs from -2 * f(v)")
-    return backward(primal, residuals, body.of, operands[count:], body.wrt)
+    v = {}
+    for i in wrt:
+        aval = function.in_avals[i]
+        sizes = rng.uniform(1.25, 1.5, aval.shape)  # `round` gives 1, and 3 for twice them
+        v[i] = (sizes * rng.choice([-1, 1], aval.shape)).astype(aval.dtype)
+    results, residuals = apply_fwd(function, with_zeros(function.in_avals, known | v))
+    scaled = known | {i: -2 * x for i, x in v.items()}
+    scaled_results = function(with_zeros(function.in_avals, scaled))
+    for i in of:
+        once, other = (np.asarray(x[i], np.complex128) for x in (results, scaled_results))
+        error = np.linalg.norm(other + 2 * once)
+        if not error <= LINEARITY_TOLERANCE * np.linalg.norm(other):  # NaN fails, too
+            raise not_linear(function.label, "it is not: f(-2 * v) differs from -2 * f(v)")
+    return apply_bwd(function, residuals, of, operands[count:], wrt)
 
 
-def _transpose_of_transpose(
-    body: Transpose, base: Transpose, operands: Sequence[Any]
-) -> list[Any]:
-    """The function itself, with zeros for the linear operands that are not given."""
-    inner: Any = base.base
-    fixed = others(inner, base.wrt)
-    given = operands[len(operands) - len(body.of) :]
-    known = dict(zip(fixed, operands[: len(fixed)], strict=True))
-    known |= dict(zip((base.wrt[i] for i in body.of), given, strict=True))
-    full = _values(inner, known)
-    results = transpose(inner, full) if isinstance(inner, Transpose) else inner.primal(full)
-    return [results[base.of[i - len(fixed)]] for i in body.wrt]
-
-
-def _values(body: Any, known: dict[int, Any]) -> list[Any]:
-    """The operands of `body`, with zeros for those that are not known."""
+def with_zeros(avals: Avals, known: Mapping[int, Any]) -> list[Any]:
+    """One value per aval, with zeros for those that are not known."""
     return [
         known[i] if i in known else np.zeros(aval.shape, aval.dtype)
-        for i, aval in enumerate(body.in_avals)
+        for i, aval in enumerate(avals)
     ]
 
 
-def _arguments(primal: Primal, operands: Sequence[Any]) -> list[Any]:
-    """The arguments in the order of the parameters, keyword ones after the others."""
-    args, kwargs = primal.arguments(operands, as_they_are=True)
+def _positional(function: UserFunction, operands: Sequence[Any]) -> list[Any]:
+    """The arguments in the order of the parameters, as the rules take and return them.
+
+    Keyword arguments come after the positional ones.
+    """
+    args, kwargs = function.arguments(operands, as_is=True)
     try:
-        names = [*inspect.signature(unwrapped(primal.func)).parameters]
-    except (TypeError, ValueError):  # built in
+        names = [*inspect.signature(function.callable).parameters]
+    except (TypeError, ValueError):  # a built-in function
         names = []
     order = sorted(kwargs, key=lambda n: names.index(n) if n in names else len(names))
     return [*args, *(kwargs[name] for name in order)]
@@ -208,23 +232,21 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _with_zeros(
-    avals: Sequence[Any], indices: Sequence[int], values: Sequence[Any]
-) -> list[Any]:
-    """Derivatives of all of `avals`: `values` at `indices`, and zeros elsewhere."""
+def _with_zeros(avals: Avals, indices: Indices, values: Sequence[Any]) -> list[np.ndarray]:
+    """One tangent or cotangent per aval: `values` at `indices`, and zeros elsewhere."""
     given = dict(zip(indices, values, strict=True))
     return [
         read_only(given[i]) if i in given else _zero(aval) for i, aval in enumerate(avals)
     ]
 
 
-def _zero(aval: Any) -> np.ndarray:
+def _zero(aval: ShapedArray) -> np.ndarray:
     aval = aval.to_tangent_aval()
     return np.zeros(aval.shape, aval.dtype)
 
 
-def _checked(value: Any, aval: Any, where: str) -> np.ndarray:
-    """A derivative as an array like what it is the derivative of."""
+def _checked(value: Any, aval: ShapedArray, where: str) -> np.ndarray:
+    """A tangent or cotangent as an array with the shape and dtype of its primal."""
     if value is None:
         return _zero(aval)
     array, weak = as_array(value, lambda: where)
@@ -238,6 +260,6 @@ def _checked(value: Any, aval: Any, where: str) -> np.ndarray:
     return np.asarray(cast(array, aval.dtype))
 
 
-def _what(value: Any) -> str:
+def _description(value: Any) -> str:
     kind = type(value).__name__
     return f"{kind} of {len(value)}" if isinstance(value, tuple | list) else kind

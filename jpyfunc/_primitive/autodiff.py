@@ -22,18 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from jpyfunc._bodies.derived import (
-    is_primal,
-    is_recording,
-    jvp_of,
-    linear_from,
-    recording_of,
-    sharing,
-    transpose_of,
-    without_recording,
-)
 from jpyfunc._errors import no_second_order, not_differentiable
-from jpyfunc._primitive.primitive import Params, bind, check_rules
+from jpyfunc._primitive.primitive import Params, bind
 
 
 def _py_func_jvp(
@@ -63,15 +53,15 @@ def _py_func_jvp(
     if not (wrt and of):
         results = bind(primals, params)
         return results, [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in results]
-    primal = params.body.primal
-    if primal.numpy and not primal.rules:
+    function = params.body.function
+    if function.is_host_function and not function.rules:
         raise not_differentiable(params.name)
-    if primal.rules and not is_primal(params.body):
+    if function.rules and not params.body.is_primal:
         return _linear_jvp(primals, tangents, params)
-    body = sharing(recording_of(params.body, wrt))
+    body = params.body.with_tape(wrt).sharing_tape()
     results = bind(primals, dataclasses.replace(params, body=body))
-    ticket = results[-1:] if is_recording(body) else []
-    derived = params.derived(jvp_of(params.body, wrt, of, repeatable=not params.stateful))
+    ticket = results[-1:] if body.has_tape else []
+    derived = params.derived(params.body.jvp(wrt, of, repeatable=not params.stateful))
     operands = [*primals, *ticket, *(ad.instantiate_zeros(tangents[i]) for i in wrt)]
     pushed = dict(zip(of, bind(operands, derived), strict=True))
     results = results[: len(params.body.out_avals)]
@@ -85,11 +75,11 @@ def _linear_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], params: Params
 ) -> tuple[list[Any], list[Any]]:
     """Push tangents through a derivative by rule, which is linear in its last operands."""
-    count = linear_from(params.body)
+    count = params.body.linear_from
     if any(map(_is_perturbed, tangents[:count])):
         raise no_second_order(params.name)
     linear = map(ad.instantiate_zeros, tangents[count:])
-    shared = dataclasses.replace(params, body=sharing(params.body))
+    shared = dataclasses.replace(params, body=params.body.sharing_tape())
     return bind(primals, shared), bind([*primals[:count], *linear], params)
 
 
@@ -114,10 +104,10 @@ def _py_func_transpose(
     """
     wrt = tuple(i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
     of = tuple(i for i, ct in enumerate(cotangents) if not isinstance(ct, ad.Zero))
-    body, kept = transpose_of(params.body, wrt, of)
-    check_rules(body)
+    body, first = params.body.transpose(wrt, of)
+    body.check_differentiable()
     pulled = bind(
-        [*(operands[i] for i in kept), *(cotangents[i] for i in of)],
+        [*(operands[i] for i in first), *(cotangents[i] for i in of)],
         params.derived(body),
     )
     results: list[Any] = [None] * len(operands)
@@ -139,7 +129,7 @@ def _py_func_dce(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]:
     params = eqn.params["params"]
     if not any(used) and not eqn.effects:
         return [False] * len(eqn.invars), None
-    if is_recording(params.body) and not used[-1]:
-        params = dataclasses.replace(params, body=without_recording(params.body))
+    if params.body.has_tape and not used[-1]:
+        params = dataclasses.replace(params, body=params.body.without_tape())
         eqn = eqn.replace(params={"params": params}, outvars=eqn.outvars[:-1])
     return [True] * len(eqn.invars), eqn

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jpyfunc._bodies.derived import Batch, Body, batch_of, ticket_of, widen
-from jpyfunc._bodies.primal import Primal
+from jpyfunc._bodies.batch import Batch
+from jpyfunc._bodies.body import Body
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._primitive.primitive import Params, bind
 
@@ -54,33 +54,33 @@ def _sequential(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
 ) -> BatchedCall:
     """Run the body once per element."""
-    return operands, batch_of(body, size, batched)
+    return operands, Batch.of(body, size, batched, by_branch=False)
 
 
 def _by_branch(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
 ) -> BatchedCall:
     """Run the body once per path that elements take through it."""
-    return operands, batch_of(body, size, batched, by_branch=True)
+    return operands, Batch.of(body, size, batched, by_branch=True)
 
 
 def _expand_dims(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
 ) -> BatchedCall:
     """Run the body once on the whole batch; shared operands get an axis of length 1."""
-    if not isinstance(body, Primal):
+    if isinstance(body, Batch) or not body.is_primal:
         return _broadcast_all(body, operands, size, batched)
     expanded = [
         x if b else jnp.expand_dims(x, 0) for x, b in zip(operands, batched, strict=True)
     ]
-    return expanded, widen(body, size, batched)
+    return expanded, body.widen(size, batched)
 
 
 def _broadcast_all(
     body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
 ) -> BatchedCall:
     """Run the body once on the whole batch; shared operands are repeated along its axis."""
-    ticket = None if isinstance(body, Batch) else ticket_of(body)
+    ticket = None if isinstance(body, Batch) else body.ticket_index
     if isinstance(body, Batch) or (ticket is not None and not batched[ticket]):
         # The tape is that of one element: `jax.vmap` is over its tangents or cotangents
         # alone, as in `jax.jacrev`.
@@ -89,7 +89,7 @@ def _broadcast_all(
         x if b else jnp.broadcast_to(x, (size, *jnp.shape(x)))
         for x, b in zip(operands, batched, strict=True)
     ]
-    return repeated, widen(body, size, (True,) * len(batched))
+    return repeated, body.widen(size, (True,) * len(batched))
 
 
 BATCHERS = {

@@ -14,10 +14,8 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._bodies.derived import Body
-from jpyfunc._bodies.evaluate import evaluate
-from jpyfunc._bodies.primal import Primal
-from jpyfunc._bodies.profile import measured, row_of
+from jpyfunc._bodies.body import Body
+from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._interpreters.on_device import OnDevice
 from jpyfunc._limits import (
@@ -26,6 +24,7 @@ from jpyfunc._limits import (
 from jpyfunc._runtime.configuration import Config, enter_config
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.exceptions import caller, failing, leave
+from jpyfunc._runtime.profile import measured
 from jpyfunc._runtime.running_bodies import running_body
 from jpyfunc._staging.closure import held
 
@@ -76,18 +75,18 @@ class HostCall:
         self._body = body
         self._config = config
         self._context = Context(device)
-        self._row = row_of(body)
+        self._row = body.row
         self._reports = reports
         self._raises_at_once = raises_at_once
         # It costs each operation JAX's fast path, some 60 us, so only where needed.
-        self._on_device = _holds_array_elsewhere(body.primal, device)
+        self._on_device = _holds_array_elsewhere(body.function, device)
 
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
             with running_body():
                 results = measured(self._row, self._context, operands, self._cross)
         except BaseException as error:  # noqa: BLE001 - it is raised, as XLA takes it
-            text = failing(error, self._body.primal.label, self._raises_at_once)
+            text = failing(error, self._body.function.label, self._raises_at_once)
         else:
             return (*results, _report("")) if self._reports else results
         if not self._reports:
@@ -100,14 +99,14 @@ class HostCall:
         with enter_config(self._config, device), _thread_hooks():
             if self._on_device:
                 with set_current_trace(OnDevice(device)):
-                    results = evaluate(self._body, context, operands)
+                    results = self._body.evaluate(context, operands)
             else:
-                results = evaluate(self._body, context, operands)
+                results = self._body.evaluate(context, operands)
             return tuple(np.asarray(result) for result in results)
 
     def __reduce__(self) -> Any:
         raise UnsupportedError(
-            f"{self._body.primal.label}: a program that calls it cannot be "
+            f"{self._body.function.label}: a program that calls it cannot be "
             "pickled or serialized, because its body is a Python function of this "
             "process and not part of the program. Save what the body computes, or the "
             "source, and compile again where it is loaded."
@@ -157,19 +156,19 @@ def _report(text: str) -> np.ndarray:
     return report
 
 
-def _holds_array_elsewhere(primal: Primal, device: _compat.Device) -> bool:
+def _holds_array_elsewhere(function: UserFunction, device: _compat.Device) -> bool:
     """Whether a body holds a JAX array that is not on `device`, global ones included.
 
     Raises:
         UnsupportedError: it holds one that other processes hold in part.
     """
     elsewhere = False
-    for path, value in held(primal.held, with_globals=True):
+    for path, value in held(function.held, with_globals=True):
         if isinstance(value, Tracer) or not isinstance(value, jax.Array):
             continue
         if not value.is_fully_addressable:
             raise UnsupportedError(
-                f"{primal.label}: the body holds {value.aval.str_short()}, an array over "
+                f"{function.label}: the body holds {value.aval.str_short()}, an array over "
                 f"several processes, as {path}. It runs in one of them, which does not "
                 "have all of its values. Pass it as an argument."
             )

@@ -16,7 +16,7 @@ from jpyfunc._errors import UnsupportedError
 from jpyfunc._primitive.custom_call import emit_host_call
 from jpyfunc._primitive.failure_report import checked
 from jpyfunc._primitive.host_call import REPORT, HostCall
-from jpyfunc._primitive.primitive import ORDERED, Params, check_rules
+from jpyfunc._primitive.primitive import ORDERED, Params
 from jpyfunc._runtime.clients import body_device
 from jpyfunc._runtime.failures import watch
 from jpyfunc._runtime.fences import add_fences
@@ -66,7 +66,7 @@ def _py_func_lowering(
 
 
 def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
-    check_rules(params.body)
+    params.body.check_differentiable()
     platforms = ctx.module_context.platforms
     if ctx.module_context.lowering_parameters.for_export:
         raise UnsupportedError(
@@ -74,7 +74,7 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
             "process and not part of the program. Export what surrounds it, or "
             + (
                 "write that part with jax.numpy."
-                if params.body.primal.numpy or params.stateful
+                if params.body.function.is_host_function or params.stateful
                 else "compile it: staged=True makes its branches part of the program, if "
                 "jpyfunc.explain(f, *args) shows that no call of it is left."
             )

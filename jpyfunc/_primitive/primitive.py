@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,26 +13,15 @@ from jax.core import ShapedArray
 from jax.extend.core import Effect
 
 from jpyfunc import _compat
-from jpyfunc._bodies.derived import (
-    AtTape,
-    Batch,
-    Body,
-    Jvp,
-    Transpose,
-    Vjp,
-    WithTape,
-    flat,
-    linear_from,
-)
-from jpyfunc._bodies.evaluate import evaluate
-from jpyfunc._bodies.primal import Primal
-from jpyfunc._bodies.profile import measured, row_of
-from jpyfunc._errors import no_rule, no_second_order, no_transpose, refuse_partial
+from jpyfunc._bodies.batch import Batch
+from jpyfunc._bodies.body import Body
+from jpyfunc._errors import refuse_partial
 from jpyfunc._interpreters.host_primitive import HostPrimitive
 from jpyfunc._mesh import align, like_operands
 from jpyfunc._runtime.clients import default_device
 from jpyfunc._runtime.configuration import Config
 from jpyfunc._runtime.context import current
+from jpyfunc._runtime.profile import measured
 from jpyfunc._runtime.transfers import put
 
 
@@ -45,7 +32,7 @@ class PyFuncPrimitive(HostPrimitive):
         return _evaluate(params["params"].body, operands, default_device())
 
     def has_rules(self, params: dict[str, Any]) -> bool:
-        return params["params"].body.primal.rules is not None
+        return params["params"].body.function.rules is not None
 
 
 py_func_p = PyFuncPrimitive("py_func")
@@ -82,7 +69,7 @@ class Params:
     @property
     def name(self) -> str:
         """What errors call the user's function."""
-        return self.body.primal.label
+        return self.body.function.label
 
     def derived(self, body: Body) -> Params:
         """Parameters of a call that re-runs this one's body for its derivative.
@@ -93,13 +80,7 @@ class Params:
         return dataclasses.replace(self, body=body, stateful=False, ordered=False)
 
     def __repr__(self) -> str:
-        kinds = []
-        body: Any = self.body
-        while hasattr(body, "base"):
-            if not isinstance(body, AtTape):
-                kinds.append(re.sub(r"(?<=.)(?=[A-Z])", " ", type(body).__name__).lower())
-            body = body.base
-        return " of ".join([*kinds, self.body.primal.name])
+        return self.body.description
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,26 +132,6 @@ _compat.register_effect(StatefulEffect, ordered=False)
 _compat.register_effect(OrderedEffect, ordered=True)
 
 
-def check_rules(body: Body) -> None:
-    """Refuse a derivative for which a function that takes NumPy arrays has no rule.
-
-    Raises:
-        NotDifferentiableError: as it says.
-    """
-    rules, base = body.primal.rules, flat(body)
-    if rules and isinstance(base, Jvp) and not rules.jvp:
-        raise no_rule(body.primal.label, "defjvp")
-    if rules and isinstance(base, Vjp) and not rules.fwd:
-        raise no_rule(body.primal.label, "defvjp")
-    if body.primal.numpy and isinstance(base, Transpose):
-        if not rules or not rules.fwd:
-            raise no_transpose(body.primal.label)
-        # A function itself may be linear in any operand, and its rule is checked to be.
-        is_derived = not isinstance(base.base, Primal | WithTape)
-        if is_derived and min(base.wrt) < linear_from(base.base):
-            raise no_second_order(body.primal.label)
-
-
 _living: weakref.WeakValueDictionary[Any, Params] = weakref.WeakValueDictionary()
 
 
@@ -186,7 +147,7 @@ def _py_func_abstract_eval(
     """Avals and effects of the results."""
     effects: set[Effect] = set()
     if params.stateful:
-        effects.add(StatefulEffect(params.name, bool(params.body.primal.out_avals)))
+        effects.add(StatefulEffect(params.name, bool(params.body.function.out_avals)))
     if params.ordered:
         effects.add(ORDERED)
     out_avals = [like_operands(aval, avals) for aval in params.body.out_avals]
@@ -195,17 +156,19 @@ def _py_func_abstract_eval(
 
 def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
     """Run the body at once, here: eager calls under a transform come to this."""
-    check_rules(params.body)
+    params.body.check_differentiable()
     if params.ordered:
         jax.effects_barrier()  # what was dispatched before it runs before it
     arrays = [jnp.asarray(x) for x in operands]
-    if isinstance(params.body, Batch) or params.body.primal.numpy:
+    if isinstance(params.body, Batch) or params.body.function.is_host_function:
         refuse_partial(arrays, params.name)
     devices = set().union(*(x.devices() for x in arrays))
     device = devices.pop() if len(devices) == 1 else default_device()
     with _compat.no_axis_names():
         results = _evaluate(params.body, arrays, device, graphs=())
-    is_foreign = params.body.primal.numpy  # the user may write to what it returned
+    is_foreign = (
+        params.body.function.is_host_function
+    )  # the user may write to what it returned
     return [
         _as_declared(result, aval)
         if isinstance(result, jax.Array)
@@ -218,7 +181,7 @@ def _evaluate(
     body: Body, operands: Sequence[Any], device: _compat.Device, **changes: Any
 ) -> list[Any]:
     context = dataclasses.replace(current(), device=device, **changes)
-    return measured(row_of(body), context, operands, functools.partial(evaluate, body))
+    return measured(body.row, context, operands, body.evaluate)
 
 
 def _as_declared(result: jax.Array, aval: ShapedArray) -> jax.Array:

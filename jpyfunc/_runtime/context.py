@@ -14,6 +14,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -71,14 +72,17 @@ class Context:
             **kwargs: its arguments by name.
         """
         counts = self.counts
-        if counts is None:
-            return _annotated(title, run, *args, **kwargs)
-        counts.elements += 1
+        is_traced = TraceAnnotation.is_enabled()  # a quarter of what an unused one costs
+        if counts is None and not is_traced:
+            return run(*args, **kwargs)
         begin = time.perf_counter()
         try:
-            return _annotated(title, run, *args, **kwargs)
+            with TraceAnnotation(title) if is_traced else nullcontext():
+                return run(*args, **kwargs)
         finally:
-            counts.body_seconds += time.perf_counter() - begin
+            if counts is not None:
+                counts.elements += 1
+                counts.body_seconds += time.perf_counter() - begin
 
     def counted_elements(self) -> tuple[int, int, int]:
         """The elements counted so far, for `recount_elements`."""
@@ -89,15 +93,6 @@ class Context:
         """Forget the elements counted since then: their results are not used."""
         if self.counts is not None:
             self.counts.elements, self.counts.from_tape, self.counts.reran = counted
-
-
-def _annotated(
-    title: str, run: Callable[..., Result], /, *args: Any, **kwargs: Any
-) -> Result:
-    if not TraceAnnotation.is_enabled():  # a quarter of what an unused one costs
-        return run(*args, **kwargs)
-    with TraceAnnotation(title):
-        return run(*args, **kwargs)
 
 
 _current: ContextVar[Context] = ContextVar("jpyfunc", default=Context())  # noqa: B039 - frozen

@@ -1,78 +1,32 @@
-"""`profile`: what the bodies did while a block ran, and how long they took.
-
-It is also where bodies get the name by which `jax.profiler` shows them.
-"""
+"""`profile`: what bodies did while a block ran, and how long they took."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import html
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import numpy as np
 
-from jpyfunc._bodies import tape_cache
-from jpyfunc._bodies.derived import (
-    AtTape,
-    Batch,
-    Body,
-    Jvp,
-    Transpose,
-    Vjp,
-    WithTape,
-)
-from jpyfunc._bodies.primal import (
-    Primal,
-)
 from jpyfunc._frames import code_of
-from jpyfunc._hashable import unwrapped
 from jpyfunc._runtime.context import Context, current, entered
 from jpyfunc._runtime.counts import Counts
 from jpyfunc._runtime.in_flight import Flight, taken
+from jpyfunc._runtime.profile_table import html_of, text_of
+from jpyfunc._runtime.tape_cache import tapes
 
-# Profiles whose block is open. A list that changes in place, so that the modules that
-# run bodies import it once and pay one truth test per call where there is none.
-open_profiles: list[profile] = []
-_opening = threading.Lock()
-
-KINDS = {
-    Primal: "forward",
-    WithTape: "forward",
-    AtTape: "forward",
-    Jvp: "jvp",
-    Vjp: "vjp",
-    Transpose: "vjp",
-}
-
+Results = TypeVar("Results")
 FunctionKey = tuple[str, str]  # name and source of a function
+Kind = Literal["forward", "jvp", "vjp"]  # what of a function is computed
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
-
-_COMPILING = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
-
-
-def _note_compiling(event: str, duration_secs: float, **_: Any) -> None:
-    """What JAX calls when it has compiled something, on the thread that it did so on."""
-    if event.endswith(_COMPILING):
-        current().count(compile_seconds=duration_secs)
-
-
-def kind_of(body: Body) -> str:
-    """`"forward"`, `"jvp"` or `"vjp"`: the derivative that was taken last."""
-    while isinstance(body, Batch):
-        body = body.base
-    return KINDS[type(body)]
-
-
-def title_of(body: Body) -> str:
-    """The name of a run of `body` in the traces of `jax.profiler`."""
-    name, kind = body.primal.title, kind_of(body)
-    return name if kind == "forward" else f"{name} ({kind})"
+_open: list[profile] = []  # whose block is open
+_opening = threading.Lock()
 
 
 class Row(NamedTuple):
@@ -81,41 +35,32 @@ class Row(NamedTuple):
     Attributes:
         name: of the user's function.
         func: the user's function.
-        kind: what it is run for.
+        kind: what of it is computed.
     """
 
     name: str
     func: Callable[..., Any]
-    kind: str = "forward"
-
-
-def row_of(body: Body) -> Row:
-    """The row that calls of `body` are counted in."""
-    primal = body.primal
-    return Row(primal.title, unwrapped(primal.func), kind_of(body))
+    kind: Kind = "forward"
 
 
 def measured(
     row: Row,
     context: Context,
     operands: Sequence[Any],
-    execute: Callable[[Context, Sequence[Any]], Any],
-) -> Any:
-    """Do a call, and add it to the open profiles.
+    execute: Callable[[Context, Sequence[Any]], Results],
+) -> Results:
+    """Execute a call in `context`, and add it to the profiles that are open.
 
     Args:
         row: where it is counted.
         context: what it runs in; it is entered here.
-        operands: what enters the call; its arrays count as bytes in.
-        execute: does the call, in the context that it is given.
-
-    Returns:
-        The results.
+        operands: of the call. Those that are arrays count as bytes in.
+        execute: does the call, given the context and the operands.
     """
-    if not open_profiles:
+    if not _open:
         with entered(context):
             return execute(context, operands)
-    profiles = set(open_profiles)
+    profiles = set(_open)
     counts = Counts(calls=1, bytes_in=_nbytes(operands))
     begin = time.perf_counter()
     try:
@@ -129,30 +74,39 @@ def measured(
     finally:
         counts.crossing_seconds = time.perf_counter() - begin - counts.body_seconds
         for each in profiles:
-            each._add((row.name, _source(row.func)), row.kind, counts, id(row.func))
+            each.add(row, counts)
 
 
 def _nbytes(values: Iterable[Any]) -> int:
     return sum(x.nbytes for x in values if isinstance(x, jax.Array | np.ndarray))
 
 
-def _source(func: Any) -> str:
+def _source(func: Callable[..., Any]) -> str:
     """File and line of a function, or of the class of a callable object."""
     code = code_of(func)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else "built-in"
 
 
+_COMPILING = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
+
+
+def _count_compiling(event: str, duration_secs: float, **_: Any) -> None:
+    """Count time to compile; JAX calls it on the thread that has compiled something."""
+    if event.endswith(_COMPILING):
+        current().count(compile_seconds=duration_secs)
+
+
 class profile:  # noqa: N801 - a context manager, named like JAX's own
     """Count and time what the bodies of `py_func` and `numpy_func` do in a block.
 
-    Printed, it is a table, also in a notebook: a row for each function and for what it
-    was run for: `forward` to get its results, `jvp` to push tangents through it, `vjp`
-    to pull cotangents back. A derivative of higher order counts as the one taken last:
-    the reverse derivative of a forward derivative as `vjp`. So does a transpose.
+    Printed, it is a table, also in a notebook. It has a row for each function and what was
+    computed of it: `forward` its results, `jvp` a JVP, `vjp` a VJP. A derivative of higher
+    order counts as the one taken last: the reverse derivative of a forward derivative
+    counts as `vjp`. So does a transpose.
 
-    A function is known by its name and by the line that defines it, which is shown
-    where several have one name. Closures made by one line are one function; give them
-    names (`py_func(..., name=...)`) to tell them apart.
+    A function is identified by its name and by the line that defines it, which is shown
+    where several functions have one name. Closures made by one line are one function; give
+    them names (`py_func(..., name=...)`) to tell them apart.
 
     The columns, by their names in `as_dict`:
 
@@ -200,8 +154,8 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
         >>> print(counts["calls"], counts["elements"], counts["bytes_out"])
         1 8 32
 
-    The time of operations in a body is shown by `jax.profiler`, in whose traces bodies
-    have their names, derivatives marked: `square`, `square (vjp)`.
+    `jax.profiler` shows the time of single operations. In its traces, bodies have their
+    names, and derivatives are marked: `square`, `square (vjp)`.
     """
 
     def __init__(self) -> None:
@@ -213,9 +167,9 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     def __enter__(self) -> profile:
         self._before.append(Flight())
         with _opening:
-            if not open_profiles:
-                jax.monitoring.register_event_duration_secs_listener(_note_compiling)
-            open_profiles.append(self)
+            if not _open:
+                jax.monitoring.register_event_duration_secs_listener(_count_compiling)
+            _open.append(self)
         return self
 
     def __exit__(
@@ -230,19 +184,21 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
                 before.wait()
         finally:
             with _opening:
-                open_profiles.remove(self)
-                if not open_profiles:
+                _open.remove(self)
+                if not _open:
                     # It raises where the user has cleared all listeners meanwhile.
                     with contextlib.suppress(AssertionError, ValueError):
-                        jax.monitoring.unregister_event_duration_listener(_note_compiling)
+                        jax.monitoring.unregister_event_duration_listener(_count_compiling)
 
-    def _add(self, key: FunctionKey, kind: str, counts: Counts, function: int) -> None:
+    def add(self, row: Row, counts: Counts) -> None:
+        """Add the counts of a call to a row."""
+        key = (row.name, _source(row.func))
         with self._lock:
-            self._functions.setdefault(key, set()).add(function)
-            self._counts.setdefault(key, {}).setdefault(kind, Counts()).add(counts)
+            self._functions.setdefault(key, set()).add(id(row.func))
+            self._counts.setdefault(key, {}).setdefault(row.kind, Counts()).add(counts)
 
     def as_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The counts so far.
+        """Return the counts so far.
 
         Returns:
             By function, in order of the first call that ended, and by kind
@@ -256,90 +212,17 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
                 name if names.count(name) == 1 else f"{name} ({source})": {
                     kind: dataclasses.asdict(kinds[kind])
                     | {"tape_bytes": self._tape_bytes(name, source, kind)}
-                    for kind in dict.fromkeys(KINDS.values())
+                    for kind in KINDS
                     if kind in kinds
                 }
                 for (name, source), kinds in self._counts.items()
             }
 
     def _tape_bytes(self, name: str, source: str, kind: str) -> int:
-        return (
-            tape_cache.bytes_of(self._functions[name, source]) if kind == "forward" else 0
-        )
-
-    def _rows(self) -> list[list[str]]:
-        return [
-            [
-                function if i == 0 else "",
-                kind,
-                f"{counts['calls']:,}",
-                f"{counts['elements']:,}",
-                f"{counts['runs']:,}",
-                _seconds(counts["body_seconds"]),
-                _seconds(counts["crossing_seconds"]),
-                _bytes(counts["bytes_in"]),
-                _bytes(counts["bytes_out"]),
-                f"{counts['exceptions']:,}",
-                f"{counts['from_tape']:,}",
-                f"{counts['reran']:,}",
-                _seconds(counts["compile_seconds"]),
-                _bytes(counts["tape_bytes"]),
-            ]
-            for function, kinds in self.as_dict().items()
-            for i, (kind, counts) in enumerate(kinds.items())
-        ]
-
-    def _reasons(self) -> list[str]:
-        return [
-            f"{function}, {kind}, ran one by one: {counts['one_by_one']}"
-            for function, kinds in self.as_dict().items()
-            for kind, counts in kinds.items()
-            if counts["one_by_one"]
-        ]
+        return tapes.bytes_of(self._functions[name, source]) if kind == "forward" else 0
 
     def __repr__(self) -> str:
-        table = [list(_HEADER), *self._rows()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in table
-        ]
-        return "\n".join([*lines, *self._reasons()])
+        return text_of(self.as_dict())
 
     def _repr_html_(self) -> str:
-        def row(cells: Iterable[str], tag: str) -> str:
-            return "".join(
-                f'<{tag} style="text-align: {"left" if i < 2 else "right"}">'
-                f"{html.escape(cell)}</{tag}>"
-                for i, cell in enumerate(cells)
-            )
-
-        body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in self._rows())
-        return (
-            f"<table><thead><tr>{row(_HEADER, 'th')}</tr></thead>"
-            f"<tbody>{body}</tbody></table>"
-            + "".join(f"<p>{html.escape(reason)}</p>" for reason in self._reasons())
-        )
-
-
-_HEADER = (
-    "function", "kind", "calls", "elements", "runs", "body", "crossing", "in", "out",
-    "exceptions", "from tape", "reran", "compiling", "tapes"
-)  # fmt: skip
-
-
-def _seconds(value: float) -> str:
-    for scale, unit in ((1, "s"), (1e3, "ms")):
-        if value * scale >= 1:
-            return f"{value * scale:.2f} {unit}"
-    return f"{value * 1e6:.1f} us"
-
-
-def _bytes(value: int | float) -> str:
-    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= scale:
-            return f"{value / scale:.1f} {unit}"
-    return f"{value} B"
+        return html_of(self.as_dict())

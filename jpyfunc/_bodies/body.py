@@ -1,0 +1,234 @@
+"""Base class of bodies: what a call computes on the host.
+
+A body maps flat operands to flat results. A `Primal` is the user's function; every other
+kind is derived from a `base`. They are closed under transformations: the JVP, the transpose
+and the batch of a body of any kind are bodies. In whatever order transformations come, the
+bodies stay small, because
+
+    transpose(Jvp(f)) = Vjp(f),    transpose(Vjp(f)) = Jvp(f),
+
+and a derivative of a batch is the batch of the derivative, so that `Batch` is outermost.
+
+Bodies are frozen and compare by value, because as part of a parameter of the primitive they
+are part of the keys of JAX's caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import ShapedArray
+
+from jpyfunc._bodies.user_function import UserFunction
+from jpyfunc._limits import LARGE_ARRAY_BYTES
+from jpyfunc._runtime.context import Context
+from jpyfunc._runtime.profile import Kind, Row
+from jpyfunc._runtime.transfers import put
+
+Avals = tuple[ShapedArray, ...]
+Indices = tuple[int, ...]
+
+
+class Body:
+    """What a call computes on the host."""
+
+    __slots__ = ()
+
+    @property
+    def in_avals(self) -> Avals:
+        """The operands."""
+        raise NotImplementedError
+
+    @property
+    def out_avals(self) -> Avals:
+        """The results."""
+        raise NotImplementedError
+
+    @property
+    def function(self) -> UserFunction:
+        """The user's function that it is derived from."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> Kind:
+        """What of the function it computes: of several derivatives, the one taken last."""
+        raise NotImplementedError
+
+    @property
+    def flat(self) -> Body:
+        """The body of one element."""
+        return self
+
+    @property
+    def title(self) -> str:
+        """Its name in the traces of `jax.profiler`."""
+        name, kind = self.function.title, self.kind
+        return name if kind == "forward" else f"{name} ({kind})"
+
+    @property
+    def row(self) -> Row:
+        """Where profiles count calls of it."""
+        return Row(self.function.title, self.function.callable, self.kind)
+
+    @property
+    def description(self) -> str:
+        """What it computes, in words, for programs that are printed."""
+        raise NotImplementedError
+
+    # --- Computation.
+
+    def evaluate(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+        """Compute the results of a call.
+
+        Args:
+            context: the current one.
+            operands: NumPy or JAX arrays, one per `in_avals`.
+
+        Returns:
+            NumPy or JAX arrays, one per `out_avals`.
+        """
+        raise NotImplementedError
+
+    def compute(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+        """Compute the results for one element, or for the subset that runs by branch."""
+        raise NotImplementedError
+
+    # --- Transformations.
+
+    def check_differentiable(self) -> None:
+        """Refuse a derivative for which a host function has no rule.
+
+        Raises:
+            NotDifferentiableError: it has none.
+        """
+
+    def jvp(self, wrt: Indices, of: Indices, repeatable: bool) -> Body:
+        """The body of the tangents of this one.
+
+        Args:
+            wrt: the operands that have a tangent.
+            of: the results whose tangents are wanted.
+            repeatable: whether the user's function may run again.
+
+        Returns:
+            A body whose operands are those of this one, then the ticket of its run if this
+            body is no derivative, then the tangents.
+        """
+        raise NotImplementedError
+
+    def transpose(self, wrt: Indices, of: Indices) -> tuple[Body, Indices]:
+        """The transpose of this body, which is linear in the operands `wrt`.
+
+        Args:
+            wrt: the operands whose cotangents are wanted.
+            of: the results whose cotangents are given.
+
+        Returns:
+            The transposed body, and which operands of this body are its first operands; the
+            cotangents of `of` follow them.
+        """
+        raise NotImplementedError
+
+    def widen(self, size: int, batched: tuple[bool, ...]) -> Body:
+        """The body for a function that takes a whole batch in one call.
+
+        Args:
+            size: of the batch.
+            batched: which operands have the batch axis; the others have one of length 1.
+                Only a primal knows such: a derivative needs primals and tangents of one
+                shape, so all its operands must have the batch axis in full.
+        """
+        raise NotImplementedError
+
+    # --- Tapes.
+
+    @property
+    def linear_from(self) -> int:
+        """The first of the operands in which it is known to be linear, as in all after it.
+
+        Only derivatives are known to be linear: nothing shows that a function is.
+        """
+        return len(self.in_avals)
+
+    @property
+    def is_primal(self) -> bool:
+        """Whether it is the user's function itself, and leaves no tape."""
+        return False
+
+    @property
+    def has_tape(self) -> bool:
+        """Whether it caches the tape of its run, whose ticket is its last result."""
+        return False
+
+    @property
+    def ticket_index(self) -> int | None:
+        """Which operand is the ticket of the tape that it is a derivative at, if one is."""
+        return None
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the function may run again where the tape has been evicted."""
+        return True
+
+    def with_tape(self, wrt: Indices) -> Body:
+        """This body on a tape, to be differentiated with respect to operands `wrt`."""
+        return self
+
+    def without_tape(self) -> Body:
+        """This body without the tape and its ticket, once nothing needs them."""
+        return self
+
+    def sharing_tape(self) -> Body:
+        """This body where other derivatives need the same tape, so that it is not spent."""
+        return self
+
+    def cached_tape(self, wrt: Indices, operands: Sequence[Any]) -> Any:
+        """The cached tape that derivatives with respect to `wrt` can be taken of, or None.
+
+        Args:
+            wrt: operands of this body.
+            operands: all of them.
+        """
+        return None
+
+    def residuals(self, context: Context, operands: Sequence[Any]) -> Any:
+        """What the forward rule leaves for the backward rule at these operands."""
+        raise NotImplementedError
+
+    def spend_tape(self, ticket: np.ndarray) -> None:
+        """Record that the derivative has been taken of the tape of a ticket, or of many."""
+
+
+def others(body: Body, wrt: Indices) -> Indices:
+    """The operands of `body` that are not in `wrt`."""
+    return tuple(i for i in range(len(body.in_avals)) if i not in wrt)
+
+
+def zeros(avals: Avals) -> list[np.ndarray]:
+    """Results that nothing uses."""
+    return [np.zeros(aval.shape, aval.dtype) for aval in avals]
+
+
+def put_operands(context: Context, operands: Sequence[Any], avals: Avals) -> list[Any]:
+    """Put operands that are NumPy arrays on the device of the context."""
+    return [
+        x if isinstance(x, jax.Array) else put(x, aval, context.device)
+        for x, aval in zip(operands, avals, strict=True)
+    ]
+
+
+def put_large_operands(context: Context, operands: Sequence[Any]) -> list[Any]:
+    """Put large operands, which only operations take, on the device of the context.
+
+    Operations put small NumPy arrays there themselves. For large ones they would use
+    threads of the client, which the program that waits for this body may hold.
+    """
+    return [
+        x
+        if isinstance(x, jax.Array) or x.nbytes < LARGE_ARRAY_BYTES
+        else put(x, ShapedArray(x.shape, x.dtype), context.device)
+        for x in operands
+    ]

@@ -1,0 +1,54 @@
+"""Tickets: the ids of cached tapes, as arrays that programs carry along.
+
+A ticket is a result of the call that ran on the tape, and an operand of the derivatives of
+that call. So they find the tape of the very execution that they differentiate, in whatever
+order the program runs them, and however often. 96 of the 128 bits are the name of the tape:
+48 for the process, 48 for the run. The last 32 are the number of the element, because a run
+by branch leaves one tape for many elements. They are four words because JAX has no integers
+of 64 bits by default.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jax.core import ShapedArray
+
+TICKET = ShapedArray((4,), np.uint32)
+NAME_BYTES = 12  # of the first three words
+
+
+def ticket_aval(batch_shape: tuple[int, ...]) -> ShapedArray:
+    """The aval of the tickets of a batch that one run is of; `()` is a single ticket."""
+    return TICKET.update(shape=(*batch_shape, *TICKET.shape)) if batch_shape else TICKET
+
+
+def ticket_of(name: bytes) -> np.ndarray:
+    """The ticket of the first element of a tape."""
+    return np.frombuffer(name + bytes(4), TICKET.dtype)
+
+
+def name_of(ticket: np.ndarray) -> bytes:
+    """The name of the tape of a ticket."""
+    return ticket[:3].tobytes()
+
+
+def names_of(tickets: np.ndarray) -> set[bytes]:
+    """The names of the tapes of many tickets."""
+    words = np.ascontiguousarray(tickets.reshape(-1, 4)[:, :3])
+    return set(words.view(f"V{NAME_BYTES}").ravel().tolist())
+
+
+def tickets_of_rows(ticket: np.ndarray, count: int) -> np.ndarray:
+    """The tickets of the elements of a run of `count`, whose first ticket is given."""
+    tickets = np.tile(ticket, (count, 1))
+    tickets[:, 3] = np.arange(count)
+    return tickets
+
+
+def is_void(ticket: np.ndarray) -> bool:
+    """Whether a ticket is of no tape.
+
+    It is zeros then, which JAX puts in the place of the results of a branch not taken.
+    Nothing uses what is computed from it.
+    """
+    return not np.asarray(ticket).any()
