@@ -1,7 +1,8 @@
 """Every private or version-dependent name of JAX, each with the reason it is needed.
 
-No other module of the package imports from `jax._src`. The range of JAX versions
-that these names were checked on is stated in `pyproject.toml`.
+No other module has a private name of JAX, neither as an import nor as an attribute. All of
+them were checked on both ends of the range of versions in `pyproject.toml`. What differs in
+it says as of which version; what may be None has a fallback, which is tested.
 """
 
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
@@ -29,28 +30,22 @@ from jax._src.lib import xla_client as _xla_client
 from jax.extend.core import ClosedJaxpr, Effect, Jaxpr
 from jax.interpreters import partial_eval
 
-# The types of `jax.devices()[0]` and of its client, which are no types to a type checker.
-Device = Any
+Device = Any  # of `jax.devices()`, and its client: no types to a type checker
 Client = Any
 
-# The trace that runs operations at once.
-EvalTrace = _core.EvalTrace
+# The trace that runs operations at once, and its type.
 eval_trace = _core.eval_trace
+EvalTrace = _core.EvalTrace
 
-# The trace of a tracer: the slot that JAX reads, for a public attribute to be an alias of.
+# The slot of a tracer in which JAX keeps its trace, for an alias with a public name.
 TRACE_SLOT: Any = jax.core.Tracer._trace
 
-# A cache on which objects it depends weakly: bounded by the life of a jaxpr.
+# What JAX asks of a tracer that is used where its trace is not the current one, to say in
+# an error that it has leaked.
+ASKED_OF_LEAKED = "_debug_info"
+
+# A cache whose entries end with their first argument, for example a jaxpr.
 weakref_lru_cache = _util.weakref_lru_cache
-
-# Primitives that call the host and whose names are not public, and effects of `jax.debug`.
-# Those of `jax.debug` do so once for each element of a batch.
-DEBUG_PRIMITIVES = {_debugging.debug_callback_p, _debugging.debug_print_p}
-CALLBACKS = DEBUG_PRIMITIVES | {_callback.pure_callback_p, _callback.io_callback_p}
-DEBUG_EFFECTS = (_debugging.DebugEffect, _debugging.OrderedDebugEffect)
-
-# A call of what `jax.custom_batching.custom_vmap` made.
-custom_vmap_p = _custom_batching.custom_vmap_p
 
 # The stores of functions that JAX has wrapped, which `_interpreters/rule_stores.py`
 # describes; None where JAX has none like these. Then custom rules are not cached.
@@ -59,42 +54,48 @@ StoreException: Any = getattr(_linear_util, "StoreException", None)
 if not {"f", "populate_stores", "stores", "transforms"} <= {*dir(_linear_util.WrappedFun)}:
     Store = None
 
-# What JAX asks of a tracer that is used where its trace is not the current one, to say in
-# an error that it has leaked.
-ASKED_OF_LEAKED = "_debug_info"
+# Primitives that call the host, those of `jax.debug` once for each element of a batch.
+DEBUG_PRIMITIVES = {_debugging.debug_callback_p, _debugging.debug_print_p}
+CALLBACKS = DEBUG_PRIMITIVES | {_callback.pure_callback_p, _callback.io_callback_p}
+DEBUG_EFFECTS = (_debugging.DebugEffect, _debugging.OrderedDebugEffect)
 
-# JAX's objects for its options, by their public names. `jax.config` has their values, but
-# neither context managers for all, nor a list of those that traces depend on.
+# A call of what `jax.custom_batching.custom_vmap` made.
+custom_vmap_p = _custom_batching.custom_vmap_p
+
+# JAX's objects for its options, by their public names. `jax.config` has their values, at
+# the cost of 40 ns more each, and not for each a context manager.
 config_states = _config.config_states
-trace_context_names = _config.trace_context_names
-default_device: Any = _config.default_device  # `jax.config` takes 40 ns more to read it
+default_device: Any = _config.default_device
 
-# A second client of the CPU. None: bodies run on the client that all programs share.
+# The options that JAX's traces depend on; a test compares them with those of ours.
+trace_context_names = _config.trace_context_names
+
+# Makes a second client of the CPU. None: bodies share the client of the programs.
 make_cpu_client: Any = getattr(_xla_client, "make_cpu_client", None)
 
-# The custom-call targets that call a Python function, by platform; the call has the index
-# of the function among the callbacks of its module. None: `mlir.emit_python_callback`.
+# Makes a NumPy array an uncommitted one, weak or not; `jax.device_put` commits.
+batched_device_put = _xla_client.batched_device_put
+
+# The custom-call targets that call a Python function, by platform. A call has the index of
+# its function among the callbacks of the module. None: `mlir.emit_python_callback`.
 callback_targets: Any = {
     "cpu": "xla_ffi_python_cpu_callback",
     "cuda": "xla_ffi_python_gpu_callback",
     "rocm": "xla_ffi_python_gpu_callback",
 }
 
-# From NumPy to an uncommitted array, weak types included. `jax.device_put` commits.
-batched_device_put = _xla_client.batched_device_put
-
-# What a custom call is annotated with to run on one device of several; what has tokens.
+# The annotation by which a custom call runs on one device of several, and its parts.
 callback_op_sharding = _callback._callback_op_sharding
 set_sharding = _mlir.set_sharding
 SdyArray = _sharding_impls.SdyArray
 SdyArrayList = _sharding_impls.SdyArrayList
-abstract_token = _core.abstract_token  # JAX compares it by identity
 
-# The tokens that ordered calls of a thread pass on.
+# The aval of tokens, which JAX compares by identity; the tokens that each thread passes on.
+abstract_token = _core.abstract_token
 RuntimeTokenSet = _dispatch.RuntimeTokenSet
 runtime_tokens = _dispatch.runtime_tokens
 
-# Manual axes that results vary over; raises where operands differ.
+# The manual axes of a mesh that results vary over; it raises where operands differ in them.
 standard_vma_rule = _core.standard_vma_rule
 
 
@@ -116,12 +117,12 @@ class no_mesh:  # noqa: N801 - a context manager, named like JAX's own
         self._abstract.__exit__(*exc_info)
 
 
-# JAX 0.12 moved the thread's concrete mesh out of the configuration module.
+# The thread's concrete mesh is in the module of meshes as of JAX 0.12.
 _mesh_state: Any = _mesh if hasattr(_mesh, "device_context") else _config
 
 
 def current_trace() -> Any:
-    """What operations on this thread go to: a transform's trace, or `eval_trace`."""
+    """The trace that operations on this thread go to: a transform's, or `eval_trace`."""
     return _core.trace_ctx.trace or eval_trace
 
 
@@ -159,7 +160,7 @@ _STATE_CODE = _core.get_opaque_trace_state.__code__
 
 
 class no_axis_names:  # noqa: N801 - a context manager
-    """Forgets the axes of a `vmap` that runs eagerly, which a body is not part of."""
+    """Unset the axis names of a `vmap` that runs eagerly, which a body is not under."""
 
     def __enter__(self) -> None:
         self._before = _core.trace_ctx.axis_env
@@ -189,8 +190,8 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def copied_jaxpr(jaxpr: Any) -> Any:
-    """Another object of the same content."""
-    if hasattr(jaxpr, "with_consts"):  # JAX 0.12
+    """Make another object of the same content."""
+    if hasattr(jaxpr, "with_consts"):  # as of JAX 0.12
         return jaxpr.with_consts(jaxpr.consts)
     if isinstance(jaxpr, ClosedJaxpr):
         return ClosedJaxpr(jaxpr.jaxpr, jaxpr.consts)
@@ -198,13 +199,13 @@ def copied_jaxpr(jaxpr: Any) -> Any:
 
 
 def opened(jaxpr: Any) -> Any:
-    """A closed jaxpr as a function whose first operands are its constants.
+    """Make a closed jaxpr a function whose first operands are its constants.
 
     The function does not keep `jaxpr` alive, nor the constants.
     """
     count = len(jaxpr.consts)
     inner = jaxpr.with_consts(()) if hasattr(jaxpr, "with_consts") else jaxpr.jaxpr
-    if inner.invars and len(inner.invars) > len(jaxpr.in_avals):  # JAX 0.12
+    if inner.invars and len(inner.invars) > len(jaxpr.in_avals):  # as of JAX 0.12
         return lambda *operands: jax.core.eval_jaxpr(inner, (), *operands)
     return lambda *operands: jax.core.eval_jaxpr(inner, operands[:count], *operands[count:])
 
@@ -212,7 +213,7 @@ def opened(jaxpr: Any) -> Any:
 def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:
     """Let programs hold `effect_type`: when lowered, in control flow, in custom rules.
 
-    In reverse mode, too: what a loop does is kept, though no derivative needs it.
+    Also keep what has it through partial evaluation, though no derivative needs it.
     """
     _effects.lowerable_effects.add_type(effect_type)
     _effects.partial_eval_kept_effects.add_type(effect_type)
@@ -224,13 +225,13 @@ def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:
 
 
 def hold_weakly(parameter: type) -> None:
-    """Let JAX's caches of abstract evaluation not keep parameters of this type alive."""
+    """Keep JAX's caches of abstract evaluation from holding parameters of a type alive."""
     _util.weakref_cache_key_types.add(parameter)
 
 
 def register_dce(primitive: Any, rule: Any) -> None:
-    """Say what is left of an equation some of whose results are unused."""
-    # JAX 0.12 passes which operands are alive, too.
+    """Register what is left of an equation when some of its results are unused."""
+    # As of JAX 0.12, rules also get which operands are alive.
     partial_eval.dce_rules[primitive] = lambda used, *rest: rule(used, rest[-1])
 
 

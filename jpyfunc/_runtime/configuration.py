@@ -80,6 +80,9 @@ NOT_CAPTURED = {
 OPTIONS = tuple(
     _compat.config_states[name] for name in CAPTURED if name in _compat.config_states
 )
+_DEBUGGING = tuple(
+    _compat.config_states[name] for name in ("jax_debug_nans", "jax_debug_infs")
+)
 _value_of = operator.attrgetter("value")
 
 
@@ -90,7 +93,7 @@ def current_config() -> Config:
 
 def is_debugging() -> bool:
     """Whether JAX raises where an operation gives NaN or infinity."""
-    return jax.config.jax_debug_nans or jax.config.jax_debug_infs
+    return any(option.value for option in _DEBUGGING)
 
 
 class enter_config:  # noqa: N801 - a context manager, named like JAX's own

@@ -24,6 +24,8 @@ from jpyfunc import _compat
 from jpyfunc._runtime.clients import is_private
 from jpyfunc._runtime.running_bodies import is_in_body
 
+Fence = Any  # a `jax.Array`, whose `is_ready` type checkers do not know
+
 # The sets of devices of this process that programs with bodies run over.
 _device_sets: set[tuple[_compat.Device, ...]] = set()
 
@@ -35,7 +37,7 @@ def add_fences(devices: Sequence[_compat.Device]) -> None:
         _device_sets.update((device,) for device in devices)
 
 
-def fences() -> list[jax.Array]:
+def fences() -> list[Fence]:
     """Fences behind all that this thread has dispatched; in a body, none."""
     if is_in_body():
         return []
@@ -47,7 +49,7 @@ def fenced_clients() -> list[_compat.Client]:
     return list({devices[0].client for devices in _device_sets})
 
 
-def _fence(devices: tuple[_compat.Device, ...]) -> jax.Array:
+def _fence(devices: tuple[_compat.Device, ...]) -> Fence:
     with contextlib.ExitStack() as stack:
         for refusal in _REFUSALS:
             if refusal.value:  # the user refuses it for programs of their own
