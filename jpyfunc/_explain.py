@@ -8,10 +8,12 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jpyfunc._arguments import Arguments
+from jpyfunc._calling import branch_tree
 from jpyfunc._py_func import py_func
 from jpyfunc._staging.branch_tree import BranchNode, BranchTree, Fallback
 from jpyfunc._staging.equations import BranchPoint
-from jpyfunc._wrapped import PyFunc
+from jpyfunc._wrapped import PyFunc, callee_of
 
 
 def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
@@ -53,7 +55,9 @@ def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
             "explain(func, *args)."
         )
     wrapped = func if isinstance(func, PyFunc) else py_func(func)
-    return Explanation(wrapped.__name__, wrapped.branch_tree(args, kwargs))
+    callee = callee_of(wrapped)
+    arguments = Arguments.flatten(args, kwargs, callee.label)
+    return Explanation(callee.name, branch_tree(callee, arguments))
 
 
 class Explanation:

@@ -67,7 +67,8 @@ class Callee:
         ordered: whether it runs in program order with other ordered calls.
         vmap_method: how it is batched; None for the default.
         max_runs: how many abstract runs may stage it; 0 if it is not staged.
-        rules: its derivatives, of a `numpy_func`.
+        options: what was given, to wrap the function again.
+        rules: the derivatives of a `numpy_func`.
     """
 
     kind: Kind
@@ -79,6 +80,7 @@ class Callee:
     ordered: bool
     vmap_method: str | None
     max_runs: int
+    options: Options = dataclasses.field(compare=False)
     rules: CustomRules | None = None
 
     @property
@@ -94,6 +96,24 @@ class Callee:
     def is_host_function(self) -> bool:
         """Whether it takes and returns NumPy arrays."""
         return self.kind == "numpy_func"
+
+    @property
+    def description(self) -> str:
+        """What `help` says of the wrapped function, below its own documentation."""
+        tout = getattr(unwrapped(self.tout), "__name__", "inferred")
+        options = [f"Tout: {self.template or tout}"]
+        for name, value in (
+            ("stateful", self.stateful and not self.ordered),
+            ("ordered", self.ordered),
+            ("vmap_method", self.vmap_method),
+            ("staged", self.max_runs),
+        ):
+            if value:
+                options.append(name if value is True else f"{name}: {value}")
+        return (
+            f"Wrapped by jpyfunc.{self.kind} ({', '.join(options)}): runs on the host, "
+            f"also from inside compiled programs. See help(jpyfunc.{self.kind})."
+        )
 
 
 def check_options(kind: Kind, func: Callable[..., Any], options: Options) -> Callee:
@@ -141,6 +161,7 @@ def check_options(kind: Kind, func: Callable[..., Any], options: Options) -> Cal
         options.ordered,
         method,
         max_runs,
+        options,
     )
 
 

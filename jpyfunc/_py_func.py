@@ -1,114 +1,212 @@
-"""`py_func` and `numpy_func`: signatures, call forms, and the function that they take."""
+"""`py_func` and `numpy_func`: their signatures and call forms."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, Unpack, overload
 
 import jax
+from jax.typing import ArrayLike
 
 from jpyfunc._arguments import is_array
 from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._options import INFERRED, Kind, Options
 from jpyfunc._tout import is_dtype
-from jpyfunc._wrapped import PyFunc
+from jpyfunc._typing import (
+    NumpyFuncOptions,
+    NumpyFuncWrapOptions,
+    OneArray,
+    OneArrayT,
+    PyFuncOptions,
+    PyFuncWrapOptions,
+    VmapMethod,
+)
+from jpyfunc._wrapped import PyFunc, wrap
+
+# In the overloads, the first form comes first, then wrapping, then decorating.
+
+P = ParamSpec("P")
+K = TypeVar("K")
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+Func: TypeAlias = Callable[..., object]
+Inputs: TypeAlias = list[Any] | tuple[Any, ...] | ArrayLike
 
 
+class Decorator(Protocol):
+    """A decorator without a `Tout`, so that the function's annotation gives the results."""
+
+    def __call__(self, func: Callable[P, T], /) -> PyFunc[P, T]: ...
+
+
+class DecoratorWithTout(Protocol[T_co]):
+    """A decorator with a `Tout` of type `T_co`."""
+
+    def __call__(self, func: Callable[P, object], /) -> PyFunc[P, T_co]: ...
+
+
+@overload
+def py_func(
+    func: Func,
+    inp: Inputs,
+    Tout: OneArray,
+    name: str | None = None,
+    **options: Unpack[PyFuncOptions],
+) -> jax.Array: ...
+@overload
+def py_func(
+    func: Func,
+    inp: Inputs,
+    Tout: list[OneArrayT],
+    name: str | None = None,
+    **options: Unpack[PyFuncOptions],
+) -> list[jax.Array]: ...
+@overload
+def py_func(
+    func: Func,
+    inp: Inputs,
+    Tout: dict[K, OneArrayT],
+    name: str | None = None,
+    **options: Unpack[PyFuncOptions],
+) -> dict[K, jax.Array]: ...
+@overload
+def py_func(
+    func: Func,
+    inp: Inputs,
+    Tout: tuple[OneArray, OneArray],
+    name: str | None = None,
+    **options: Unpack[PyFuncOptions],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def py_func(
+    func: Func,
+    inp: Inputs,
+    Tout: tuple[OneArray, ...],
+    name: str | None = None,
+    **options: Unpack[PyFuncOptions],
+) -> tuple[jax.Array, ...]: ...
+@overload
+def py_func(
+    func: Func,
+    inp: Inputs,
+    Tout: object = ...,
+    name: str | None = None,
+    **options: Unpack[PyFuncOptions],
+) -> Any: ...
+@overload
+def py_func(func: PyFunc[P, T], **options: Unpack[PyFuncWrapOptions]) -> PyFunc[P, T]: ...
+@overload
+def py_func(func: Callable[P, T], **options: Unpack[PyFuncWrapOptions]) -> PyFunc[P, T]: ...
+@overload
+def py_func(
+    func: Callable[P, object], *, Tout: T, **options: Unpack[PyFuncWrapOptions]
+) -> PyFunc[P, T]: ...
+@overload
+def py_func(func: None = None, **options: Unpack[PyFuncWrapOptions]) -> Decorator: ...
+@overload
+def py_func(
+    func: None = None, *, Tout: T, **options: Unpack[PyFuncWrapOptions]
+) -> DecoratorWithTout[T]: ...
 def py_func(
     func: Callable[..., Any] | None = None,
     inp: Any = None,
-    Tout: Any = INFERRED,  # noqa: N803 - TensorFlow's name
+    Tout: Any = INFERRED,
     name: str | None = None,
     *,
     stateful: bool = False,
     ordered: bool = False,
-    vmap_method: str | None = None,
+    vmap_method: VmapMethod | None = None,
     staged: bool | int = False,
 ) -> Any:
     """Run a Python function eagerly, with real values, from inside compiled JAX.
 
-    Under `jax.jit` the function runs on the host at every execution, on `jax.Array`s,
-    with ordinary Python control flow, `float(x)`, NumPy, `print` and `breakpoint()`.
-    Outside any transform it is simply called. It is differentiable to every order,
-    forward and reverse. While it is differentiated it sees values too, and it runs once:
-    its operations are noted, and the run is kept for the derivative (`set_tape_limit`).
+    Under `jax.jit`, each execution of the program calls the function on the host, with
+    `jax.Array`s. Python control flow, `float(x)`, NumPy, `print` and `breakpoint()` work
+    as usual. Outside any transform it is simply called. Wrapped functions support
+    forward- and reverse-mode differentiation to any order. A function that is being
+    differentiated also sees values, and it runs once: its operations are recorded on a
+    tape, which is cached for the derivative (see `set_tape_limit`).
 
-    Three forms: `py_func(func, [x, y], Tout)` calls at once, as TensorFlow's does;
-    `g = py_func(func, Tout=...)` returns the wrapped function; `@py_func(Tout=...)`
+    There are three forms: `py_func(func, [x, y], Tout)` calls at once, as TensorFlow's
+    does; `g = py_func(func, Tout=...)` returns the wrapped function; `@py_func(Tout=...)`
     and `@py_func` decorate.
 
     Args:
-        func: what to run. The wrapped function takes what it takes: positional and
-            keyword arguments, each a pytree of arrays and Python scalars, which become
-            `jax.Array`s. Other leaves (strings, callables, enums) reach it unchanged.
-            One that `py_func` has wrapped already is taken as what it wraps, with its
-            options where none is given here.
-        inp: a list or tuple of arguments, or one array, to call with at once.
-        Tout: what it returns, a pytree. A leaf with `.shape` and `.dtype` is exact, such
-            as `jax.ShapeDtypeStruct((3,), jnp.float32)`, or an array like the result. A
-            leaf that is a dtype, such as `jnp.float32`, fixes the dtype alone, and the
-            shape is inferred. A function, such as `lambda x: x`, receives the arguments as
-            `jax.ShapeDtypeStruct`s and returns such a pytree; a callable pytree with
-            arrays, such as an equinox module, is a pytree. `[]` means nothing. Left out,
-            all is inferred. To infer, the body is run on abstract values while tracing,
-            both ways at each Python branch, which one that reads a value (`float(x)`,
-            NumPy) does not allow; a `Tout` with every shape and dtype never runs it.
-            Static fields of results are those of `Tout`; a result with others is refused.
-        name: its name in errors, profiles and graphs; by default its own.
-        stateful: run exactly once per execution of the program, results used or not.
-            So does a body that returns nothing. Otherwise calls are taken to be pure:
-            unused ones are removed.
-        ordered: run in program order with other ordered calls; implies `stateful`.
-        vmap_method: under `jax.vmap`, in one host call. A body that draws random numbers
-            other than with `jax.random`, or calls `next`, needs `stateful=True` there: by
-            default one run of it serves many elements. (From `random` and `numpy.random`
-            it is noticed, and warned of; from a generator that the body holds it is not.)
-            `"by_branch"` runs the body once for all elements that take the same branches,
-            on values of which each stands for many; `"sequential"` once per element;
-            `"expand_dims"` once in all, with an axis of length 1 on operands that the
-            elements share; `"broadcast_all"` once in all, with these repeated. The
-            meanings of the last three are those of
-            `jax.pure_callback`. By default, pure calls are batched `"by_branch"`, and
-            those that are stateful or return nothing `"sequential"`.
-        staged: compile what can be traced. The body is run on abstract values while
-            tracing, both ways at each Python branch, and its branches go into the program
-            as a tree of `jax.lax.cond`; up to 32 runs, or as many as this says. Where that
-            ends (the runs are spent, a value is read, an operation has an effect), the
-            body is called. Results are those of the call, unstaged. Without a call left
-            in it, all that JAX can do with `lax.cond` works; under `jax.vmap` its sides
-            are all computed, for all elements, but calls are made for those that need
-            them. It costs a run of the body, some milliseconds, for each path, and to
-            compile what is found: a loop is as many operations as it has in all its
-            turns, those before a branch once. What Python does beside (`print`, a list that
-            grows) it does while tracing alone, for which the body is run on abstract values
-            whatever `Tout` says; arrays that it holds are those of then. Calls of Python in
-            the body are left to a call of it. `jpyfunc.explain` shows the tree.
+        func: the function to run. The wrapped function takes the same positional and
+            keyword arguments, each a pytree. Arrays and Python scalars reach it as
+            `jax.Array`s, other leaves (strings, callables, enums) unchanged. If it is
+            itself the result of `py_func`, the function inside is wrapped again, once;
+            options that are left out here are those of the first wrap.
+        inp: to call the function at once, a list or tuple of arguments, or a single array.
+        Tout: the structure of the results, a pytree. A leaf with `.shape` and `.dtype`,
+            such as `jax.ShapeDtypeStruct((3,), jnp.float32)` or an example array, declares
+            both. A dtype, such as `jnp.float32`, declares the dtype; the shape is inferred.
+            `[]` declares that nothing is returned. A function, such as `lambda x: x`, is
+            called with the arguments, with a `jax.ShapeDtypeStruct` for each array, and
+            returns such a pytree. (A callable pytree that holds arrays, such as an equinox
+            module, counts as a pytree.) By default, everything is inferred: while JAX
+            traces the call, the function is run on abstract values, and on both sides of
+            each branch. That fails if it reads a value (`float(x)`, NumPy). If `Tout`
+            declares every shape and dtype, no such run is made. Results have the static
+            fields of `Tout`; if the function returns others, it is an error.
+        name: the name in errors, profiles and graphs; by default the function's own.
+        stateful: run exactly once per execution of the program, whether the results are
+            used or not. This is implied for functions that return nothing. Other calls are
+            assumed to be pure, and are removed if their results are not used.
+        ordered: run in program order with other ordered calls. Implies `stateful`.
+        vmap_method: how `jax.vmap` batches the call, always in one host round trip.
+            `"by_branch"` runs the function once for all elements that take the same
+            branches, on arrays that stand for all of them; `"sequential"` once per
+            element; `"expand_dims"` once in total, with an axis of length 1 on operands
+            that the elements share; `"broadcast_all"` once in total, with these operands
+            repeated. The last three have the meanings of `jax.pure_callback`. The default
+            is `"by_branch"` for pure calls, and `"sequential"` for those that are stateful
+            or return nothing. By branch, one run serves many elements, so a function that
+            calls `next`, or draws random numbers other than with `jax.random`, needs
+            `stateful=True`. (Draws from `random` and `numpy.random` are detected and cause
+            a warning; draws from a generator that the function holds are not.)
+        staged: compile what can be traced. While JAX traces the call, the function is run
+            on abstract values, on both sides of each branch, and its operations become part
+            of the program, as a tree of `jax.lax.cond`. At most 32 such runs are made, or
+            the given number. On a path that cannot be traced (a value is read, an
+            operation has an effect, the runs are used up), the program calls the function.
+            The results are the same as without staging. If no such call remains, the
+            program supports everything that JAX supports for `lax.cond`. Under `jax.vmap`,
+            all branches are computed for all elements, but calls are made only for the
+            elements that need them. Staging costs one run of the function per path, some
+            milliseconds each, and the compilation of the operations: those of a loop
+            count in each iteration, those before a branch once. Side effects in Python
+            (`print`, a list that grows) happen only while tracing, where the function is
+            run on abstract values even if `Tout` is complete, and arrays that it holds are
+            compiled in as constants. Functions wrapped by `py_func` that it calls are
+            called from the program. `jpyfunc.explain` shows the tree.
 
     Returns:
-        The results in the structure of `Tout` (the first form), or the wrapped
-        function, or a decorator. With graph tensors among the arguments, and in a
-        `with` of a graph or session of `jpyfunc.tf1` without, too, the results are
-        graph tensors; of a body that returns nothing, its `CompiledOperation`.
+        The results, in the structure of `Tout` (first form), the wrapped function, or a
+        decorator. With graph tensors of `jpyfunc.tf1` among the arguments, and inside a
+        `with` block of a graph or session, a call returns graph tensors; if the function
+        returns nothing, it returns the graph's operation.
 
     Raises:
-        TypeError: an argument of the wrong kind; a body that closes over a traced
-            value; a `Tout` that is none.
-        ValueError: an unknown `vmap_method`, or `"by_branch"` of a call that counts its
-            runs; `staged` with what cannot be; 64-bit results while they are
-            off.
-        InferenceError: shapes that cannot be inferred.
-        ResultError: the body returned what `Tout` does not declare.
-        UnsupportedError: `vmap` of an ordered call, or `jax.export` of any.
-        NotDifferentiableError: a body that is differentiated converts what its gradient
-            flows through to NumPy, or returns what a read has cut from its operands.
+        TypeError: an argument or option of the wrong type, an invalid `Tout`, or a
+            function that closes over a traced value.
+        ValueError: an unknown `vmap_method`; `"by_branch"` or `staged` together with an
+            option that excludes it; or 64-bit results while 64-bit types are off.
+        InferenceError: the shapes of the results cannot be inferred.
+        ResultError: the function returned something other than `Tout` declares.
+        UnsupportedError: `vmap` of an ordered call, or `jax.export` of any call.
+        NotDifferentiableError: a function that is being differentiated converts to NumPy
+            a value that its gradient flows through, or returns a value that no longer
+            depends on any differentiated input because of such a read.
         TapeLostError: the derivative of a stateful call whose tape has been evicted.
 
     Warns:
-        GradientCutWarning: a body that is differentiated reads a number (`float(x)`,
-            `x.item()`, `math.sin(x)`) that its gradient flows through.
-        UserWarning: a body is staged to more than 1,000 operations; a run that was to serve
-            many elements of a batch drew from `random` or `numpy.random`.
+        GradientCutWarning: a function that is being differentiated reads a number
+            (`float(x)`, `x.item()`, `math.sin(x)`) that its gradient flows through.
+        UserWarning: a function is staged to more than 1,000 operations, or one run that
+            serves many elements of a batch draws from `random` or `numpy.random`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -129,41 +227,107 @@ def py_func(
     return _dispatch("py_func", func, inp, options)
 
 
+@overload
+def numpy_func(
+    func: Func,
+    inp: Inputs,
+    Tout: OneArray,
+    name: str | None = None,
+    **options: Unpack[NumpyFuncOptions],
+) -> jax.Array: ...
+@overload
+def numpy_func(
+    func: Func,
+    inp: Inputs,
+    Tout: list[OneArrayT],
+    name: str | None = None,
+    **options: Unpack[NumpyFuncOptions],
+) -> list[jax.Array]: ...
+@overload
+def numpy_func(
+    func: Func,
+    inp: Inputs,
+    Tout: dict[K, OneArrayT],
+    name: str | None = None,
+    **options: Unpack[NumpyFuncOptions],
+) -> dict[K, jax.Array]: ...
+@overload
+def numpy_func(
+    func: Func,
+    inp: Inputs,
+    Tout: tuple[OneArray, OneArray],
+    name: str | None = None,
+    **options: Unpack[NumpyFuncOptions],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def numpy_func(
+    func: Func,
+    inp: Inputs,
+    Tout: tuple[OneArray, ...],
+    name: str | None = None,
+    **options: Unpack[NumpyFuncOptions],
+) -> tuple[jax.Array, ...]: ...
+@overload
+def numpy_func(
+    func: Func,
+    inp: Inputs,
+    Tout: object = ...,
+    name: str | None = None,
+    **options: Unpack[NumpyFuncOptions],
+) -> Any: ...
+@overload
+def numpy_func(
+    func: PyFunc[P, T], **options: Unpack[NumpyFuncWrapOptions]
+) -> PyFunc[P, T]: ...
+@overload
+def numpy_func(
+    func: Callable[P, T], **options: Unpack[NumpyFuncWrapOptions]
+) -> PyFunc[P, T]: ...
+@overload
+def numpy_func(
+    func: Callable[P, object], *, Tout: T, **options: Unpack[NumpyFuncWrapOptions]
+) -> PyFunc[P, T]: ...
+@overload
+def numpy_func(func: None = None, **options: Unpack[NumpyFuncWrapOptions]) -> Decorator: ...
+@overload
+def numpy_func(
+    func: None = None, *, Tout: T, **options: Unpack[NumpyFuncWrapOptions]
+) -> DecoratorWithTout[T]: ...
 def numpy_func(
     func: Callable[..., Any] | None = None,
     inp: Any = None,
-    Tout: Any = INFERRED,  # noqa: N803 - TensorFlow's name
+    Tout: Any = INFERRED,
     name: str | None = None,
     *,
     stateful: bool = False,
     ordered: bool = False,
-    vmap_method: str | None = None,
+    vmap_method: VmapMethod | None = None,
 ) -> Any:
     """Run a Python function on NumPy arrays from inside compiled JAX.
 
-    As `py_func`, but the function takes and returns NumPy arrays; those that it is
-    given are read-only. JAX cannot differentiate it, but rules can say how, in the form of
-    `jax.custom_vjp` and `jax.custom_jvp`: `f.defvjp(fwd, bwd)` and `f.defjvp(jvp)`. Without
-    them it raises where a tangent flows into it, and works inside `jax.grad` where none
-    does. JAX cannot see its shapes
-    either: under `jax.jit`, `Tout` must give them where the body calls NumPy.
+    Like `py_func`, but the function takes NumPy arrays, which are read-only, and returns
+    NumPy arrays. JAX cannot differentiate it. Define its derivatives in the form of
+    `jax.custom_vjp` and `jax.custom_jvp`, with `f.defvjp(fwd, bwd)` and `f.defjvp(jvp)`.
+    Without such rules it can be used inside `jax.grad` as long as no tangent reaches it;
+    otherwise it raises. JAX cannot trace it either: under `jax.jit`, `Tout` has to give the
+    shapes if the function calls NumPy.
 
     Args:
-        func: what to run.
+        func: the function to run.
         inp: as for `py_func`.
         Tout: as for `py_func`.
         name: as for `py_func`.
         stateful: as for `py_func`.
         ordered: as for `py_func`.
-        vmap_method: as for `py_func`, without `"by_branch"`: `"sequential"` by default.
+        vmap_method: as for `py_func`, without `"by_branch"`. The default is `"sequential"`.
 
     Returns:
-        As `py_func`; the results are `jax.Array`s.
+        As `py_func`. Results are `jax.Array`s.
 
     Raises:
-        NotDifferentiableError: a tangent flows into a call without rules, or without one
-            for that mode, or twice.
-        TypeError: as `py_func`, and for what else it raises.
+        NotDifferentiableError: a tangent reaches a call that has no rule for the mode of
+            differentiation, or the call is differentiated twice.
+        TypeError: as `py_func`, which also documents the other exceptions.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np
@@ -189,11 +353,7 @@ def _dispatch(kind: Kind, func: Any, inp: Any, options: Options) -> Any:
             )
         return lambda func: _dispatch(kind, func, None, options)
     _check_func(kind, func)
-    wrapped: PyFunc[..., Any] = (
-        func.with_options(options)
-        if kind == "py_func" and isinstance(func, PyFunc)
-        else PyFunc(kind, func, options)
-    )
+    wrapped = wrap(kind, func, options)
     if inp is None:
         return wrapped
     if isinstance(inp, list | tuple):

@@ -2,74 +2,56 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from jax.extend.core import set_current_trace
+import jax
 
 from jpyfunc import _compat
 from jpyfunc._arguments import Arguments
 from jpyfunc._bodies.user_function import CustomRules
-from jpyfunc._calling import branch_tree, call
-from jpyfunc._errors import adding_note
+from jpyfunc._calling import call
 from jpyfunc._frames import is_called_from
 from jpyfunc._graph_tensor import GraphTensor
-from jpyfunc._hashable import hashable, unwrapped
-from jpyfunc._options import Kind, Options, check_options, without_partial
+from jpyfunc._hashable import hashable
+from jpyfunc._options import Callee, Kind, Options, check_options, without_partial
 from jpyfunc._runtime.context import building
 from jpyfunc._runtime.running_bodies import is_in_body
-from jpyfunc._staging.abstract_trace import AbstractTrace
-from jpyfunc._staging.branch_tree import BranchTree
-from jpyfunc._tout import Template
+from jpyfunc._typing import Declared, NamedTupleT, OneArray, OneArrayT
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
-R = TypeVar("R", covariant=True)
-F = TypeVar("F", bound=Callable[..., Any])
+K = TypeVar("K")
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+JvpRule = TypeVar("JvpRule", bound=Callable[[Any, Any], tuple[Any, Any]])
 
 
-class PyFunc(Generic[P, R]):
+class PyFunc(Generic[P, T_co]):
     """A function wrapped by `py_func` or `numpy_func`.
 
     Wrapped functions compare by value: two wraps of one function with the same options are
     equal, so `jax.jit` of the second reuses what it compiled for the first.
+
+    Its type has the parameters of the function and the type of `Tout`, or of what the
+    function returns where `Tout` is left out.
     """
 
     __name__: str
     __qualname__: str
+    __wrapped__: Callable[P, Any]
 
     def __init__(self, kind: Kind, func: Callable[P, Any], options: Options) -> None:
         # First, because it copies the attributes of what may be a wrapped function itself.
         functools.update_wrapper(self, func)
-        self._func = func
-        self._options = options  # as given, to wrap it again in another process
         self._callee = check_options(kind, func, options)
         self.__name__ = self._callee.name
         own = without_partial(func).__doc__ or ""
-        self.__doc__ = f"{own}\n\n{self._description()}".strip()
-
-    def _description(self) -> str:
-        """Return what `help` says below the function's own documentation."""
-        callee = self._callee
-        tout = getattr(unwrapped(callee.tout), "__name__", "inferred")
-        options = [f"Tout: {callee.template or tout}"]
-        for name, value in (
-            ("stateful", callee.stateful and not callee.ordered),
-            ("ordered", callee.ordered),
-            ("vmap_method", callee.vmap_method),
-            ("staged", callee.max_runs),
-        ):
-            if value:
-                options.append(name if value is True else f"{name}: {value}")
-        return (
-            f"Wrapped by jpyfunc.{callee.kind} ({', '.join(options)}): runs on the host, "
-            f"also from inside compiled programs. See help(jpyfunc.{callee.kind})."
-        )
+        self.__doc__ = f"{own}\n\n{self._callee.description}".strip()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PyFunc) and self._callee == other._callee
@@ -92,21 +74,67 @@ class PyFunc(Generic[P, R]):
         if found is self and not by_value:
             return name
         callee = self._callee
-        return _wrap_again, (callee.kind, self._func, self._options, callee.rules)
+        return _unpickle, (callee.kind, self.__wrapped__, callee.options, callee.rules)
 
+    # A bound method is a `types.MethodType`, which has the attributes of its function.
     @overload
-    def __get__(self, instance: None, owner: type | None = None) -> PyFunc[P, R]: ...
+    def __get__(self, instance: None, owner: type | None = None) -> PyFunc[P, T_co]: ...
     @overload
     def __get__(
-        self: PyFunc[Concatenate[Any, Q], R], instance: object, owner: type | None = None
-    ) -> Callable[Q, R]: ...
+        self: PyFunc[Concatenate[Any, Q], T], instance: object, owner: type | None = None
+    ) -> PyFunc[Q, T]: ...
     def __get__(self, instance: object, owner: type | None = None) -> Any:
-        """Bind a method, as functions do."""
-        if instance is None or isinstance(self._func, staticmethod):
+        if instance is None or isinstance(self.__wrapped__, staticmethod):
             return self
         return types.MethodType(self, instance)
 
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    @overload
+    def __call__(
+        self: PyFunc[P, OneArray], /, *args: P.args, **kwargs: P.kwargs
+    ) -> jax.Array: ...
+    @overload
+    def __call__(self: PyFunc[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None: ...
+    @overload
+    def __call__(
+        self: PyFunc[P, NamedTupleT], /, *args: P.args, **kwargs: P.kwargs
+    ) -> NamedTupleT: ...
+    @overload
+    def __call__(
+        self: PyFunc[P, list[OneArrayT]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> list[jax.Array]: ...
+    @overload
+    def __call__(
+        self: PyFunc[P, dict[K, OneArrayT]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> dict[K, jax.Array]: ...
+    @overload
+    def __call__(
+        self: PyFunc[P, tuple[OneArray]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[jax.Array]: ...
+    @overload
+    def __call__(
+        self: PyFunc[P, tuple[OneArray, OneArray]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[jax.Array, jax.Array]: ...
+    @overload
+    def __call__(
+        self: PyFunc[P, tuple[OneArray, OneArray, OneArray]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+    @overload
+    def __call__(
+        self: PyFunc[P, tuple[OneArray, ...]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[jax.Array, ...]: ...
+    @overload
+    def __call__(
+        self: PyFunc[P, Declared | Callable[..., Any]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Any: ...
+    @overload
+    def __call__(self: PyFunc[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         arguments = Arguments.flatten(args, kwargs, self._callee.label)
         for leaf in arguments.leaves:
             if isinstance(leaf, GraphTensor):
@@ -116,7 +144,11 @@ class PyFunc(Generic[P, R]):
             return graph.add_py_func(self, args, kwargs)
         return call(self._callee, arguments)
 
-    def defvjp(self, fwd: Callable[P, Any], bwd: Callable[..., Any]) -> None:
+    def defvjp(
+        self,
+        fwd: Callable[..., tuple[Any, Any]],
+        bwd: Callable[[Any, Any], Sequence[Any]],
+    ) -> None:
         """Define the reverse-mode derivative of a function wrapped by `numpy_func`.
 
         The rules have the form of those of `jax.custom_vjp`, but they run on the host, on
@@ -164,7 +196,7 @@ class PyFunc(Generic[P, R]):
         self._check_rules("defvjp", fwd, bwd)
         self._define(fwd=hashable(fwd), bwd=hashable(bwd))
 
-    def defjvp(self, jvp: F) -> F:
+    def defjvp(self, jvp: JvpRule) -> JvpRule:
         """Define the forward-mode derivative of a function wrapped by `numpy_func`.
 
         Like `defvjp`, for forward mode. A function may have both.
@@ -219,71 +251,31 @@ class PyFunc(Generic[P, R]):
         known = self._callee.rules or CustomRules()
         self._callee = replace(self._callee, rules=replace(known, **rules))
 
-    def with_options(self, options: Options) -> PyFunc[..., Any]:
-        """Return a `py_func` of the same function, wrapped once, with `options` first."""
-        if self._callee.is_host_function:  # whose body takes NumPy arrays
-            return PyFunc("py_func", self, options)
-        return PyFunc("py_func", self._func, options.over(self._options))
 
-    def branch_tree(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BranchTree:
-        """Return the branches of the body for arguments that need no data."""
-        label = self._callee.label
-        return branch_tree(self._callee, Arguments.flatten(args, kwargs, label))
-
-    @property
-    def node_name(self) -> str | None:
-        """The name that was given for nodes of graphs, if any."""
-        return self._options.name
-
-    @property
-    def template(self) -> Template | None:
-        """`Tout`, if it is known without the arguments."""
-        return self._callee.template
-
-    def for_node(self, note: str) -> PyFunc[P, R]:
-        """Return a copy for a node of a graph, which adds `note` to exceptions."""
-        return self._replace(func=hashable(adding_note(self._callee.function, note)))
-
-    def with_template(self, template: Template) -> PyFunc[P, R]:
-        """Return a copy that declares its results as `template` does."""
-        return self._replace(template=template)
-
-    def reusing_first(self) -> PyFunc[P, R]:
-        """Return a copy of a function without arguments that reuses the inferred result."""
-        return self._replace(func=_ReusesFirst(self._callee.function))
-
-    def _replace(self, **changes: Any) -> PyFunc[P, R]:
-        copied: PyFunc[P, R] = object.__new__(PyFunc)
-        vars(copied).update(vars(self), _callee=replace(self._callee, **changes))
-        return copied
+# Functions, not methods: a user's completions show only what is for users, and a wrapped
+# object's attributes, which `functools.update_wrapper` copies, cannot hide them.
 
 
-def _wrap_again(
+def callee_of(wrapped: PyFunc[..., Any]) -> Callee:
+    """Return the function of a wrapped one, with its options."""
+    return wrapped._callee
+
+
+def with_changes(wrapped: PyFunc[P, T], **changes: Any) -> PyFunc[P, T]:
+    """Return a copy with changes of the `Callee`."""
+    copied: PyFunc[P, T] = object.__new__(PyFunc)
+    vars(copied).update(vars(wrapped), _callee=replace(wrapped._callee, **changes))
+    return copied
+
+
+def wrap(kind: Kind, func: Callable[P, Any], options: Options) -> PyFunc[P, Any]:
+    """Wrap a function, once: what `py_func` returned is taken for what it wraps."""
+    if isinstance(func, PyFunc) and kind == "py_func" == func._callee.kind:
+        return PyFunc(kind, func.__wrapped__, options.over(func._callee.options))
+    return PyFunc(kind, func, options)
+
+
+def _unpickle(
     kind: Kind, func: Callable[P, Any], options: Options, rules: CustomRules | None
 ) -> PyFunc[P, Any]:
-    wrapped = PyFunc(kind, func, options)
-    wrapped._callee = replace(wrapped._callee, rules=rules)
-    return wrapped
-
-
-class _ReusesFirst:
-    """A function without arguments, whose result of inference is that of the first call.
-
-    Inference runs a body on abstract values. Without arguments there are none, and the
-    body computes its result, which the first real call then returns: so a body that draws
-    a random number or counts its calls is not run once more than the graph runs.
-    """
-
-    def __init__(self, func: Callable[[], Any]) -> None:
-        self._func = func
-        self._results: list[Any] = []
-
-    def __call__(self) -> Any:
-        if not isinstance(_compat.current_trace(), AbstractTrace):
-            with contextlib.suppress(IndexError):
-                return self._results.pop()
-            return self._func()
-        if not self._results:
-            with set_current_trace(_compat.eval_trace):
-                self._results.append(self._func())
-        return self._results[0]
+    return with_changes(PyFunc(kind, func, options), rules=rules)

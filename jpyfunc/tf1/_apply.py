@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
@@ -9,10 +10,14 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import set_current_trace
 
-from jpyfunc._errors import InferenceError, add_note
+from jpyfunc import _compat
+from jpyfunc._errors import InferenceError, add_note, adding_note
 from jpyfunc._graph_tensor import GraphTensor
-from jpyfunc._wrapped import PyFunc
+from jpyfunc._hashable import hashable
+from jpyfunc._staging.abstract_trace import AbstractTrace
+from jpyfunc._wrapped import PyFunc, callee_of, with_changes
 
 # The dtype and the shape of a result; None for what is unknown.
 Spec = tuple[np.dtype | None, tuple[int | None, ...] | None]
@@ -78,18 +83,21 @@ def apply_py_func(
     """
     inputs = tensors_in(args, kwargs)
     graph = common_graph(inputs) if inputs else graph
-    name = graph.unique_name(func.node_name or "PyFunc")
+    callee = callee_of(func)
+    name = graph.unique_name(callee.options.name or "PyFunc")
+    body = callee.function
     if not jax.tree.leaves((args, kwargs)):
-        func = func.reusing_first()
-    func = func.for_node(f"in graph operation {name!r}")
-    template = func.template
+        body = ReusesFirst(body)
+    body = adding_note(body, f"in graph operation {name!r}")
+    func = with_changes(func, func=hashable(body))
+    template = callee.template
     if template is not None:
         tree = template.tree
         specs = [(leaf.dtype, leaf.shape) for leaf in template.leaves]
 
         def declared_call(values: Sequence[Any]) -> Any:
             shapes = [t.shape if is_known(t.shape) else None for t in op.outputs]
-            declared = func.with_template(template.replace_shapes(shapes))
+            declared = with_changes(func, template=template.replace_shapes(shapes))
             try:
                 return close_over(declared, args, kwargs)(values)
             except InferenceError as error:
@@ -112,6 +120,29 @@ def apply_py_func(
         tree, specs = found
     op = _add_call(graph, call, inputs, tree, specs, name, unique=True)
     return _results(op, tree)
+
+
+class ReusesFirst:
+    """A function without arguments, whose result of inference is that of the first call.
+
+    Inference runs a body on abstract values. Without arguments there are none, and the
+    body computes its result, which the first real call then returns: so a body that draws
+    a random number or counts its calls is not run once more than the graph runs.
+    """
+
+    def __init__(self, func: Callable[[], Any]) -> None:
+        self._func = func
+        self._results: list[Any] = []
+
+    def __call__(self) -> Any:
+        if not isinstance(_compat.current_trace(), AbstractTrace):
+            with contextlib.suppress(IndexError):
+                return self._results.pop()
+            return self._func()
+        if not self._results:
+            with set_current_trace(_compat.eval_trace):
+                self._results.append(self._func())
+        return self._results[0]
 
 
 def _without_shape(error: InferenceError, names: Sequence[str]) -> InferenceError:

@@ -1,0 +1,76 @@
+"""Types of the public signatures: what `Tout` may be, and the results that it declares.
+
+`PyFunc[P, T]` has the type `T` of `Tout`, or of what the function returns if `Tout` is left
+out. The overloads of its call map `T` to the type of the results. They are not overloads of
+`py_func`, because JAX types `jnp.float32` as `Any`, for which these would be ambiguous, and
+type checkers would lose the parameters `P` as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
+
+import jax
+import numpy as np
+
+VmapMethod = Literal["by_branch", "sequential", "expand_dims", "broadcast_all"]
+
+_Number: TypeAlias = bool | int | float | complex | np.ndarray | np.generic
+_Dtype: TypeAlias = (
+    str
+    | np.dtype[Any]
+    | type[np.generic]
+    | type[bool]
+    | type[int]
+    | type[float]
+    | type[complex]
+)
+
+# What stands for one array: in `Tout`, or returned by a function.
+OneArray: TypeAlias = jax.Array | jax.ShapeDtypeStruct | _Dtype | _Number
+
+# A `Tout` of any depth without arrays, so that the results have other types.
+Declared: TypeAlias = (
+    jax.ShapeDtypeStruct
+    | _Dtype
+    | _Number
+    | Sequence["Declared | None"]
+    | Mapping[Any, "Declared | None"]
+)
+
+
+class _NamedTuple(Protocol):
+    """Any `typing.NamedTuple`, whose fields say what the results are."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+OneArrayT = TypeVar("OneArrayT", bound=OneArray)
+NamedTupleT = TypeVar("NamedTupleT", bound=_NamedTuple)
+
+
+class NumpyFuncOptions(TypedDict, total=False):
+    """Keyword options of a call of `numpy_func` with `inp`."""
+
+    stateful: bool
+    ordered: bool
+    vmap_method: VmapMethod | None
+
+
+class NumpyFuncWrapOptions(NumpyFuncOptions, total=False):
+    """Keyword options of `numpy_func` without `inp`."""
+
+    name: str | None
+
+
+class PyFuncOptions(NumpyFuncOptions, total=False):
+    """Keyword options of a call of `py_func` with `inp`."""
+
+    staged: bool | int
+
+
+class PyFuncWrapOptions(PyFuncOptions, total=False):
+    """Keyword options of `py_func` without `inp`."""
+
+    name: str | None
