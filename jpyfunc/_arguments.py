@@ -50,7 +50,7 @@ class Arguments:
             leaves, tree = jax.tree.flatten((args, kwargs))
         except ValueError as error:
             raise TypeError(
-                f"{label}: JAX does not take its arguments apart: {why_no_pytree(error)}."
+                f"{label}: JAX cannot flatten its arguments: {why_no_pytree(error)}."
             ) from error
         return cls([*map(value_if_over, leaves)], tree)
 

@@ -8,9 +8,11 @@ import itertools
 import os
 import pydoc
 import re
+import runpy
 import subprocess
 import sys
 import traceback
+import typing
 from typing import Any
 
 import equinox
@@ -844,9 +846,7 @@ def test_refused_options(wrap, option):
 
 def test_arguments_that_jax_does_not_flatten(transform):
     f = py_func(lambda d: d["a"], Tout=F32, name="f")
-    with pytest.raises(
-        TypeError, match="'f': JAX does not take its arguments apart: the key"
-    ):
+    with pytest.raises(TypeError, match="'f': JAX cannot flatten its arguments: the keys"):
         transform(lambda x: f({1: x, "a": x}))(1.0)
     with pytest.raises(
         ResultError, match="'g': JAX does not take its result apart: the key"
@@ -856,3 +856,32 @@ def test_arguments_that_jax_does_not_flatten(transform):
 
 def test_a_parameter_may_be_called_self(transform):
     assert transform(lambda x: py_func(lambda self: self, Tout=F32)(self=x))(2.0) == 2
+
+
+def is_of(value, kind):
+    """Whether a value is what a type says; lists, tuples and dicts item by item."""
+    if kind is Any:
+        return True
+    items = typing.get_args(kind)
+    if kind is None or not items or issubclass(typing.get_origin(kind), np.ndarray):
+        return value is None if kind is None else isinstance(value, kind)
+    if not isinstance(value, typing.get_origin(kind)):
+        return False
+    if isinstance(value, tuple):
+        return len(value) == len(items) and all(map(is_of, value, items))
+    values = value.values() if isinstance(value, dict) else value
+    return all(is_of(x, items[-1]) for x in values)
+
+
+def test_results_are_what_type_checkers_are_told(monkeypatch):
+    checked = []
+
+    def assert_type(value, kind):
+        assert is_of(value, kind), f"expected {kind}, got {value!r}"
+        checked.append(kind)
+
+    monkeypatch.setattr(typing, "assert_type", assert_type)
+    runpy.run_path(str(ROOT / "tests" / "typing_sample.py"))
+    assert jax.Array in checked
+    for value, kind in ((1.0, jax.Array), ([1.0], list[jax.Array]), ((), tuple[Any, Any])):
+        assert not is_of(value, kind)

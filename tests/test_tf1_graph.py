@@ -294,7 +294,23 @@ class TestNumpy:
             _ = tf.numpy.nothing_of_the_kind
 
 
+@jpf.py_func(Tout=F32)
+def fails(x):
+    raise ValueError("x")
+
+
 class TestPyFunc:
+    def test_nodes_leave_the_function_as_it_is(self, sess):
+        """One that pickles by its name, too."""
+        x = tf.placeholder(F32, [])
+        nodes = [fails(x) for _ in range(2)]
+        for node in nodes:
+            node.set_shape([])
+        with pytest.raises(ValueError, match="x") as caught, jpf.raise_original():
+            sess.run(nodes[1], {x: 1.0})
+        notes = [note for note in caught.value.__notes__ if "PyFunc" in note]
+        assert notes == ["in graph operation 'PyFunc_1'"]
+
     def test_tensors_anywhere_among_the_arguments(self, sess):
         @jpf.py_func(Tout={"total": F32, "mode": [jnp.int32]})
         def func(pair, scale, *, mode, extra=None):

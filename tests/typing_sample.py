@@ -128,7 +128,7 @@ def cube_jvp(
     return x**3, 3 * x**2 * t
 
 
-assert_type(cube_jvp((np.ones(()),), (np.ones(()),)), tuple[np.ndarray, np.ndarray])
+assert_type(cube_jvp((np.ones(1),), (np.ones(1),)), tuple[np.ndarray, np.ndarray])
 
 
 # --- Methods are bound: their first parameter goes.
