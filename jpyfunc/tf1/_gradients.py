@@ -43,10 +43,9 @@ def gradients(
         A list with one tensor per tensor in `xs`, of its shape and dtype.
 
     Raises:
-        TypeError: an argument is not a tensor; a tensor in `ys` is complex and has no
-            `grad_ys`.
-        ValueError: tensors belong to two graphs; `grad_ys` has another length or shape;
-            `unconnected_gradients` has another value.
+        TypeError: not a tensor; a complex tensor in `ys` without `grad_ys`.
+        ValueError: tensors belong to two graphs; `grad_ys` or `unconnected_gradients`
+            does not fit.
 
     Example:
         >>> import jpyfunc.tf1 as tf
@@ -66,32 +65,33 @@ def gradients(
             f"{unconnected_gradients!r}."
         )
     ys, xs = _tensors(ys, "ys"), _tensors(xs, "xs")
-    stops = set(
-        _tensors([] if stop_gradients is None else stop_gradients, "stop_gradients")
-    )
-    seeds = [None] * len(ys) if grad_ys is None else _list(grad_ys)
-    if len(seeds) != len(ys):
-        raise ValueError(
-            f"gradients: expected one of grad_ys for each of ys, {len(ys)} in total, got "
-            f"{len(seeds)}; write None for ones."
-        )
+    stops = [] if stop_gradients is None else _tensors(stop_gradients, "stop_gradients")
+    seeds = _seeds(grad_ys, len(ys))
     if not (ys and xs):
         return [None] * len(xs)
-    graph = common_graph(
-        [*ys, *xs, *stops, *(seed for seed in seeds if isinstance(seed, Tensor))]
-    )
+    graph = common_graph([*ys, *xs, *stops, *(s for s in seeds if isinstance(s, Tensor))])
     with graph.name_scope(name or "gradients"):
-        sweep = _GraphSweep(graph, ys, xs, stops)
-        for y, seed in zip(ys, seeds, strict=True):
-            if y in sweep.reached:
-                sweep.add(y, _seed(graph, y, seed))
-        sweep.run()
-        results = [sweep.total(x) for x in xs]
-        if unconnected_gradients == "zero":
-            for i, x in enumerate(xs):
-                if results[i] is None:
-                    results[i] = _like(graph, "zeros_like", x, jnp.zeros_like)
-        return results
+        found = _sweep(graph, ys, seeds, xs, set(stops))
+        if unconnected_gradients == "none":
+            return found
+        zeros = functools.partial(_like, graph, "zeros_like", func=jnp.zeros_like)
+        return [zeros(x) if c is None else c for x, c in zip(xs, found, strict=True)]
+
+
+def _sweep(
+    graph: Graph,
+    ys: Sequence[Tensor],
+    seeds: Sequence[Any],
+    xs: Sequence[Tensor],
+    stops: set[Tensor],
+) -> list[Tensor | None]:
+    """Add the nodes that pull the cotangents `seeds` of `ys` back to `xs`."""
+    sweep = _GraphSweep(graph, ys, xs, stops)
+    for y, seed in zip(ys, seeds, strict=True):
+        if y in sweep.reached:
+            sweep.add(y, _seed(graph, y, seed))
+    sweep.run()
+    return [sweep.total(x) for x in xs]
 
 
 class _GraphSweep:
@@ -176,6 +176,16 @@ def _ancestors(tensors: Sequence[Tensor], first: int) -> set[Operation]:
 
 def _is_differentiable(tensor: Tensor) -> bool:
     return tensor.dtype is None or jnp.issubdtype(tensor.dtype, jnp.inexact)
+
+
+def _seeds(grad_ys: Any, count: int) -> list[Any]:
+    seeds = [None] * count if grad_ys is None else _list(grad_ys)
+    if len(seeds) != count:
+        raise ValueError(
+            f"gradients: expected one of grad_ys for each of ys, {count} in total, got "
+            f"{len(seeds)}; write None for ones."
+        )
+    return seeds
 
 
 def _seed(graph: Graph, y: Tensor, seed: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -44,20 +44,7 @@ def lower(
     """
     fed = frozenset(feeds)
     needed = _needed(fetches, fed)
-    levels: dict[Operation, dict[int, _Level]] = {op: {} for op in needed}
-    for op in needed:
-        if op.applies is not None:
-            pullback = op.inputs[0]
-            level = levels[pullback.op].setdefault(pullback.level, _Level())
-            level.wrt.update(op.applies[0])
-            level.of.update(op.applies[1])
-    for levels_of_op in levels.values():
-        # A pullback is told by the level above which of its leaves are differentiated, so
-        # a level must be taken with respect to all inputs that the levels above are.
-        wrt: set[int] = set()
-        for number in sorted(levels_of_op, reverse=True):
-            levels_of_op[number].wrt |= wrt
-            wrt = levels_of_op[number].wrt
+    levels = _levels(needed)
     steps = [
         (op, _with_pullbacks(needed[op], levels[op]))
         for op in sorted(needed, key=lambda op: op.id)
@@ -67,24 +54,9 @@ def lower(
         known = dict(zip(feeds, map(jnp.asarray, values), strict=True))
         ran: dict[Operation, list[Any]] = {}
         for op, compute in steps:
-            try:
-                with not_building():
-                    results = compute([known[t] for t in op.inputs])
-            except InferenceError as error:
-                original = _original(error, op)
-                raise original from original.__cause__
-            except Exception as error:
-                add_note(error, f"in graph operation {op.name!r}")
-                raise
-            for t, value in zip(op.outputs, results, strict=False):
-                if t.shape is not None and not fits(value.shape, t.shape):
-                    raise ValueError(
-                        f"tensor {t.name!r}: expected shape {t.shape}, as declared by "
-                        f"set_shape, got {value.shape}."
-                    )
-            ran[op] = results
-            for t, value in zip(op.results, results, strict=False):
-                known.setdefault(t, value)
+            ran[op] = _run(op, compute, [known[t] for t in op.inputs])
+            for t, value in zip(op.results, ran[op], strict=False):
+                known.setdefault(t, value)  # a fed value stays
         return [
             known[item]
             if isinstance(item, Tensor)
@@ -93,6 +65,26 @@ def lower(
         ]
 
     return session_run
+
+
+def _run(op: Operation, compute: Compute, inputs: list[Any]) -> list[Any]:
+    """Compute the results of an operation, the hidden pullbacks included."""
+    try:
+        with not_building():
+            results = compute(inputs)
+    except InferenceError as error:
+        original = _original(error, op)
+        raise original from original.__cause__
+    except Exception as error:
+        add_note(error, f"in graph operation {op.name!r}")
+        raise
+    for t, value in zip(op.outputs, results, strict=False):
+        if t.shape is not None and not fits(value.shape, t.shape):
+            raise ValueError(
+                f"tensor {t.name!r}: expected shape {t.shape}, as declared by set_shape, "
+                f"got {value.shape}."
+            )
+    return results
 
 
 def _original(error: InferenceError, op: Operation) -> Exception:
@@ -128,6 +120,25 @@ def _needed(
         found[op] = op.compute
         stack.extend(t.op for t in op.inputs if t not in fed)
     return found
+
+
+def _levels(needed: Iterable[Operation]) -> dict[Operation, dict[int, _Level]]:
+    """Find the pullbacks that are applied to each operation, by their level."""
+    levels: dict[Operation, dict[int, _Level]] = {op: {} for op in needed}
+    for op in needed:
+        if op.applies is not None:
+            pullback = op.inputs[0]
+            level = levels[pullback.op].setdefault(pullback.level, _Level())
+            level.wrt.update(op.applies[0])
+            level.of.update(op.applies[1])
+    for own in levels.values():
+        # A pullback is told by the level above which of its leaves are differentiated, so
+        # a level must be taken with respect to all inputs that the levels above are.
+        wrt: set[int] = set()
+        for number in sorted(own, reverse=True):
+            own[number].wrt |= wrt
+            wrt = own[number].wrt
+    return levels
 
 
 def _unfed(tensor: Tensor) -> str:
