@@ -23,8 +23,8 @@ class BodyTrace(_compat.KeyedTrace):
 
     `jax.extend.core.get_opaque_trace_state` compares the same reference. Libraries that
     forbid changing in one trace what was made in another (flax, haiku) build on it, so it
-    alone gets the reference of this very trace, or that of no trace if the class says that
-    its values are as good as outside of any.
+    alone gets the reference of this very trace; or that of no trace, if a class has
+    `_is_transparent`, because its values are ordinary arrays.
     """
 
     _is_transparent = False

@@ -17,7 +17,7 @@ from jpyfunc import _compat
 from jpyfunc._interpreters.base_trace import BodyTrace
 from jpyfunc._interpreters.host_primitive import HostPrimitive
 from jpyfunc._interpreters.jaxpr_queries import runs_python
-from jpyfunc._interpreters.on_device import OnDevice
+from jpyfunc._interpreters.on_device import OnDeviceTrace
 from jpyfunc._interpreters.operation_cache import (
     Uncacheable,
     bind_function,
@@ -41,7 +41,7 @@ class EagerTrace(BodyTrace):
     def __init__(self, parent: Trace) -> None:
         super().__init__()
         self.parent = parent
-        self.move = parent.move if isinstance(parent, OnDevice) else None
+        self.move = parent.move if isinstance(parent, OnDeviceTrace) else None
         config = current_config()
         self._config: Config | None = config
         self._config_number = _config_numbers.setdefault(config, len(_config_numbers))

@@ -1,36 +1,38 @@
 """Operations with their derivatives: what these need of a run, and what of it is stored.
 
-Let y = f(x) be an operation. `jax.linearize` splits it, when it is traced, into
+Let y = f(x) be an operation. When it is traced, `jax.linearize` splits it into
 
     forward:  x -> (y, r)          r = r(x), the residuals
     JVP:      (r, dx) -> dy        dy = J(r) dx
     VJP:      (r, ct) -> ct J(r)   the transpose of the JVP, which is linear in dx
 
-so that the derivatives need r, and nothing else of the run. A tape has an entry for each
-operation, and stores r in it. Much of that is there already:
+so that the derivatives need r of a run, and nothing else. Each entry of a tape stores r.
+Most residuals are there anyway, however:
 
 - r_i is an operand, as in y = a b, where dy = b da + a db;
 - r_i is a result, as in y = exp(x), where dy = y dx;
-- r_i is a constant, the same for all x, as in y = 3 x;
-- r_i is another residual, twice.
+- r_i is constant, the same for all x, as in y = 3 x;
+- r_i is another residual once more.
 
-Entries refer to those, at no cost, and constants go into the derivative's program. Where
-nothing is left, `forward` is f itself, so that f is compiled once, whether or not it is
-differentiated. What is left, as r = cos(x) of y = sin(x), would be another output of
-`forward`, an array of its own for as long as the tape lives. Where f is cheap (elementwise
-operations and sums, see `is_cheap`), it is not stored: the residuals are the operands then,
-`forward` is f, and the derivative's program computes r(x) again, fused with its use. An
-elementwise function takes no longer to compute than its result takes to read from memory.
-Only what is not cheap, such as the factors of a decomposition, is stored.
+These are pruned from the outputs of `forward`. An entry refers to the operand or result,
+and constants become part of the derivative's program. If no residual is left, `forward` is
+f itself, which is compiled only once then, whether it is differentiated or not.
 
-If f has custom rules, y is what the rule's forward part computes, and in a derivative of
-second order it is this computation, not f by its rule, that is differentiated, as in JAX.
-(`custom_jvp(round)` with the rule dy = dx has a first derivative of one and a second one of
-zero.) So `forward` is the rule's code even where no residual is left, and never f, and r(x)
-is not computed again, which would differentiate f by its rule once more.
+A residual that is left, such as r = cos(x) of y = sin(x), would be an array of its own,
+for as long as the tape lives. If f is cheap (elementwise operations and sums, see
+`is_cheap`), it is rematerialized: the operands are the residuals, `forward` is f, and the
+derivative's program computes r(x) again, fused with its use. An elementwise function takes
+no longer to compute than its result takes to read from memory. Only the residuals of what
+is not cheap, such as the factors of a decomposition, are outputs of `forward`.
 
-All these functions are operations. Under an outer tape `forward`, JVP and VJP are recorded
-like others, and what an outer derivative needs of r it gets from `forward`.
+If f has custom rules, the rule computes y, too, and an outer derivative is that of the
+rule's code, as in JAX, not of f by its rule once more. Take `round` with the rule
+(round(x), dx): then x round(x) has the derivative round(x) + x, and the second one is 1,
+because the round of the rule's code is an ordinary one by then. By the rule again it would
+be 2. So `forward` is always the rule's code, never f, and nothing is rematerialized.
+
+All of these functions are operations. An outer tape records `forward`, the JVP and the VJP
+like any others, and differentiates r(x) where it differentiates `forward`.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ def _trace_forward(operation: CompiledOperation, active: Indices) -> _Forward:
 
 
 class _Pruned(NamedTuple):
-    """Where the residuals of an operation come from.
+    """The residuals of an operation, pruned.
 
     Attributes:
         outputs: which outputs of `forward` are needed: all results, and the residuals that
@@ -150,15 +152,12 @@ class _Pruned(NamedTuple):
 
 def _prune(forward: _Forward) -> _Pruned:
     variables, size = forward.jaxpr.jaxpr.invars, forward.size
-    results, residuals = (
-        forward.jaxpr.jaxpr.outvars[:size],
-        forward.jaxpr.jaxpr.outvars[size:],
-    )
+    outputs = forward.jaxpr.jaxpr.outvars
     positions = {id(v): i for i, v in enumerate(variables)}
-    for i, v in enumerate(results):
+    for i, v in enumerate(outputs[:size]):
         positions.setdefault(id(v), len(variables) + i)
     pruned = _Pruned(list(range(size)), [], [])
-    for i, v in enumerate(residuals, size):
+    for i, v in enumerate(outputs[size:], size):
         if isinstance(v, Literal):
             pruned.constants.append(v)
             continue
@@ -191,15 +190,15 @@ class Linearization:
         pruned = _prune(forward)
         is_stored = len(pruned.outputs) > forward.size
         if is_stored and not operation.has_rules and is_cheap(forward.jaxpr):
-            self._recompute()
+            self._rematerialize()
         else:
-            self._read(forward, pruned)
+            self._restore(forward, pruned)
             if is_stored or operation.has_rules:
                 call = _selected(jaxpr_as_fun(forward.jaxpr), pruned.outputs)
                 self.forward = CompiledOperation(call, operation.avals)
         self._find_dependent(forward.inexact)
 
-    def _recompute(self) -> None:
+    def _rematerialize(self) -> None:
         """Take the operands for residuals, and linearize again in the derivatives."""
         operation, active = self.operation, self.active
         self.forward = operation
@@ -209,7 +208,7 @@ class Linearization:
             operation.call, operands, active
         )[1]
 
-    def _read(self, forward: _Forward, pruned: _Pruned) -> None:
+    def _restore(self, forward: _Forward, pruned: _Pruned) -> None:
         """Take the residuals from operands, results and what is stored."""
         tree, constants = forward.tree, pruned.constants  # not the jaxpr
 

@@ -1,4 +1,4 @@
-"""Runs a body with all its arrays on one device, wherever they came from."""
+"""A body whose arrays are all on one device, wherever they came from."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from jpyfunc._interpreters.base_trace import BodyTrace
 from jpyfunc._runtime.transfers import put
 
 
-class OnDevice(_compat.EvalTrace, BodyTrace):
-    """Evaluates operations at once and on one device, wherever their operands are.
+class OnDeviceTrace(_compat.EvalTrace, BodyTrace):
+    """Runs each operation when it is bound, on one device, wherever its operands are.
 
-    An operand on another device, such as a global array, would be copied by the client
-    of that device, and if committed take the operation there. In a host call that is
-    the client of the program that waits for the call, and so may wait for it in turn.
+    A body may hold arrays on other devices, as global variables for example. JAX would let
+    the client of such a device copy an operand, or run the operation there if the operand
+    is committed. In a host call, that client may be the one whose program waits for the
+    call, so that both would wait for ever. Arrays are moved through NumPy instead.
     """
 
     _is_transparent = True
@@ -40,7 +41,7 @@ class OnDevice(_compat.EvalTrace, BodyTrace):
             return _jitted(jaxpr)([self.move(x) for x in jaxpr.consts], *args)
 
     def move(self, x: Any) -> Any:
-        """`x`, on the device if it is an array."""
+        """Return `x`, on the device if it is an array."""
         if not isinstance(x, jax.Array) or x.sharding.device_set == {self._device}:
             return x
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

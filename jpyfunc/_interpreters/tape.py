@@ -2,16 +2,16 @@
 
 A tape is recorded by a trace whose tracers carry values: each operation runs at once,
 compiled, and has an entry if its results depend on what the trace watches. Forward mode
-goes through the entries in order, reverse mode backwards; both run operations again
-(`linearization`), under the trace of the moment. If that is the trace of another tape, they
-are recorded there, and can be differentiated in turn. Tapes nest, and so there are
-derivatives of every order.
+goes through the entries in order, reverse mode backwards. What they run for each entry (see
+`linearization`) are operations too, which go to the current trace. If that is the trace of
+another tape, it records them, and they can be differentiated in turn. So tapes nest, and
+there are derivatives of every order.
 
-A derivative of a derivative may also be asked for from outside, when the run is over: then
-the operands are on a new tape, but the values in the entries are the plain arrays of back
-then, which lead to nothing. So the run is replayed on the new tape, entry by entry: each
-operation is applied to what its operands depend on by now, and otherwise to the arrays that
-it had. Python is not run again; what it printed, drew or decided stays as it was.
+A second derivative may also be asked for after the run, from outside. Its operands are on a
+new tape then, while the values in the entries are plain arrays, on which no gradient
+depends. So the run is replayed on the new tape, entry by entry: each operation is applied
+to operands that depend on what the new tape watches, and for the rest to the recorded
+arrays. Python does not run again: what it printed, drew or decided stays as it was.
 """
 
 from __future__ import annotations
@@ -105,19 +105,19 @@ class TapeTrace(EagerTrace):
 
     def owns(self, value: Any) -> bool:
         """Whether `value` depends on what this trace watches."""
-        return type(value) is TapeTracer and value._trace is self
+        return type(value) is TapeTracer and value.body_trace is self
 
     def _value(self, operand: Any) -> Any:
         """An operand as this trace's parent takes it."""
         if type(operand) is not TapeTracer:
             return operand
-        if operand._trace is self:
+        if operand.body_trace is self:
             return operand.value
         self._check_open(operand)
         return operand
 
     def _check_open(self, operand: TapeTracer) -> None:
-        trace = operand._trace
+        trace = operand.body_trace
         if not trace.is_open:
             raise NotDifferentiableError(
                 f"{self.label} uses an array that {trace.label} kept from a run that is "
@@ -131,7 +131,7 @@ class TapeTrace(EagerTrace):
         values, active, inputs = [], [], []
         for i, x in enumerate(operands):
             if type(x) is TapeTracer:
-                if x._trace is self:
+                if x.body_trace is self:
                     active.append(i)
                     inputs.append(x.slot)
                     x = x.value

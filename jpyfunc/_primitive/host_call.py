@@ -17,7 +17,7 @@ from jpyfunc import _compat
 from jpyfunc._bodies.body import Body
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._errors import UnsupportedError
-from jpyfunc._interpreters.on_device import OnDevice
+from jpyfunc._interpreters.on_device import OnDeviceTrace
 from jpyfunc._limits import (
     REPORT_BYTES,
 )
@@ -98,7 +98,7 @@ class HostCall:
         device: Any = context.device
         with enter_config(self._config, device), _thread_hooks():
             if self._on_device:
-                with set_current_trace(OnDevice(device)):
+                with set_current_trace(OnDeviceTrace(device)):
                     results = self._body.evaluate(context, operands)
             else:
                 results = self._body.evaluate(context, operands)
