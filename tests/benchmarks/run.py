@@ -339,7 +339,7 @@ def derivative_rows() -> Iterator[Row]:
 
 
 def rules_row() -> Row:
-    """A linear solve differentiated by rules on the host, which keep its factors."""
+    """A linear solve differentiated by rules on the host, which reuse its factors."""
     n = 300
     random = np.random.default_rng(0)
     a = jnp.asarray(random.normal(size=(n, n)) + n * np.eye(n), jnp.float32)
@@ -388,7 +388,7 @@ def rules_row() -> Row:
 
 
 def session_row() -> Row:
-    """What `Session.run` adds to a call of the same function under `jax.jit`.
+    """Measure what `Session.run` adds to a call of the same function under `jax.jit`.
 
     A function of a few microseconds, beside which what is added can be seen.
     """
