@@ -158,8 +158,8 @@ def test_parameters_and_configurations_that_python_calls_equal(transform):
         lambda x: sum(scaled.bind(x * (i + 1), by=by) for i, by in enumerate(parameters)),
         Tout=f32,
     )
-    for setting in (True, False, True):
-        with jax.threefry_partitionable(setting):
+    for flag in (True, False, True):
+        with jax.threefry_partitionable(flag):
             want = sum((i + 1) * scale_of(by) for i, by in enumerate(parameters))
             assert transform(jax.grad(f))(jnp.float32(0.5)) == want
 

@@ -55,10 +55,10 @@ check(jax.jit(jax.grad(loss(f)))(x), plain_gradient(data), 1)
 check(jax.jit(jax.hessian(loss(f)))(x), jax.jit(jax.hessian(loss(plain)))(data))
 check(jax.jit(lambda x: f(f(x) / 9) + f(x))(x), plain(plain(data) / 9) + plain(data), 3)
 
-turn = lambda f: lambda c, _: (f(c) / 3, c.sum())
-turns = lambda f: lambda x: jax.lax.scan(turn(f), x, length=3)[0]
-check(jax.jit(turns(f))(x), turns(plain)(data), 3)
-check(jax.jit(jax.grad(loss(turns(f))))(x), jax.jit(jax.grad(loss(turns(plain))))(data))
+step = lambda f: lambda c, _: (f(c) / 3, c.sum())
+scanned = lambda f: lambda x: jax.lax.scan(step(f), x, length=3)[0]
+check(jax.jit(scanned(f))(x), scanned(plain)(data), 3)
+check(jax.jit(jax.grad(loss(scanned(f))))(x), jax.jit(jax.grad(loss(scanned(plain))))(data))
 either = lambda f: lambda x: jax.lax.cond(x[0] < 0, f, jnp.cos, x)
 check(jax.jit(either(f))(x), either(plain)(data), 1)
 check(jax.jit(either(f))(x + 5), either(plain)(data + 5), 0)

@@ -1,4 +1,4 @@
-"""Dtypes, layouts, sizes, configuration and lifetimes of what crosses to the host."""
+"""Dtypes, layouts, sizes, configuration and lifetimes of what goes to the host."""
 
 import contextlib
 import functools
@@ -276,7 +276,7 @@ VALUES = {
     "jax_threefry_partitionable": False,
     "jax_use_hlo_logistic_lowering": True,
 }
-SETTINGS = [(s.name, s, s(VALUES[s.name]).new_val) for s in configuration.OPTIONS]
+OPTIONS = [(s.name, s, s(VALUES[s.name]).new_val) for s in configuration.OPTIONS]
 
 
 def test_what_jax_traces_depend_on_is_captured_or_has_a_reason_not_to_be():
@@ -293,8 +293,8 @@ def unready():
     return (x @ x)[0, 0] / 800
 
 
-@pytest.mark.parametrize(("name", "setting", "value"), SETTINGS)
-def test_the_callers_configuration_is_in_force_in_the_body(transform, name, setting, value):
+@pytest.mark.parametrize(("name", "option", "value"), OPTIONS)
+def test_the_callers_configuration_is_in_force_in_the_body(transform, name, option, value):
     seen = []
 
     def body(x):
@@ -305,7 +305,7 @@ def test_the_callers_configuration_is_in_force_in_the_body(transform, name, sett
         return transform(py_func(body, Tout=F32))(x).block_until_ready()
 
     default = getattr(jax.config, name)
-    with setting(value):
+    with option(value):
         call(jnp.float32(1))
     call(jnp.float32(1))
     assert default != value
@@ -317,7 +317,7 @@ def test_configuration_is_in_force_on_the_thread_of_the_runtime():
     seen = []
 
     def in_force():
-        return [getattr(jax.config, name) for name, *_ in SETTINGS]
+        return [getattr(jax.config, name) for name, *_ in OPTIONS]
 
     def body(x):
         seen.append((in_force(), threading.get_ident()))
@@ -325,8 +325,8 @@ def test_configuration_is_in_force_on_the_thread_of_the_runtime():
 
     default, f = in_force(), jax.jit(py_func(body, Tout=F32))
     with contextlib.ExitStack() as stack:
-        for _, setting, value in SETTINGS:
-            stack.enter_context(setting(value))
+        for _, option, value in OPTIONS:
+            stack.enter_context(option(value))
         program = f.lower(F32).compile()
     program(jnp.float32(1)).block_until_ready()  # mostly on this one
     # A call whose operand is not ready runs on a thread of the runtime, mostly.
@@ -336,7 +336,7 @@ def test_configuration_is_in_force_on_the_thread_of_the_runtime():
             break
     else:
         pytest.skip("the runtime never ran the body on a thread of its own")
-    assert all(settings == [value for *_, value in SETTINGS] for settings, _ in seen)
+    assert all(options == [value for *_, value in OPTIONS] for options, _ in seen)
     assert in_force() == default
 
 
@@ -366,20 +366,20 @@ def test_randomness_of_the_caller(transform):
     def body(x):
         return jax.random.gumbel(jax.random.key(3), (4,)) + x
 
-    for setting in (
+    for option in (
         jax.threefry_partitionable(False),
-        _setting("jax_random_seed_offset")(7),
-        _setting("jax_high_dynamic_range_gumbel")(True),
-        _setting("jax_default_prng_impl")("rbg"),
+        _option("jax_random_seed_offset")(7),
+        _option("jax_high_dynamic_range_gumbel")(True),
+        _option("jax_default_prng_impl")("rbg"),
     ):
         default = body(1.0)
-        with setting:
+        with option:
             want = body(1.0)
             np.testing.assert_array_equal(transform(py_func(body))(1.0), want)
         assert not np.array_equal(want, default)
 
 
-def _setting(name):
+def _option(name):
     (state,) = (each for each in configuration.OPTIONS if each.name == name)
     return state
 
@@ -394,7 +394,7 @@ def test_configuration_matters_in_the_body():
     def nan(x):
         return jnp.log(x - 2)
 
-    for setting, value, body, error in (
+    for option, value, body, error in (
         (jax.numpy_dtype_promotion, "strict", strict, "implicit dtype promotion"),
         (jax.numpy_rank_promotion, "raise", broadcasts, "rank"),
         (jax.debug_nans, True, nan, "invalid value \\(nan\\)"),
@@ -402,7 +402,7 @@ def test_configuration_matters_in_the_body():
         x = jnp.float32(1)
         f = jax.jit(py_func(body, Tout=F32))
         f(x).block_until_ready()
-        with setting(value):
+        with option(value):
             with pytest.raises((TypeError, ValueError, FloatingPointError), match=error):
                 body(x)
             with (
