@@ -36,7 +36,7 @@ from jpyfunc._errors import (
     refuse_partial,
 )
 from jpyfunc._hashable import ById, unwrapped
-from jpyfunc._interpreters.eager import runs_now
+from jpyfunc._interpreters.eager_trace import runs_now
 from jpyfunc._interpreters.tape_tracer import is_tape_tracer
 from jpyfunc._limits import MAX_ABSTRACT_RUNS
 from jpyfunc._mesh import align

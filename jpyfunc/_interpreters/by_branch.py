@@ -21,7 +21,7 @@ from jax.extend.core.primitives import stop_gradient_p
 from jpyfunc import _compat
 from jpyfunc._interpreters.batch_tracer import BatchTracer, CannotBatch
 from jpyfunc._interpreters.batched_operation import batch_operation, first_line
-from jpyfunc._interpreters.eager import EagerTrace, ground, run
+from jpyfunc._interpreters.eager_trace import EagerTrace, ground, run
 from jpyfunc._interpreters.operations import CompiledOperation, UncachedOperation
 from jpyfunc._interpreters.replay_log import LogEntry, ReplayLog
 from jpyfunc._interpreters.subset import Subset

@@ -28,7 +28,7 @@ from jpyfunc import _compat
 from jpyfunc._errors import NotDifferentiableError, UnsupportedError
 from jpyfunc._interpreters import rule_stores
 from jpyfunc._interpreters.batch_tracer import is_batch_tracer
-from jpyfunc._interpreters.eager import EagerTrace, run
+from jpyfunc._interpreters.eager_trace import EagerTrace, run
 from jpyfunc._interpreters.host_primitive import HostPrimitive
 from jpyfunc._interpreters.linearization import linearize, linearize_at
 from jpyfunc._interpreters.operation_cache import (
