@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ _GUARDS = tuple(
     for direction in ("host_to_device", "device_to_device", "device_to_host")
 )
 _TO_DEVICE = _GUARDS[0]
+_UNGUARDED_VALUES = {None, "allow"}
 _UNGUARDED = contextlib.nullcontext()
+_value_of = operator.attrgetter("value")
 
 
 def put(
@@ -40,7 +43,7 @@ def put(
         value.copy() if copy and value.nbytes < LARGE_ARRAY_BYTES else _aligned(value, copy)
     )
     arguments = (aval, _sharding_on(device), [value], [device], False)
-    if _TO_DEVICE.value in (None, "allow"):
+    if _TO_DEVICE.value in _UNGUARDED_VALUES:
         return _compat.batched_device_put(*arguments)
     with jax.transfer_guard_host_to_device("allow"):
         return _compat.batched_device_put(*arguments)
@@ -69,7 +72,7 @@ def _sharding_on(device: _compat.Device) -> jax.sharding.SingleDeviceSharding:
 
 def are_guarded() -> bool:
     """Whether `jax.transfer_guard` logs or forbids some transfer on this thread."""
-    return any(guard.value not in (None, "allow") for guard in _GUARDS)
+    return not {*map(_value_of, _GUARDS)} <= _UNGUARDED_VALUES
 
 
 def allowed_transfers() -> contextlib.AbstractContextManager[Any]:
