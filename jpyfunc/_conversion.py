@@ -18,7 +18,7 @@ Array = jax.Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Role:
-    """What errors say to do with a value that is not an array.
+    """Words of the errors about a value that is not an array.
 
     Attributes:
         error: the class of the error.
@@ -149,7 +149,7 @@ def native(array: Any) -> Any:
 
 
 def can_cast(array: Array, weak: bool, dtype: Any) -> bool:
-    """Whether an array converts to `dtype` by NumPy's `same_kind` rule.
+    """Tell whether an array converts to `dtype` by NumPy's `same_kind` rule.
 
     The rule also holds for the dtypes of ml_dtypes, and gives way where Python has no
     types to tell: an int may be unsigned, and the items of an empty list are of no type.
@@ -195,23 +195,23 @@ def describe(value: Any) -> str:
 
 
 def is_key_dtype(dtype: Any) -> bool:
-    """Whether `dtype` is that of typed PRNG keys."""
+    """Tell whether `dtype` is that of typed PRNG keys."""
     # `jnp.issubdtype` would raise for what is not a dtype, and every call comes here.
     return getattr(dtype, "type", None) is jax.dtypes.prng_key
 
 
 def is_weak(array: Any) -> bool:
-    """Whether an array, or what stands for one, is weakly typed; PRNG keys never are."""
+    """Tell whether an array, or an aval, is weakly typed; PRNG keys never are."""
     return bool(getattr(array, "weak_type", False))
 
 
 def dtype_source(dtype: Any) -> str:
-    """How to write `dtype` in a program, for errors."""
+    """Return the source text of a dtype, for errors."""
     return "jax.random.key(0).dtype" if is_key_dtype(dtype) else f"jnp.{dtype}"
 
 
 def _available_source(dtype: Any) -> str:
-    """How to write `dtype`, or what JAX has for it while 64-bit types are off."""
+    """Return the source text of `dtype`, or of its substitute without 64-bit types."""
     known = kind_of(dtype) is not None
     return dtype_source(jax.dtypes.canonicalize_dtype(dtype) if known else dtype)
 
@@ -226,7 +226,7 @@ _KINDS = (
 
 
 def kind_of(dtype: Any) -> str | None:
-    """`'b'`, `'u'`, `'i'`, `'f'` or `'c'`; None if JAX has no arrays of such numbers.
+    """Return `'b'`, `'u'`, `'i'`, `'f'` or `'c'`; None if JAX has no such arrays.
 
     `np.dtype.kind` is `'V'` for bfloat16, the float8s and int4.
     """
@@ -237,7 +237,7 @@ def kind_of(dtype: Any) -> str | None:
 
 
 def is_same_kind(source: str, target: str) -> bool:
-    """Whether NumPy's `same_kind` rule converts one result of `kind_of` to another."""
+    """Tell whether NumPy's `same_kind` rule converts one result of `kind_of` to another."""
     order = "buifc"
     return order.index(source) <= order.index(target)
 
@@ -258,7 +258,7 @@ def _stack(
 
 
 def _is_buffer(value: Any) -> bool:
-    """Whether `value` is not an array, but NumPy can read its memory."""
+    """Tell whether `value` is not an array, but NumPy can read its memory."""
     if isinstance(value, bytes | np.ndarray | np.generic) or hasattr(value, "__array__"):
         return False
     try:
@@ -269,7 +269,7 @@ def _is_buffer(value: Any) -> bool:
 
 
 def _why_not_array(value: Any, role: Role) -> str:
-    """What is wrong with a value that is not an array, and what to do."""
+    """Say why a value is not an array, and what to do."""
     if isinstance(value, int):
         return (
             f"expected an integer of at most 64 bits, got {value}. {role.verb} a float, or "

@@ -119,7 +119,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _short(text: str) -> str:
-    """`text` without the folders of the files that it names."""
+    """Shorten the paths of files in `text` to their names."""
     return re.sub(r"( at )\S*[/\\]", r"\1", text)
 
 
@@ -138,7 +138,7 @@ def _as_dict(node: BranchNode) -> dict[str, Any]:
 
 
 def _lines(node: BranchNode, depth: int) -> Iterator[tuple[int, str]]:
-    """The tree as lines of text, each with its depth."""
+    """Yield the tree as lines of text, each with its depth."""
     if node.size:
         yield depth, _count(node.size, "operation")
     if isinstance(node.end, Fallback):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jpyfunc._conversion import (
+    Array,
     as_declared,
     describe,
     dtype_source,
@@ -66,9 +67,9 @@ class Template:
     leaves: tuple[Leaf, ...]
 
     @classmethod
-    def undeclared(cls, result: Any, name: str) -> Template:
+    def undeclared(cls, result: Any, label: str) -> Template:
         """Make a template that declares the structure of `result`, and nothing else."""
-        tree = _flatten(result, name)[1]
+        tree = _flatten(result, label)[1]
         return cls(tree, (Leaf(None, None),) * tree.num_leaves)
 
     def __str__(self) -> str:
@@ -88,7 +89,7 @@ class Template:
         """Name result `index` by its place in what the body returns: `result[0]['a']`."""
         return f"result{jax.tree_util.keystr(key_path(self.tree, index))}"
 
-    def match(self, result: Any, name: str) -> list[Any]:
+    def match(self, result: Any, label: str) -> list[Any]:
         """Flatten `result`, which must have this structure.
 
         Lists and tuples stand for each other, as in `tf.py_function`.
@@ -98,17 +99,17 @@ class Template:
         """
         if _is_leaf(self.tree):
             return [result]
-        leaves, tree = _flatten(result, name)
-        return leaves if tree == self.tree else list(_match(self.tree, result, "", name))
+        leaves, tree = _flatten(result, label)
+        return leaves if tree == self.tree else list(_match(self.tree, result, "", label))
 
-    def check(self, result: Any, name: str) -> list[Any]:
+    def check(self, result: Any, label: str) -> list[Array]:
         """Flatten what a body returned to arrays of the declared shapes and dtypes.
 
         Works on concrete arrays, and on tracers, where it is differentiable.
 
         Args:
             result: what the body returned.
-            name: the name of the function, for errors.
+            label: what errors call the function.
 
         Returns:
             One NumPy or JAX array per leaf.
@@ -116,14 +117,14 @@ class Template:
         Raises:
             ResultError: wrong structure, shape or dtype, or not an array.
         """
-        values = self.match(result, name)
+        values = self.match(result, label)
         return [
             value  # the common case, and every call comes here
             if isinstance(value, jax.Array)
             and value.dtype == leaf.dtype
             and value.shape == leaf.shape
             else as_declared(
-                value, leaf.shape, leaf.dtype, lambda i=i: f"{name}: {self.path(i)}"
+                value, leaf.shape, leaf.dtype, lambda i=i: f"{label}: {self.path(i)}"
             )
             for i, (value, leaf) in enumerate(zip(values, self.leaves, strict=True))
         ]
@@ -139,12 +140,12 @@ class Template:
         )
 
 
-def _flatten(result: Any, name: str) -> tuple[list[Any], Any]:
+def _flatten(result: Any, label: str) -> tuple[list[Any], Any]:
     try:
         return jax.tree.flatten(result)
     except ValueError as error:
         raise ResultError(
-            f"{name}: JAX does not take its result apart: {why_no_pytree(error)}."
+            f"{label}: JAX does not take its result apart: {why_no_pytree(error)}."
         ) from error
 
 
@@ -158,12 +159,12 @@ def why_no_pytree(error: ValueError) -> str:
     return str(error).rstrip(".")
 
 
-def parse(tout: Any, name: str) -> Template:
+def parse(tout: Any, label: str) -> Template:
     """Parse a `Tout` that is not a function.
 
     Args:
         tout: a pytree whose leaves are dtypes or have `.shape` and `.dtype`.
-        name: the name of the function, for errors.
+        label: what errors call the function.
 
     Raises:
         TypeError: a leaf is neither.
@@ -172,14 +173,14 @@ def parse(tout: Any, name: str) -> Template:
     return Template(
         tree,
         tuple(
-            _parse_leaf(leaf, f"{name}: Tout{jax.tree_util.keystr(path)}")
+            _parse_leaf(leaf, f"{label}: Tout{jax.tree_util.keystr(path)}")
             for path, leaf in paths
         ),
     )
 
 
 def key_path(tree: Any, index: int) -> tuple[Any, ...]:
-    """The keys that lead to leaf `index` of a tree."""
+    """Return the keys that lead to leaf `index` of a tree."""
     try:
         numbered = jax.tree.unflatten(tree, range(tree.num_leaves))
         return jax.tree_util.tree_flatten_with_path(numbered)[0][index][0]
@@ -188,7 +189,7 @@ def key_path(tree: Any, index: int) -> tuple[Any, ...]:
 
 
 def is_function(tout: Any) -> bool:
-    """Whether a `Tout` is a function, which is called with the arguments.
+    """Tell whether a `Tout` is a function, which is called with the arguments.
 
     A callable pytree, such as an equinox module, declares results like itself if it has a
     leaf that declares one. JAX takes some functions for pytrees, too: partials, methods and
@@ -205,13 +206,13 @@ def is_function(tout: Any) -> bool:
 
 
 def _is_like_array(leaf: Any) -> bool:
-    """Whether a leaf declares a shape and a dtype."""
+    """Tell whether a leaf declares a shape and a dtype."""
     shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
     return not isinstance(leaf, type) and shape is not None and dtype is not None
 
 
 def is_dtype(value: Any) -> bool:
-    """Whether `value` names a dtype."""
+    """Tell whether `value` names a dtype."""
     if isinstance(value, np.dtype) or is_key_dtype(value):
         return True
     if isinstance(value, str | type):
@@ -266,7 +267,7 @@ def _parse_dtype(dtype: Any, where: str) -> Any:
     return dtype
 
 
-def check_x64(template: Template, name: str) -> None:
+def check_x64(template: Template, label: str) -> None:
     """Refuse 64-bit results while 64-bit types are off, as `jax.pure_callback` does.
 
     Raises:
@@ -278,7 +279,7 @@ def check_x64(template: Template, name: str) -> None:
         available = jax.dtypes.canonicalize_dtype(leaf.dtype)
         if available != leaf.dtype:
             raise ValueError(
-                f"{name}: {template.path(i)} is declared {leaf.dtype}, which needs 64-bit "
+                f"{label}: {template.path(i)} is declared {leaf.dtype}, which needs 64-bit "
                 f"types, and jax_enable_x64 is off; declare {dtype_source(available)} in "
                 "Tout, or call it under jax.enable_x64(True)."
             )
@@ -294,21 +295,21 @@ def _is_leaf(tree: Any) -> bool:
 
 
 def _is_nothing(tree: Any) -> bool:
-    """Whether a tree is None or an empty container; an object may have static fields."""
+    """Tell whether a tree is None or an empty container, not an object without leaves."""
     if tree.num_nodes != 1 or tree.num_leaves:
         return False
     kind, _ = tree.node_data()
     return issubclass(kind, type(None) | list | tuple | dict)
 
 
-def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
+def _match(tree: Any, result: Any, path: str, label: str) -> list[Any]:
     """Flatten `result`, the part at `path` of what a body returned, as `tree` says."""
     if _is_leaf(tree):
         return [result]
     if _is_nothing(tree):
         if _is_nothing(jax.tree.structure(result)):
             return []
-        raise _structure_error(name, path, "nothing", describe(result))
+        raise _structure_error(label, path, "nothing", describe(result))
     kind, children = tree.node_data(), tree.children()
     parts, top = jax.tree_util.tree_flatten_with_path(
         result, is_leaf=lambda x: x is not result
@@ -316,7 +317,7 @@ def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
     got = describe(result)
     if kind[0] in (list, tuple):
         if len(children) == 1 and _is_one(result):
-            return _match(children[0], result, path, name)  # as TensorFlow takes it
+            return _match(children[0], result, path, label)  # as TensorFlow takes it
         same = isinstance(result, list | tuple) and len(parts) == len(children)
         expected = f"{kind[0].__name__} of {len(children)}"
     elif issubclass(kind[0], dict) and isinstance(result, dict):
@@ -334,11 +335,11 @@ def _match(tree: Any, result: Any, path: str, name: str) -> list[Any]:
         elif not same and type(result).__name__ == kind[0].__name__:
             got = f"one of another class {kind[0].__name__}, such as one defined again"
     if not same:
-        raise _structure_error(name, path, expected, got)
+        raise _structure_error(label, path, expected, got)
     return [
         leaf
         for (key, part), child in zip(parts, children, strict=True)
-        for leaf in _match(child, part, path + jax.tree_util.keystr(key), name)
+        for leaf in _match(child, part, path + jax.tree_util.keystr(key), label)
     ]
 
 
@@ -373,20 +374,20 @@ def _field_names(value: Any) -> list[str]:
 
 
 def _is_one(result: Any) -> bool:
-    """Whether a result is an array or a Python number, and not a list of them."""
+    """Tell whether a result is an array or a Python number, and not a list of them."""
     return isinstance(result, bool | int | float | complex) or hasattr(result, "dtype")
 
 
 def _keys(kind: Any) -> list[Any]:
-    """The keys of a `dict` or a subclass, in the order of its leaves."""
+    """Return the keys of a `dict` or a subclass, in the order of its leaves."""
     if issubclass(kind[0], defaultdict):
         return list(kind[1][1])  # after the factory of defaults
     return list(kind[1])
 
 
-def _structure_error(name: str, path: str, expected: str, got: str) -> ResultError:
+def _structure_error(label: str, path: str, expected: str, got: str) -> ResultError:
     inferred = ", or leave Tout out, to infer it" if expected == "nothing" else ""
     return ResultError(
-        f"{name}: result{path}: expected {expected}, got {got}. Return the "
+        f"{label}: result{path}: expected {expected}, got {got}. Return the "
         f"one, or declare the other in Tout{inferred}."
     )

@@ -1,1 +1,1 @@
-"""Bodies on abstract values: what they return, and what of them is compiled."""
+"""Run bodies on abstract values: infer their results, and stage their paths out."""

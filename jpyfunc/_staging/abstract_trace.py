@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from jpyfunc._limits import (
 )
 from jpyfunc._staging.abstract_tracer import AbstractTracer, is_abstract
 from jpyfunc._staging.equations import (
+    Atom,
     BranchPoint,
     Constant,
     Equation,
@@ -34,7 +35,10 @@ from jpyfunc._staging.numpy_constants import copy_numpy, holds_numpy
 
 
 class TooManyBranchPoints(BaseException):
-    """Too many branch points in one run. No `except Exception` of a body may catch it."""
+    """A run has come to too many branch points.
+
+    A `BaseException`, which no `except Exception` of the body catches.
+    """
 
 
 class LeftBehindError(TypeError):
@@ -65,8 +69,8 @@ class AbstractTrace(BodyTrace):
         self._script = script
         self._shapes_only = shapes_only
         self._count = 0
-        self._constants: dict[int, tuple[weakref.ref[Any], Constant]] = {}
-        self._copies: dict[Any, tuple[Any, Any]] = {}  # what was copied, and the copy
+        self._constants: dict[int, tuple[weakref.ref[jax.Array], Constant]] = {}
+        self._copies: dict[Hashable, tuple[Any, Any]] = {}  # originals and copies
         self.is_open = True
         self.branch_points: list[BranchPoint] = []
         self.equations: list[Equation] = []
@@ -74,29 +78,31 @@ class AbstractTrace(BodyTrace):
 
     @property
     def branch(self) -> str:
-        """Where this run left the one that its script was made from."""
+        """The branch at which this run left the one that its script was made from."""
         n = len(self._script)
         if n > len(self.branch_points):
             return "a branch"
         return f"the branch{self.branch_points[n - 1].place}"
 
     def new_tracer(self, aval: ShapedArray) -> AbstractTracer:
-        """The next value of the run."""
+        """Make the next value of the run."""
         self._count += 1
         return AbstractTracer(self, aval, self._count - 1)
 
-    def atom(self, value: Any) -> Any:
-        """`value` as it is recorded, where an operation takes it or the body returns it."""
+    def atom(self, value: Any) -> Atom:
+        """Return `value` as it is recorded, as an operand or as a result of the body."""
         if isinstance(value, AbstractTracer):
             if value._trace is not self:
                 self.refuse("it uses an array of another run on abstract values")
             return ValueRef(value.number)
-        array, constant = self._constants.get(id(value), (None, None))
-        # `array` is dead, or another one, where an id was given away again.
-        return constant if array and array() is value else self._copied(value)
+        found = self._constants.get(id(value))
+        # An id is given away again once its array is gone, and then the reference is dead.
+        if found is not None and found[0]() is value:
+            return found[1]
+        return self._copied(value)
 
     def _copied(self, value: Any) -> Any:
-        """`value` with copies of the NumPy arrays in it, to which the body may write.
+        """Return `value` with copies of the NumPy arrays in it, which the body may change.
 
         What is recorded is computed once all runs are over and the program is traced, or
         compiled. By then the body may have used the same buffer for other numbers. An array
@@ -108,7 +114,7 @@ class AbstractTrace(BodyTrace):
         if isinstance(value, np.ndarray):
             memory = value.__array_interface__["data"][0], value.strides
             weak = getattr(value, "weak_type", None)
-            key: Any = (memory, value.shape, value.dtype, weak)
+            key: Hashable = (memory, value.shape, value.dtype, weak)
             _, copy = self._copies.get(key, (None, None))
             if copy is not None and copy.tobytes() == value.tobytes():
                 return copy
@@ -133,7 +139,7 @@ class AbstractTrace(BodyTrace):
         self._copies.clear()
 
     def left_behind(self) -> LeftBehindError:
-        """The error of a value that is used after the run."""
+        """Make the error of a value that is used after the run."""
         return LeftBehindError(
             f"{self._label} left an array behind, in an attribute, a global variable or a "
             "cache, that depends on its arguments and has no data, because the body was "
@@ -202,7 +208,7 @@ class AbstractTrace(BodyTrace):
         signature: tuple[Any, ...],
         call: Callable[..., Sequence[Any]],
         operands: Sequence[Any],
-        avals: Sequence[Any],
+        avals: Sequence[ShapedArray],
         size: int,
         is_pure: bool = True,
     ) -> list[Any]:
@@ -226,18 +232,19 @@ class AbstractTrace(BodyTrace):
         self.equations.append(Equation(signature, call, atoms, self._count, size))
         return [self.new_tracer(aval) for aval in avals]
 
-    def _remember_constants(self, equation: Equation, results: Sequence[Any]) -> None:
+    def _remember_constants(self, equation: Equation, results: Sequence[jax.Array]) -> None:
         """Remember how results were computed that are too large to embed in the program.
 
         A small array goes into the program as a literal. A large one, such as
         `jnp.zeros(10**6)`, would bloat it, and the program computes it again from what it
         was computed from, unless that is as large, or a chain of too many operations.
 
-        Only the arrays are not kept: a body may compute and drop as many as it likes, and
-        holding all of them to the end of the run would need the sum of their memory. What
-        is kept is the equation, and of the arrays weak references, by id.
+        The arrays themselves are not kept: a body may compute and drop as many as it
+        likes, and holding all of them to the end of the run would need the sum of their
+        memory. What is kept is the equation, and of the arrays weak references, by id.
         """
-        given = sum(np.size(x) for x in equation.operands if not isinstance(x, Constant))
+        arrays = [x for x in equation.operands if not isinstance(x, Constant | ValueRef)]
+        given = sum(map(np.size, arrays))
         if equation.depth > MAX_CONSTANT_DEPTH:
             return
         for i, x in enumerate(results):

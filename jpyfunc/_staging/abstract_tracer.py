@@ -74,5 +74,5 @@ class AbstractTracer(BodyTracer):
 
 
 def is_abstract(value: Any) -> bool:
-    """Whether `value` is an array that has no data."""
+    """Tell whether `value` is an array that has no data."""
     return isinstance(value, AbstractTracer)

@@ -22,7 +22,7 @@ from jpyfunc._limits import (
 )
 from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
 from jpyfunc._staging.abstract_tracer import NeedsValueError
-from jpyfunc._staging.equations import BranchPoint, Equation, is_alike
+from jpyfunc._staging.equations import Atom, BranchPoint, Equation, is_alike
 from jpyfunc._staging.exploration import AbstractRun, explore
 from jpyfunc._staging.inference import JoinedPaths
 from jpyfunc._tout import Template
@@ -32,7 +32,7 @@ from jpyfunc._tout import Template
 class Return:
     """The end of a path that is compiled: the results, as they are recorded."""
 
-    results: list[Any]
+    results: list[Atom]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class BranchNode:
         return sum(equation.size for equation in self.equations)
 
     def nodes(self) -> Iterator[BranchNode]:
-        """It and all that follow."""
+        """Yield this node and all that follow it."""
         yield self
         for branch in self.branches.values():
             yield from branch.nodes()
@@ -147,7 +147,7 @@ def stage(
     func: Callable[[list[Any]], Any],
     avals: Sequence[ShapedArray],
     declared: Template | None,
-    name: str,
+    label: str,
     limit: int,
 ) -> BranchTree:
     """Record what a body does, along each path.
@@ -156,11 +156,11 @@ def stage(
         func: the body, called with one array per aval.
         avals: what it will be called with.
         declared: what its `Tout` declares, or None if nothing is declared.
-        name: name of the function, for errors.
+        label: what errors call the function.
         limit: the number of runs on abstract values at most.
     """
-    root, paths, runs = BranchNode(), JoinedPaths(declared, name), 0
-    for run in explore(func, avals, declared, name, limit, shapes_only=False):
+    root, paths, runs = BranchNode(), JoinedPaths(declared, label), 0
+    for run in explore(func, avals, declared, label, limit, shapes_only=False):
         runs += 1
         paths.add(run)
         reason = _why_not_compiled(run)
@@ -173,7 +173,7 @@ def stage(
 
 
 def _why_not_compiled(run: AbstractRun) -> str:
-    """Why the record of a run cannot be compiled, or ""."""
+    """Say why the record of a run cannot be compiled; "" if it can."""
     if isinstance(run.error, TooManyBranchPoints):
         return f"it takes more than {MAX_BRANCH_POINTS} branches"
     if run.error is None or isinstance(run.error, NeedsValueError):
@@ -182,11 +182,11 @@ def _why_not_compiled(run: AbstractRun) -> str:
     return f"{type(run.error).__name__}: {text}{place_of(run.error)}"
 
 
-def warn_if_large(tree: BranchTree, name: str) -> None:
+def warn_if_large(tree: BranchTree, label: str) -> None:
     """Warn of a tree that will take long to compile."""
     if tree.size > MAX_STAGED_OPERATIONS:
         warnings.warn(
-            f"{name} is staged to {tree.size:,} operations, which may take long to "
+            f"{label} is staged to {tree.size:,} operations, which may take long to "
             f"compile. Stage fewer of its paths, for example with "
             f"staged={max(1, tree.runs // 4)}; jpyfunc.explain shows where they are.",
             stacklevel=2,

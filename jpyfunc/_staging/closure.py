@@ -1,4 +1,4 @@
-"""Search through what a body holds beside its arguments, and refuse traced values there."""
+"""Search what a body holds besides its arguments, and refuse traced values in it."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _contents(container: Any, opened: dict[int, Any]) -> list[Any]:
 
 
 def is_user_class(kind: type) -> bool:
-    """Whether a class is a user's, so that its objects hold only their attributes."""
+    """Tell whether a class is a user's, so that its objects hold only their attributes."""
     is_made_by_python = kind.__flags__ & 1 << 9  # Py_TPFLAGS_HEAPTYPE
     return bool(is_made_by_python) and not (
         issubclass(kind, type | jax.Array | Tracer) or is_library(kind.__module__)
@@ -158,12 +158,12 @@ def is_user_class(kind: type) -> bool:
 
 
 def is_library(module: str) -> bool:
-    """Whether a module is of a library whose objects are not looked into."""
+    """Tell whether a module is of a library whose objects are not looked into."""
     return module.partition(".")[0] in LIBRARIES
 
 
 def named_globals(function: types.FunctionType) -> list[Any]:
-    """Values of the global variables that a function names, and attributes of modules."""
+    """Collect the global variables that a function names, and attributes of modules."""
     named: list[Any] = []
     codes = [function.__code__]
     for code in codes:  # grows by the functions defined in the function
@@ -187,7 +187,7 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What `value` holds directly, each with a name.
+    """Yield what `value` holds directly, each with a name.
 
     Args:
         value: any object.

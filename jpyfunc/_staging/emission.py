@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jpyfunc._mesh import vary_alike
 from jpyfunc._staging.branch_tree import BranchNode, BranchTree, Fallback, Return
-from jpyfunc._staging.equations import Constant, Equation, ValueRef
+from jpyfunc._staging.equations import Atom, Constant, Equation, ValueRef
 from jpyfunc._tout import Leaf, Template
 
 
@@ -20,8 +21,8 @@ def emit(
     tree: BranchTree,
     template: Template,
     operands: Sequence[jax.Array],
-    call: Callable[[Any], list[Any]],
-) -> list[Any]:
+    call: Callable[[jax.Array | None], list[jax.Array]],
+) -> list[jax.Array]:
     """Trace a tree into the current program.
 
     Args:
@@ -49,11 +50,11 @@ class _Scope:
         constants: results of the equations of constants so far.
     """
 
-    known: dict[int, Any]
-    constants: dict[Equation, Sequence[Any]]
+    known: dict[int, jax.Array]
+    constants: dict[Equation, Sequence[jax.Array]]
 
     def branch(self, shares_constants: bool) -> _Scope:
-        """The scope of a branch, whose values are not those of the other one."""
+        """Make the scope of a branch, which does not see values of the other one."""
         return _Scope(dict(self.known), dict(self.constants) if shares_constants else {})
 
 
@@ -85,10 +86,12 @@ class _Emission:
 
     leaves: Sequence[Leaf]
     operands: Sequence[jax.Array]
-    call: Callable[[Any], list[Any]]
+    call: Callable[[jax.Array | None], list[jax.Array]]
     is_varying: bool
 
-    def emit_node(self, node: BranchNode, scope: _Scope, needed: Any) -> list[Any]:
+    def emit_node(
+        self, node: BranchNode, scope: _Scope, needed: jax.Array | None
+    ) -> list[jax.Array]:
         """Emit a node and all that follow, and return the results of the body.
 
         Args:
@@ -108,10 +111,10 @@ class _Emission:
         test = jnp.reshape(self._value(node.end.test, scope), ())
         test = test if test.dtype == jnp.bool_ else test != 0
 
-        def branch(answer: bool) -> Callable[[], list[Any]]:
+        def branch(answer: bool) -> Callable[[], list[jax.Array]]:
             after = node.branches[answer]
 
-            def emit_branch() -> list[Any]:
+            def emit_branch() -> list[jax.Array]:
                 here = needed
                 if after.falls_back:
                     here = test if answer else jnp.logical_not(test)
@@ -122,8 +125,8 @@ class _Emission:
 
         return jax.lax.cond(test, branch(True), branch(False))
 
-    def _value(self, atom: Any, scope: _Scope) -> Any:
-        """The value of what an equation takes, in the program."""
+    def _value(self, atom: Atom, scope: _Scope) -> Any:
+        """Return the value of an atom in the program."""
         if isinstance(atom, ValueRef):
             return scope.known[atom.number]
         if isinstance(atom, Constant):
@@ -136,8 +139,8 @@ class _Emission:
         return jax.jit(lambda: atom)() if is_array and self.is_varying else atom
 
 
-def _as_declared(x: Any, leaf: Leaf) -> jax.Array:
-    """A result in the dtype that all paths have been joined to."""
+def _as_declared(x: ArrayLike, leaf: Leaf) -> jax.Array:
+    """Convert a result to the dtype that holds on all paths."""
     x = jnp.asarray(x)
     if leaf.is_key or (x.dtype == leaf.dtype and x.weak_type == leaf.weak_type):
         return x

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Literal, Primitive, jaxprs_in_params, set_current_trace
+from jax.typing import ArrayLike
 
 from jpyfunc import _compat
 from jpyfunc._limits import MAX_CONSTANT_SIZE
@@ -26,6 +27,9 @@ class ValueRef:
     """
 
     number: int
+
+
+Atom: TypeAlias = "ValueRef | Constant | ArrayLike"  # what an operation takes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +49,7 @@ class Equation:
 
     signature: tuple[Any, ...]
     call: Callable[..., Sequence[Any]]
-    operands: tuple[Any, ...]
+    operands: tuple[Atom, ...]
     first: int
     size: int
     depth: int = 1
@@ -80,7 +84,7 @@ class BranchPoint:
         equations: the operations since the branch point before.
     """
 
-    test: ValueRef
+    test: Atom
     place: str
     line: str
     answer: bool
@@ -106,7 +110,7 @@ class BranchPoint:
 
 
 def is_alike(a: Any, b: Any) -> bool:
-    """Whether the records of two runs are the same, or parts of them."""
+    """Tell whether the records of two runs are the same, or parts of them."""
     if a is b:
         return True
     if isinstance(a, Constant | np.ndarray | jax.Array):
@@ -147,7 +151,7 @@ def _is_alike_array(a: Any, b: Any) -> bool:
 
 
 def _content(jaxpr: Any) -> Any:
-    """A jaxpr as nested lists, with numbers for its variables."""
+    """Return a jaxpr as nested lists, with numbers for its variables."""
     numbers: dict[int, int] = {}
 
     def atom(x: Any) -> Any:

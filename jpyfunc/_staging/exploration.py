@@ -12,8 +12,9 @@ import jax
 from jax.core import ShapedArray
 from jax.extend.core import set_current_trace, take_current_trace
 
-from jpyfunc._conversion import is_weak
+from jpyfunc._conversion import Array, is_weak
 from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
+from jpyfunc._staging.equations import Atom
 from jpyfunc._staging.muted_streams import mute_streams
 from jpyfunc._tout import Leaf, Template
 
@@ -76,7 +77,7 @@ class AbstractRun:
 
     trace: AbstractTrace
     template: Template | None
-    results: list[Any]
+    results: list[Atom]
     error: BaseException | None
 
 
@@ -97,7 +98,7 @@ def explore(
     func: Callable[[list[Any]], Any],
     avals: Sequence[ShapedArray],
     declared: Template | None,
-    name: str,
+    label: str,
     limit: int,
     *,
     shapes_only: bool,
@@ -108,7 +109,7 @@ def explore(
         func: the body, called with one array per aval.
         avals: what it will be called with.
         declared: what its `Tout` declares, or None if nothing is declared.
-        name: name of the function, for errors.
+        label: what errors call the function.
         limit: the number of runs at most.
         shapes_only: whether the record may be wrong about values: a function with a custom
             derivative rule is then looked into, and may branch. Otherwise it is recorded
@@ -122,11 +123,11 @@ def explore(
         if not waiting:
             break
         _, _, script = heapq.heappop(waiting)
-        trace = AbstractTrace(name, script, shapes_only)
+        trace = AbstractTrace(label, script, shapes_only)
         # Set for the run alone: whoever takes the runs from here is outside of it.
         token = _current.set(current)
         try:
-            run = _run(func, avals, declared, name, trace)
+            run = _run(func, avals, declared, label, trace)
         finally:
             _current.reset(token)
         yield run
@@ -140,13 +141,13 @@ def _run(
     func: Callable[[list[Any]], Any],
     avals: Sequence[ShapedArray],
     declared: Template | None,
-    name: str,
+    label: str,
     trace: AbstractTrace,
 ) -> AbstractRun:
     try:
         with mute_streams(), take_current_trace(), set_current_trace(trace):
             result = func([*map(trace.new_tracer, avals)])
-            template, arrays = _template_of(result, declared, name)
+            template, arrays = _template_of(result, declared, label)
             results = [*map(trace.atom, arrays)]
     except (TooManyBranchPoints, Exception) as error:  # noqa: BLE001 - the caller judges it
         return AbstractRun(trace, None, [], error)
@@ -156,11 +157,11 @@ def _run(
 
 
 def _template_of(
-    result: Any, declared: Template | None, name: str
-) -> tuple[Template, list[Any]]:
-    """The complete template of a run's result, and its arrays, as they are declared."""
-    template = declared or Template.undeclared(result, name)
-    arrays = template.check(result, name)
+    result: Any, declared: Template | None, label: str
+) -> tuple[Template, list[Array]]:
+    """Complete the template of a run by its result, and convert that to arrays."""
+    template = declared or Template.undeclared(result, label)
+    arrays = template.check(result, label)
     leaves = [
         Leaf(aval.shape, aval.dtype, is_weak(aval))
         if leaf.dtype is None

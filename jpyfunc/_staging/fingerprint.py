@@ -65,7 +65,7 @@ def _is_large(value: Any) -> bool:
 
 
 def _look_into(value: Any) -> tuple[Hashable, list[Any]]:
-    """What `value` is apart from what it holds, and what it holds."""
+    """Return what `value` is apart from what it holds, and what it holds."""
     kind = type(value)
     if isinstance(value, Tracer):
         return value.aval, []

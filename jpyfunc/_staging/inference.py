@@ -35,7 +35,7 @@ def infer(
     func: Callable[[list[Any]], Any],
     avals: Sequence[ShapedArray],
     declared: Template | None,
-    name: str,
+    label: str,
 ) -> Template:
     """Complete a template by running a body on abstract values.
 
@@ -47,7 +47,7 @@ def infer(
         func: the body, called with one array per aval.
         avals: what the body will be called with.
         declared: what its `Tout` declares, or None if nothing is declared.
-        name: name of the function, for errors.
+        label: what errors call the function.
 
     Returns:
         A complete template.
@@ -56,14 +56,14 @@ def infer(
         InferenceError: the body needs a value, or its branches disagree.
         ResultError: a branch returns what the template does not allow.
     """
-    paths = JoinedPaths(declared, name)
-    runs = explore(func, avals, declared, name, MAX_ABSTRACT_RUNS, shapes_only=True)
+    paths = JoinedPaths(declared, label)
+    runs = explore(func, avals, declared, label, MAX_ABSTRACT_RUNS, shapes_only=True)
     for run in runs:
         paths.add(run)
-        # What the path returns that needs a value may differ from all others. Nothing
-        # would tell before the program runs.
+        # This path may return something else than all others, which nothing would tell
+        # before the program runs.
         if isinstance(run.error, NEEDS_VALUE):
-            raise no_result(run.error, declared, name)
+            raise no_result(run.error, declared, label)
         if paths.failure:
             break
     result = paths.result()
@@ -81,10 +81,10 @@ class JoinedPaths:
         failure: the first reason why no template holds on all paths, or None.
     """
 
-    def __init__(self, declared: Template | None, name: str) -> None:
+    def __init__(self, declared: Template | None, label: str) -> None:
         self.failure: InferenceError | ResultError | None = None
         self._declared = declared
-        self._name = name
+        self._label = label
         self._template: Template | None = None
         self._raised: Exception | None = None
         self._last_branch_point = ""
@@ -102,40 +102,40 @@ class JoinedPaths:
             self._template = seen
         elif seen is not None and self.failure is None:
             try:
-                self._template = join(self._template, seen, run.trace.branch, self._name)
+                self._template = join(self._template, seen, run.trace.branch, self._label)
             except InferenceError as disagreement:
                 self.failure = disagreement
 
     def result(self) -> Template | InferenceError | ResultError:
-        """The template that holds on all paths, or the error that says why none does."""
+        """Return the template that holds on all paths, or the error of its absence."""
         return (
             self.failure
             or self._template
-            or no_result(self._raised, self._declared, self._name, self._last_branch_point)
+            or no_result(self._raised, self._declared, self._label, self._last_branch_point)
         )
 
 
 def no_result(
-    error: Exception | None, declared: Template | None, name: str, last: str = ""
+    error: Exception | None, declared: Template | None, label: str, last: str = ""
 ) -> InferenceError:
-    """The error of a body whose results cannot be inferred.
+    """Make the error of a body whose results cannot be inferred.
 
     Args:
         error: what it raised, or None if it came to too many branch points.
         declared: what its `Tout` declares, or None.
-        name: name of the function.
+        label: what errors call the function.
         last: the place of the last of its branch points.
     """
-    failure = InferenceError(_why_no_result(error, declared, name, last))
+    failure = InferenceError(_why_no_result(error, declared, label, last))
     # One of our own says nothing that the text does not.
     failure.__cause__ = None if isinstance(error, NeedsValueError) else error
     return failure
 
 
 def _why_no_result(
-    error: Exception | None, declared: Template | None, name: str, last: str
+    error: Exception | None, declared: Template | None, label: str, last: str
 ) -> str:
-    start = f"{name}: the shapes of its results cannot be inferred, because the body"
+    start = f"{label}: the shapes of its results cannot be inferred, because the body"
     if error is None:
         return (
             f"{start} takes more than {MAX_BRANCH_POINTS} branches before it returns, the "
@@ -158,14 +158,14 @@ def _why_no_result(
         remedy = inner_jit_remedy(error) or declare
         return f"{start} needs a concrete value{place}: {what}. {remedy}"
     return (
-        f"{name}: {type(error).__name__}{place}: {error}\nThe body raised this on values "
+        f"{label}: {type(error).__name__}{place}: {error}\nThe body raised this on values "
         "without data, from which the shapes of its results are inferred. If it also fails "
         f"on real data, fix the function. If not: {declare}"
     )
 
 
 def _declaration(declared: Template | None, error: Exception | None = None) -> str:
-    """What to write as `Tout`."""
+    """Say what to write as `Tout`."""
     if declared is None and error is not None and _returns_nothing(error):
         return "Tout=[], which means nothing"
     tout: Any = "jax.ShapeDtypeStruct((), jnp.float32)"
@@ -175,7 +175,7 @@ def _declaration(declared: Template | None, error: Exception | None = None) -> s
 
 
 def _returns_nothing(error: Exception) -> bool:
-    """Whether the user's function that an exception began in returns None throughout."""
+    """Tell whether the user's function that raised has no other result than None."""
     frame = user_frame(frame for frame, _ in traceback.walk_tb(error.__traceback__))
     if frame is None:
         return False
@@ -190,15 +190,15 @@ def _returns_nothing(error: Exception) -> bool:
     return True
 
 
-def join(first: Template, second: Template, branch: str, name: str) -> Template:
-    """The template that holds on both branches, of which `second` is the true one.
+def join(first: Template, second: Template, branch: str, label: str) -> Template:
+    """Join the templates of two branches, of which `second` is the true one.
 
     Raises:
         InferenceError: there is none.
     """
     if first.tree != second.tree:
         raise InferenceError(
-            f"{name}: the paths through {branch} disagree: if true, it returns {second}, "
+            f"{label}: the paths through {branch} disagree: if true, it returns {second}, "
             f"else {first}. Return the same structure on every path."
         )
     leaves = []
@@ -211,8 +211,8 @@ def join(first: Template, second: Template, branch: str, name: str) -> Template:
                 meant = dataclasses.replace(first, leaves=tuple(declared))
                 remedy += f", or declare what it becomes on all of them: Tout={meant}"
             raise InferenceError(
-                f"{name}: the paths through {branch} disagree on {first.path(i)}: if true, "
-                f"it is {b}, else {a}. {remedy}."
+                f"{label}: the paths through {branch} disagree on {first.path(i)}: if "
+                f"true, it is {b}, else {a}. {remedy}."
             )
         dtype = a.dtype
         if a.dtype != b.dtype:
@@ -222,7 +222,7 @@ def join(first: Template, second: Template, branch: str, name: str) -> Template:
 
 
 def _may_join(a: Leaf, b: Leaf) -> bool:
-    """Whether the dtypes are equal, or a Python number takes the dtype of an array."""
+    """Tell whether the dtypes are equal, or a Python number takes the dtype of an array."""
     if a.dtype == b.dtype or (a.weak_type and b.weak_type):
         return True
     if not (a.weak_type or b.weak_type):
@@ -235,6 +235,6 @@ def _may_join(a: Leaf, b: Leaf) -> bool:
 
 
 def _promotable(leaf: Leaf) -> Any:
-    """The dtype, or the Python type that stands for it where it is weak."""
+    """Return the dtype, or the Python type that stands for it where it is weak."""
     python_types = {"b": bool, "u": int, "i": int, "f": float, "c": complex}
     return python_types[kind_of(leaf.dtype) or ""] if leaf.weak_type else leaf.dtype

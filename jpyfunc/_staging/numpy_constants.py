@@ -18,7 +18,7 @@ from jpyfunc import _compat
 
 
 def holds_numpy(value: Any) -> bool:
-    """Whether a constant, or a parameter of a primitive, is or holds a NumPy array."""
+    """Tell whether a constant, or a parameter of a primitive, is or holds a NumPy array."""
     if type(value) in (tuple, list):
         return any(map(holds_numpy, value))
     return isinstance(value, np.ndarray) or (
@@ -67,7 +67,7 @@ def copy_numpy(value: Any, copy_part: Callable[[Any], Any]) -> Any:
 
 
 def _without_constants(jaxpr: Any) -> Any:
-    """The jaxpr in a closed one, or itself: one type as of JAX 0.12."""
+    """Return the jaxpr in a closed one; as of JAX 0.12 these are one type."""
     return jaxpr if type(jaxpr) is Jaxpr else jaxpr.jaxpr
 
 
