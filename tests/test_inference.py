@@ -386,8 +386,8 @@ def test_a_loop_that_never_ends_on_abstract_values():
 
     with pytest.raises(
         InferenceError,
-        match=r"takes more than 64 branches before it returns, the last at "
-        r".*test_inference.*A loop in jax.lax.while_loop takes none",
+        match=r"passes more than 64 branch points before it returns, the last at "
+        r".*test_inference.*A loop in jax.lax.while_loop has none",
     ):
         jax.jit(py_func(never))(2.0)
 

@@ -404,7 +404,7 @@ def test_a_body_that_does_something_else_in_each_run_is_called(what):
         return x if x.sum() > 0 else -x
 
     reasons = explain(body, jnp.ones(3)).as_dict()["tree"]["calls"]
-    assert reasons == ["it does something else when it is run again"]
+    assert reasons == ["it does something else when it runs again"]
 
 
 def test_what_is_new_in_each_run_and_the_same_is_staged(transform):

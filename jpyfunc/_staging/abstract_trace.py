@@ -141,11 +141,11 @@ class AbstractTrace(BodyTrace):
     def left_behind(self) -> LeftBehindError:
         """Make the error of a value that is used after the run."""
         return LeftBehindError(
-            f"{self._label} left an array behind, in an attribute, a global variable or a "
-            "cache, that depends on its arguments and has no data, because the body was "
-            "run on abstract values, to find out what it does. Pass such an array as an "
-            "argument and return it. Without staged=True, the body is not run so if Tout "
-            "says what it returns, every shape and dtype."
+            f"{self._label} left an array behind in an attribute, a global variable or a "
+            "cache. The array depends on the arguments and has no data, because the body "
+            "was run on abstract values to find out what it does. Pass such an array as an "
+            "argument and return it. Or declare every shape and dtype in Tout, and without "
+            "staged=True the body is not run on abstract values."
         )
 
     def refuse(self, why: str) -> None:

@@ -43,7 +43,7 @@ class Fallback:
 
 
 _NOT_REACHED = Fallback(("no run has come here",))
-_DIFFERENT_RUNS = Fallback(("it does something else when it is run again",))
+_DIFFERENT_RUNS = Fallback(("it does something else when it runs again",))
 
 
 @dataclasses.dataclass(slots=True)
@@ -165,7 +165,7 @@ def stage(
         paths.add(run)
         reason = _why_not_compiled(run)
         root.add_path(run.trace, Fallback((reason,)) if reason else Return(run.results))
-    root.fill_gaps(f"it takes more than {limit} runs on abstract values to come here")
+    root.fill_gaps(f"the {limit} runs on abstract values are used up before they come here")
     if declared is not None and declared.complete:
         # A path that returns something else falls back, and the call says so, with data.
         return BranchTree(root, declared, runs)
@@ -175,7 +175,7 @@ def stage(
 def _why_not_compiled(run: AbstractRun) -> str:
     """Say why the record of a run cannot be compiled; "" if it can."""
     if isinstance(run.error, TooManyBranchPoints):
-        return f"it takes more than {MAX_BRANCH_POINTS} branches"
+        return f"it passes more than {MAX_BRANCH_POINTS} branch points"
     if run.error is None or isinstance(run.error, NeedsValueError):
         return run.trace.refusal  # which the body may have caught
     text = str(run.error).split("\n", 1)[0]

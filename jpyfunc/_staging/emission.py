@@ -106,7 +106,7 @@ class _Emission:
             return vary_alike(self.call(needed), self.operands)
         if isinstance(node.end, Return):
             values = [self._value(x, scope) for x in node.end.results]
-            results = map(_as_declared, values, self.leaves)
+            results = map(_to_joined_dtype, values, self.leaves)
             return vary_alike([*results], self.operands)
         test = jnp.reshape(self._value(node.end.test, scope), ())
         test = test if test.dtype == jnp.bool_ else test != 0
@@ -139,7 +139,7 @@ class _Emission:
         return jax.jit(lambda: atom)() if is_array and self.is_varying else atom
 
 
-def _as_declared(x: ArrayLike, leaf: Leaf) -> jax.Array:
+def _to_joined_dtype(x: ArrayLike, leaf: Leaf) -> jax.Array:
     """Convert a result to the dtype that holds on all paths."""
     x = jnp.asarray(x)
     if leaf.is_key or (x.dtype == leaf.dtype and x.weak_type == leaf.weak_type):

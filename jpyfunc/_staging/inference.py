@@ -138,9 +138,9 @@ def _why_no_result(
     start = f"{label}: the shapes of its results cannot be inferred, because the body"
     if error is None:
         return (
-            f"{start} takes more than {MAX_BRANCH_POINTS} branches before it returns, the "
-            f"last{last}. A loop in jax.lax.while_loop takes none. Or say what it returns, "
-            f"and it will not be run to find out: {_declaration(declared)}."
+            f"{start} passes more than {MAX_BRANCH_POINTS} branch points before it "
+            f"returns, the last{last}. A loop in jax.lax.while_loop has none. Or say what "
+            f"it returns, and it will not be run to find out: {_declaration(declared)}."
         )
     place, what = place_of(error), str(error).split("\n", 1)[0].rstrip(".")
     declare = (
