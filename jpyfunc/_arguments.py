@@ -76,7 +76,9 @@ class Arguments:
         """
         return self.with_leaves(
             [
-                self._to_jax(leaf, i, label) if is_array(leaf) else leaf
+                leaf
+                if isinstance(leaf, jax.Array) or not is_array(leaf)
+                else self._to_jax(leaf, i, label)
                 for i, leaf in enumerate(self.leaves)
             ]
         )
@@ -88,17 +90,21 @@ class Arguments:
             TypeError: JAX has no arrays like one of them, or a static leaf holds a traced
                 value, which would reach the body as a tracer.
         """
+        arrays = []
         for i, leaf in enumerate(self.leaves):
-            if not is_array(leaf) and not is_float0(leaf):
+            if is_array(leaf):
+                arrays.append(self._to_jax(leaf, i, label))
+            elif not is_float0(leaf):
                 refuse_traced_leaf(leaf, f"{label}: {self.name_of(i)}")
-        return [leaf for leaf in self.converted(label).leaves if is_array(leaf)]
+        return arrays
 
     def _to_jax(self, leaf: Any, index: int, label: str) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            return leaf
+
         def where() -> str:
             return f"{label}: {self.name_of(index)}"
 
-        if isinstance(leaf, jax.Array):
-            return leaf
         refuse_mask(leaf, where, ARGUMENT)
         try:
             return jnp.asarray(native(leaf))
