@@ -44,7 +44,7 @@ from jpyfunc._options import Callee, not_by_branch, not_staged
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._runtime.configuration import current_config
 from jpyfunc._runtime.context import Context, current, running_batch
-from jpyfunc._runtime.profile import Row, measured
+from jpyfunc._runtime.profile import measured
 from jpyfunc._runtime.transfers import allowed_transfers
 from jpyfunc._staging.branch_tree import BranchTree, stage, warn_if_large
 from jpyfunc._staging.closure import refuse_traced_closure
@@ -76,7 +76,7 @@ def _call_eagerly(callee: Callee, arguments: Arguments) -> Any:
     if callee.ordered:
         jax.effects_barrier()  # what was dispatched before it runs before it
     arguments = arguments.converted(callee.label)
-    row = Row(callee.name, callee.function)
+    row = (callee.name, callee.function, "forward")
     execute = functools.partial(_run, callee, arguments)
     return measured(row, current(), arguments.leaves, execute)
 

@@ -9,7 +9,6 @@ from typing import Any
 from jpyfunc._bodies.batch_columns import BatchLayout
 from jpyfunc._bodies.batch_elements import evaluate_batch
 from jpyfunc._bodies.body import Avals, Body, Indices
-from jpyfunc._bodies.linear import FlatBody
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
@@ -57,10 +56,6 @@ class Batch(Body):
         return self.base.kind
 
     @property
-    def flat(self) -> FlatBody:
-        return self.base.flat
-
-    @property
     def description(self) -> str:
         return f"batch of {self.base.description}"
 
@@ -87,26 +82,19 @@ class Batch(Body):
     def check_differentiable(self) -> None:
         self.base.check_differentiable()
 
-    def evaluate(self, context: Context, operands: Sequence[Any]) -> list[Any]:
-        results = evaluate_batch(
-            self._layout, self.out_avals, self.by_branch, context, operands
-        )
-        ticket = self.ticket_index
-        if ticket is not None:
-            self.base.spend_tape(operands[ticket])
-        return results
-
-    @property
-    def _layout(self) -> BatchLayout:
-        levels = [self]
-        while isinstance(base := levels[-1].base, Batch):
+    def run(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+        levels: list[Batch] = []
+        base: Body = self
+        while isinstance(base, Batch):
             levels.append(base)
-        return BatchLayout(
-            self.flat,
+            base = base.base
+        layout = BatchLayout(
+            base,
             tuple(level.size for level in levels),
             [*zip(*(level.stacked_in for level in levels), strict=True)],
             [*zip(*(level.stacked_out for level in levels), strict=True)],
         )
+        return evaluate_batch(layout, self.out_avals, self.by_branch, context, operands)
 
     def spend_tape(self, ticket: Any) -> None:
         self.base.spend_tape(ticket)

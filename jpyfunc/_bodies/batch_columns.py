@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import ShapedArray
 
 from jpyfunc import _compat
-from jpyfunc._bodies.linear import FlatBody
+from jpyfunc._bodies.body import Body
 from jpyfunc._interpreters.batch_tracer import BatchTracer
 from jpyfunc._interpreters.by_branch import ByBranchTrace
 from jpyfunc._interpreters.subset import Subset
@@ -34,7 +34,7 @@ class BatchLayout:
         stacked_out: for each result, which it has; it is summed over the others.
     """
 
-    base: FlatBody
+    base: Body
     sizes: tuple[int, ...]
     stacked_in: list[tuple[bool, ...]]
     stacked_out: list[tuple[bool, ...]]

@@ -58,11 +58,6 @@ class Body:
         raise NotImplementedError
 
     @property
-    def flat(self) -> Body:
-        """The body of one element."""
-        return self
-
-    @property
     def title(self) -> str:
         """Its name in the traces of `jax.profiler`."""
         name, kind = self.function.title, self.kind
@@ -71,7 +66,7 @@ class Body:
     @property
     def row(self) -> Row:
         """Where profiles count calls of it."""
-        return Row(self.function.title, self.function.callable, self.kind)
+        return self.function.title, self.function.callable, self.kind
 
     @property
     def description(self) -> str:
@@ -90,10 +85,27 @@ class Body:
         Returns:
             NumPy or JAX arrays, one per `out_avals`.
         """
-        raise NotImplementedError
+        results = self.run(context, operands)
+        ticket = self.ticket_index
+        if ticket is not None:
+            self.spend_tape(operands[ticket])
+        return results
+
+    def run(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+        """Compute the results if they are needed, and time it.
+
+        They are for one element, or for the subset of a batch that runs by branch.
+        """
+        return context.timed(self.title, self._compute_if_needed, context, operands)
+
+    def _compute_if_needed(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+        if self.function.has_predicate and not operands[0]:
+            context.count(elements=-context.elements)
+            return zeros(self.out_avals)
+        return self.compute(context, operands)
 
     def compute(self, context: Context, operands: Sequence[Any]) -> list[Any]:
-        """Compute the results for one element, or for the subset that runs by branch."""
+        """Compute the results, as the kind of the body says."""
         raise NotImplementedError
 
     # --- Transformations.

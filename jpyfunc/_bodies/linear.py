@@ -45,23 +45,6 @@ class FlatBody(Body):
 
     __slots__ = ()
 
-    def evaluate(self, context: Context, operands: Sequence[Any]) -> list[Any]:
-        results = self.run(context, operands)
-        ticket = self.ticket_index
-        if ticket is not None:
-            self.spend_tape(operands[ticket])
-        return results
-
-    def run(self, context: Context, operands: Sequence[Any]) -> list[Any]:
-        """Compute the results for one element or a subset, and time it."""
-        return context.timed(self.title, self._compute_if_needed, context, operands)
-
-    def _compute_if_needed(self, context: Context, operands: Sequence[Any]) -> list[Any]:
-        if self.function.has_predicate and not operands[0]:
-            context.count(elements=-context.elements)
-            return zeros(self.out_avals)
-        return self.compute(context, operands)
-
     def jvp(self, wrt: Indices, of: Indices, repeatable: bool) -> Body:
         # A second derivative is several calls at one tape, which run in any order. The
         # derivative of the first spends it, so that others may find it evicted. For a body

@@ -19,7 +19,11 @@ from jpyfunc._runtime.profile import Kind
 class Primal(FlatBody):
     """The user's function on values, without a tape."""
 
-    function: UserFunction
+    _function: UserFunction
+
+    @property
+    def function(self) -> UserFunction:
+        return self._function
 
     @property
     def in_avals(self) -> Avals:
@@ -32,6 +36,10 @@ class Primal(FlatBody):
     @property
     def kind(self) -> Kind:
         return "forward"
+
+    @property
+    def title(self) -> str:
+        return self._function.title
 
     @property
     def description(self) -> str:

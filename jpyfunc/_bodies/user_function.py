@@ -79,7 +79,7 @@ class UserFunction:
 
     func: Hashable
     name: str
-    tree: jax.tree_util.PyTreeDef
+    tree: Any  # PyTreeDef, which JAX exports as a variable
     leaves: tuple[StaticLeaf | Float0Leaf | KeyLeaf | None, ...]
     template: Template
     in_avals: Avals

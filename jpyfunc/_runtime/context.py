@@ -98,10 +98,12 @@ class Context:
 _current: ContextVar[Context] = ContextVar("jpyfunc", default=Context())  # noqa: B039 - frozen
 
 current = _current.get  # the context of this thread
+enter = _current.set  # make a context the current one, and return a token
+leave = _current.reset  # make the context before that token the current one again
 
 
 class entered:  # noqa: N801 - a context manager
-    """Make a context the current one in a block."""
+    """Make a context the current one in a block; `enter` takes a quarter of the time."""
 
     __slots__ = ("_context", "_token")
 
@@ -109,11 +111,11 @@ class entered:  # noqa: N801 - a context manager
         self._context = context
 
     def __enter__(self) -> Context:
-        self._token = _current.set(self._context)
+        self._token = enter(self._context)
         return self._context
 
     def __exit__(self, *exc_info: object) -> None:
-        _current.reset(self._token)
+        leave(self._token)
 
 
 def running_batch() -> Any:
@@ -144,13 +146,13 @@ def building() -> AddsNodes | None:
 
 def begin_building(block: GraphBlock) -> None:
     """Make the graph of `block` the one that is being built, until `end_building`."""
-    _current.set(dataclasses.replace(current(), graphs=(*current().graphs, block)))
+    enter(dataclasses.replace(current(), graphs=(*current().graphs, block)))
 
 
 def end_building(block: GraphBlock) -> None:
     """Go back to the graph before; blocks need not be nested."""
     graphs = tuple(other for other in current().graphs if other is not block)
-    _current.set(dataclasses.replace(current(), graphs=graphs))
+    enter(dataclasses.replace(current(), graphs=graphs))
 
 
 def not_building() -> entered:

@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import numpy as np
 
 from jpyfunc._frames import code_of
-from jpyfunc._runtime.context import Context, current, entered
+from jpyfunc._runtime.context import Context, current, enter, entered, leave
 from jpyfunc._runtime.counts import Counts
 from jpyfunc._runtime.in_flight import Flight, taken
 from jpyfunc._runtime.profile_table import html_of, text_of
@@ -29,18 +29,9 @@ _open: list[profile] = []  # whose block is open
 _opening = threading.Lock()
 
 
-class Row(NamedTuple):
-    """A row of a profile.
-
-    Attributes:
-        name: of the user's function.
-        func: the user's function.
-        kind: what of it is computed.
-    """
-
-    name: str
-    func: Callable[..., Any]
-    kind: Kind = "forward"
+# What a call is counted as: the name of the user's function, the function, and what of it is
+# computed.
+Row = tuple[str, Callable[..., Any], Kind]
 
 
 def measured(
@@ -58,8 +49,11 @@ def measured(
         execute: does the call, given the context and the operands.
     """
     if not _open:
-        with entered(context):
+        token = enter(context)
+        try:
             return execute(context, operands)
+        finally:
+            leave(token)
     profiles = set(_open)
     counts = Counts(calls=1, bytes_in=_nbytes(operands))
     begin = time.perf_counter()
@@ -192,10 +186,11 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
 
     def add(self, row: Row, counts: Counts) -> None:
         """Add the counts of a call to a row."""
-        key = (row.name, _source(row.func))
+        name, func, kind = row
+        key = (name, _source(func))
         with self._lock:
-            self._functions.setdefault(key, set()).add(id(row.func))
-            self._counts.setdefault(key, {}).setdefault(row.kind, Counts()).add(counts)
+            self._functions.setdefault(key, set()).add(id(func))
+            self._counts.setdefault(key, {}).setdefault(kind, Counts()).add(counts)
 
     def as_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Return the counts so far.
