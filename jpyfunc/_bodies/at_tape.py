@@ -14,13 +14,15 @@ Custom rules need care there. Let f be a `jax.custom_jvp` with the rule
 
 that a body calls. JAX differentiates it once by calling r, and a second time by
 differentiating the code of r. f itself is not seen again: y, too, is now what r computes.
-Here, the first derivative has two calls, for y and for y', and both must do the same.
+Here, the first derivative has two calls, for y and for y', and both must do the same. The
+one for y' does so by itself: it is computed on an inner tape, where r takes the place of f,
+and the outer tape records the operations of r.
 
 When the call for y is differentiated, its base is this body, and only `under` tells that
 its operands were perturbed before. Entries of f in the cached tape are of no use then,
-because their JVP is r once more. So the primal is computed on an inner tape with respect to
-`under`, where r takes the place of f, and the outer tape records the operations of r. The
-result is the derivative of r. Without `under`, it would be what r gives.
+because their JVP is r once more. So the primal, too, is computed on an inner tape, with
+respect to `under`. The result is the derivative of r. Without `under`, it would be what r
+gives.
 """
 
 from __future__ import annotations

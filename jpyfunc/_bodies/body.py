@@ -110,6 +110,14 @@ class Body:
 
     # --- Transformations.
 
+    @property
+    def linear_from(self) -> int:
+        """The first operand of those, at the end, in which it is known to be linear.
+
+        Only derivatives are known to be linear: nothing shows that a function is.
+        """
+        return len(self.in_avals)
+
     def check_differentiable(self) -> None:
         """Refuse a derivative for which a host function has no rule.
 
@@ -118,7 +126,7 @@ class Body:
         """
 
     def jvp(self, wrt: Indices, of: Indices, repeatable: bool) -> Body:
-        """The body of the tangents of this one.
+        """Return the JVP of this body.
 
         Args:
             wrt: the operands that have a tangent.
@@ -132,7 +140,7 @@ class Body:
         raise NotImplementedError
 
     def transpose(self, wrt: Indices, of: Indices) -> tuple[Body, Indices]:
-        """The transpose of this body, which is linear in the operands `wrt`.
+        """Return the transpose of this body, which is linear in the operands `wrt`.
 
         Args:
             wrt: the operands whose cotangents are wanted.
@@ -145,25 +153,17 @@ class Body:
         raise NotImplementedError
 
     def widen(self, size: int, batched: tuple[bool, ...]) -> Body:
-        """The body for a function that takes a whole batch in one call.
+        """Return this body for a function that takes a whole batch in one call.
 
         Args:
             size: of the batch.
             batched: which operands have the batch axis; the others have one of length 1.
-                Only a primal knows such: a derivative needs primals and tangents of one
+                It matters to a primal only. A derivative needs primals and tangents of one
                 shape, so all its operands must have the batch axis in full.
         """
         raise NotImplementedError
 
     # --- Tapes.
-
-    @property
-    def linear_from(self) -> int:
-        """The first of the operands in which it is known to be linear, as in all after it.
-
-        Only derivatives are known to be linear: nothing shows that a function is.
-        """
-        return len(self.in_avals)
 
     @property
     def is_primal(self) -> bool:
@@ -186,32 +186,35 @@ class Body:
         return True
 
     def with_tape(self, wrt: Indices) -> Body:
-        """This body on a tape, to be differentiated with respect to operands `wrt`."""
+        """Return this body on a tape, for derivatives with respect to operands `wrt`."""
         return self
 
     def without_tape(self) -> Body:
-        """This body without the tape and its ticket, once nothing needs them."""
+        """Return this body without its tape and its ticket, which nothing needs."""
         return self
 
     def sharing_tape(self) -> Body:
-        """This body where other derivatives need the same tape, so that it is not spent."""
+        """Return this body such that it leaves its tape, unspent, to other derivatives."""
         return self
 
     def cached_tape(self, wrt: Indices, operands: Sequence[Any]) -> Any:
-        """The cached tape that derivatives with respect to `wrt` can be taken of, or None.
+        """Look up the tape that derivatives with respect to `wrt` can be taken of.
 
         Args:
             wrt: operands of this body.
             operands: all of them.
+
+        Returns:
+            A `Tape`, or None if there is none or it has been evicted.
         """
         return None
 
     def residuals(self, context: Context, operands: Sequence[Any]) -> Any:
-        """What the forward rule leaves for the backward rule at these operands."""
+        """Look up the residuals of the forward rule, or apply it again."""
         raise NotImplementedError
 
     def spend_tape(self, ticket: np.ndarray) -> None:
-        """Record that the derivative has been taken of the tape of a ticket, or of many."""
+        """Record that a derivative has been taken of the tapes of one or more tickets."""
 
 
 def others(body: Body, wrt: Indices) -> Indices:

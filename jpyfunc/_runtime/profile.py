@@ -29,8 +29,8 @@ _open: list[profile] = []  # whose block is open
 _opening = threading.Lock()
 
 
-# What a call is counted as: the name of the user's function, the function, and what of it is
-# computed.
+# The row of a table that calls are counted in: the name of a function, the function itself,
+# and what of it is computed.
 Row = tuple[str, Callable[..., Any], Kind]
 
 
@@ -104,38 +104,38 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
 
     The columns, by their names in `as_dict`:
 
-    - `calls`: calls of the host by a compiled program, and eager calls.
-    - `elements`: what these computed: a call under `jax.vmap` by branch or one by one
-      one for each element of the batch, any other one.
-    - `runs`: how often the body itself was run for that: by branch once for many elements,
-      and not at all for a derivative that is taken of a run that was kept.
-    - `body_seconds`: time in the body, calls to other functions included; of a
-      derivative, time to push or pull through its run.
-    - `crossing_seconds`: the rest of the call: to convert operands and results, cut and
-      stack batches, enter the caller's JAX configuration. What XLA does before Python is
-      reached, some 10 us, is not in it.
-    - `bytes_in`, `bytes_out`: of the operands and of the results.
+    - `calls`: host calls of compiled programs, and eager calls.
+    - `elements`: elements computed. A call under `jax.vmap` that runs by branch or one by
+      one has one for each element of the batch; any other call has one.
+    - `runs`: how often the body itself ran for that. By branch it runs once for many
+      elements, and for a derivative that finds a cached tape it does not run.
+    - `body_seconds`: time in the body, calls to other functions included; for a
+      derivative, time to apply the JVP or the VJP.
+    - `crossing_seconds`: the rest of the host round trip: converting operands and results,
+      splitting and stacking batches, entering the caller's JAX configuration. What XLA
+      does before it reaches Python, some 10 us, is not included.
+    - `bytes_in`, `bytes_out`: sizes of the operands and of the results.
     - `exceptions`: calls that raised. They count in the other columns too.
-    - `from_tape`: elements of derivatives that were taken of a run that was kept, so that
-      the body was not run again.
-    - `reran`: elements of derivatives for which the body was run again.
-    - `compile_seconds`: time in which JAX compiled what the call needed, operations of the
-      body above all: each is compiled at its first use, for arrays of one shape. It is part
-      of the times above.
-    - `one_by_one`: why batches that were to run by branch ran one by one, for the last that
-      did; empty if none did. It is printed below the table.
-    - `tape_bytes`: what the tapes of the function hold now, those of calls outside of the
-      block included; in the row `forward` alone. See `set_tape_limit`.
+    - `from_tape`: elements of derivatives that used a cached tape, so that the body did not
+      run again.
+    - `reran`: elements of derivatives for which the body ran again.
+    - `compile_seconds`: time in which JAX compiled what the call needed. That is above all
+      operations of the body: each is compiled when it first meets arrays of some shape. It
+      is part of the times above.
+    - `one_by_one`: why batches that could have run by branch ran one by one, for the last
+      one that did; empty if none did. It is printed below the table.
+    - `tape_bytes`: what the tapes of the function hold now, those of calls outside the
+      block included; in the row `forward` only. See `set_tape_limit`.
 
-    Eager calls count, though nothing crosses there: their crossing is the check and the
-    conversion of the results, and JAX may still compute when their body has returned.
+    Eager calls count, although they make no round trip: their crossing is the check and the
+    conversion of the results, and JAX may still be computing when their body has returned.
 
-    A call counts in every block, of any thread, that was open when it began. On leaving
-    a block without an exception, it waits for what its thread has dispatched in it, so
-    that the calls of those programs are in it; not so in a body, which must not wait for
-    its own program, nor for a body that itself waits for some seconds, as for a lock that
-    is held here. A failure of theirs surfaces where JAX reports it, not here. A profile
-    may be entered again, and goes on counting.
+    A call counts in every block, on any thread, that was open when the call began. Leaving
+    a block without an exception waits for what the block's thread has dispatched in it, so
+    that the calls of those programs are counted. It does not wait inside a body, which must
+    not wait for its own program, nor for a body that itself waits for some seconds, such as
+    for a lock that is held here. If a program fails, JAX reports it where it always does,
+    not here. A profile may be entered again, and goes on counting.
 
     Example:
         >>> import jax, jax.numpy as jnp, jpyfunc

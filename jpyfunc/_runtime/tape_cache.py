@@ -54,22 +54,22 @@ class AnyTape(Protocol):
 def set_tape_limit(nbytes: int) -> int:
     """Set how much memory the tapes of differentiated bodies may take.
 
-    A call that is differentiated keeps its tape, the arrays of its operations, so that the
+    A call that is differentiated leaves a tape, the arrays of its operations, so that the
     derivative need not run the body again. A tape whose derivative has been taken is
-    spent. Spent ones hold 1/256 of the limit at most (1/64 those of stateful bodies), for
-    a derivative that is taken at the same point again (a second call of what `jax.vjp` or
-    `jax.linearize` returned). Tapes that still wait for their derivative hold the rest, by
-    default 1 GiB in all. Where there is no room, spent tapes go first, and of each kind
-    the least recently used.
+    spent. It stays for a derivative that is taken again, by a second call of what `jax.vjp`
+    or `jax.linearize` returned. Spent tapes hold 1/256 of the limit at most, or 1/64 those
+    of stateful bodies. Tapes that still wait for their derivative may hold the rest. Where
+    there is no room, spent tapes are evicted first, and the least recently used of each
+    kind before the others.
 
-    A derivative whose tape has gone runs the body again, with the same result, unless the
-    body is stateful or ordered: then it raises `TapeLostError`.
+    A derivative whose tape has been evicted runs the body again, with the same result. If
+    the body is stateful or ordered, it raises `TapeLostError` instead.
 
     Args:
-        nbytes: the limit in bytes, arrays that several tapes share counted once, each with
-            4 KiB for the objects that hold it; 0 keeps no tape. Residuals of a rule count
-            by their `nbytes`, or else by what Python knows of their size, and as 1/256 of
-            the limit at least.
+        nbytes: the limit in bytes; 1 GiB by default, and 0 for no tapes. An array that
+            several tapes share counts once, and each array counts 4 KiB more for the
+            objects that hold it. Residuals of a rule count by their `nbytes`, or else by
+            what Python knows of their size, and as 1/256 of the limit at least.
 
     Returns:
         The limit that was in force.
@@ -92,7 +92,7 @@ def set_tape_limit(nbytes: int) -> int:
 
 
 def tape_bytes() -> int:
-    """How many bytes the tapes of differentiated bodies hold now.
+    """Return how many bytes the tapes of differentiated bodies hold now.
 
     Returns:
         Bytes, counted as `set_tape_limit` says. `profile` tells them apart by function.
@@ -256,7 +256,7 @@ class TapeCache:
         return tape if is_of_these else None
 
     def subset_of(self, ticket: np.ndarray, in_avals: Avals) -> tuple[bool, Any]:
-        """Whether the tape of a ticket is cached, and the subset that its run was of."""
+        """Return whether the tape of a ticket is cached, and the subset it is of."""
         tape = self._find(name_of(ticket), in_avals)
         return tape is not None, tape and tape.subset
 
@@ -280,7 +280,7 @@ class TapeCache:
         del evicted
 
     def bytes_of(self, functions: Iterable[int]) -> int:
-        """How many bytes the tapes of some functions hold, which are given by their ids."""
+        """Return how many bytes the tapes of some functions hold, given their ids."""
         with self._lock:
             names = [name for key in functions for name in self._functions.get(key, ())]
             ids = {i for name in names for i in self._entries[name].arrays}
@@ -371,7 +371,7 @@ class TapeCache:
         return evicted
 
     def _size(self, x: Any) -> int:
-        """The bytes that one array, or one object in a rule's residuals, counts as."""
+        """Return the bytes that an array, or an object in residuals, counts as."""
         if isinstance(x, np.ndarray):
             return x.nbytes + ARRAY_OVERHEAD
         if isinstance(x, jax.Array):
