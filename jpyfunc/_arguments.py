@@ -1,8 +1,8 @@
 """The arguments of a call: their leaves, and what each becomes on its way to the host.
 
-An array crosses as an operand of the primitive, a PRNG key as its data. Any other leaf,
-such as a string or a callable, is static: it is part of the body's identity and reaches
-it unchanged.
+An array becomes an operand of the primitive, and a PRNG key an operand with its data. Any
+other leaf, such as a string or a callable, is static: it is part of the body's identity and
+reaches it unchanged.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def is_float0(leaf: Any) -> bool:
 
 
 def is_array(leaf: Any) -> bool:
-    """Tell whether a leaf crosses to the host as an array."""
+    """Tell whether a leaf goes to the host as an array."""
     if is_float0(leaf):
         return False
     if isinstance(leaf, jax.Array | np.ndarray):

@@ -142,7 +142,7 @@ class KeyedTrace(_core.Trace):
 
     @property
     def state_key(self) -> Any:
-        """What `get_opaque_trace_state` gets."""
+        """The key that `get_opaque_trace_state` returns."""
         return self.own_key
 
     @property

@@ -1,4 +1,4 @@
-"""How values lie on the mesh that they are traced under: shardings and varying axes."""
+"""Placement of values on the mesh they are traced under: shardings and varying axes."""
 
 from __future__ import annotations
 

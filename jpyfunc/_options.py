@@ -89,7 +89,7 @@ class Callee:
 
     @property
     def label(self) -> str:
-        """What errors call it."""
+        """The name of the function in errors."""
         return f"{self.kind} {self.name!r}"
 
     @property
@@ -99,7 +99,7 @@ class Callee:
 
     @property
     def description(self) -> str:
-        """What `help` says of the wrapped function, below its own documentation."""
+        """A sentence for `help`, below the documentation of the function."""
         tout = getattr(unwrapped(self.tout), "__name__", "inferred")
         options = [f"Tout: {self.template or tout}"]
         for name, value in (

@@ -148,7 +148,7 @@ def _may_be(value: Any, roots: Sequence[Any], parts: int) -> bool:
 
 
 def _size(type_: Any) -> int:
-    """How many elements values of a type have; of what is no array, none."""
+    """Return the number of elements of values of a type; 0 if they are not arrays."""
     return math.prod(type_.shape) if isinstance(type_, ir.RankedTensorType) else 0
 
 

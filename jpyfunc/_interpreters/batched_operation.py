@@ -94,6 +94,6 @@ def _looped_where_small(
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, for a line of a table."""
+    """Return the first line of an exception, shortened for a table."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     return text if len(text) < 120 else f"{text[:117]}..."

@@ -323,11 +323,11 @@ class UncachedLinearization:
         self.size = size
 
     def residuals(self, operands: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-        """As `Linearization.residuals`; here, all of them are stored."""
+        """See `Linearization.residuals`; here, all residuals are stored."""
         return self._leaves
 
     def jvp(self, given: Indices) -> UncachedOperation:
-        """As `Linearization.jvp`."""
+        """See `Linearization.jvp`."""
         n = len(self._leaves)
 
         def call(*operands: Any) -> list[Any]:
@@ -340,7 +340,7 @@ class UncachedLinearization:
         return UncachedOperation(call)
 
     def vjp(self, given: Indices, targets: Indices, sums: Indices) -> UncachedOperation:
-        """As `Linearization.vjp`."""
+        """See `Linearization.vjp`."""
         n, m = len(self._leaves), len(self._leaves) + len(given)
 
         def call(*operands: Any) -> list[Any]:

@@ -72,7 +72,7 @@ def compiled_sweep(
 
 
 class SweepStructure:
-    """What is known of tapes of one structure. It keeps no operation alive."""
+    """The sweep of tapes of one structure; it keeps no operation alive."""
 
     def __init__(
         self, entries: Sequence[TapeEntry], of: Sequence[int], wrt: Sequence[int]

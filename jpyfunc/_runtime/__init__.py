@@ -1,1 +1,1 @@
-"""What surrounds a run: programs in flight, and how exceptions leave them."""
+"""The surroundings of a run: its context, programs in flight, and their exceptions."""

@@ -61,12 +61,12 @@ def _warn_of_shared_client() -> None:
 
 
 def is_private(device: _compat.Device) -> bool:
-    """Whether a device is for bodies."""
+    """Test whether a device is reserved for bodies."""
     return device.client in _clients
 
 
 def default_device() -> _compat.Device:
-    """Where JAX puts an uncommitted array on this thread."""
+    """Return the device where JAX puts an uncommitted array on this thread."""
     device = _compat.default_device.value
     if device is None or isinstance(device, str):
         return jax.local_devices(backend=device)[0]

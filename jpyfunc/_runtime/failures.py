@@ -62,7 +62,7 @@ class Failure:
 
 
 class CatchBlock(Flight):
-    """What is dispatched in a block of `raise_original`, and its failures.
+    """The programs dispatched in a block of `raise_original`, and their failures.
 
     Attributes:
         failures: those that JAX raises only where something waits.

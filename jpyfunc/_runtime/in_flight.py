@@ -21,10 +21,10 @@ from jpyfunc._runtime.running_bodies import IdleTimes, numbers
 
 
 class Flight:
-    """What this thread dispatches from now on.
+    """The programs that this thread dispatches from now on.
 
-    The fences of before tell it from what was dispatched earlier, so that nothing need be
-    known of each program, nor of the arrays that it returns.
+    Fences from before tell them from earlier programs, so nothing need be known of each
+    program or of the arrays that it returns.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Flight:
         self._before = fences()
 
     def has_dispatched_all(self) -> bool:
-        """Whether all that is in flight now has been dispatched since."""
+        """Test whether everything that is in flight now has been dispatched since."""
         return all(fence.is_ready() for fence in self._before)
 
     def wait(self) -> None:

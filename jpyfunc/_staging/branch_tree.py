@@ -62,7 +62,7 @@ class BranchNode:
 
     @property
     def size(self) -> int:
-        """How many operations of JAX there are in it."""
+        """The number of JAX operations in it."""
         return sum(equation.size for equation in self.equations)
 
     def nodes(self) -> Iterator[BranchNode]:
@@ -139,7 +139,7 @@ class BranchTree:
 
     @property
     def size(self) -> int:
-        """How many operations of JAX there are in it."""
+        """The number of JAX operations in it."""
         return sum(node.size for node in self.root.nodes())
 
 

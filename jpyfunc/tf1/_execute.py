@@ -16,7 +16,7 @@ from jpyfunc.tf1._values import convert, fits
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """How to run a structure of fetches with a sequence of feeds.
+    """A plan for running a structure of fetches with a sequence of feeds.
 
     Attributes:
         program: the compiled program, shared by all plans for the same nodes.
