@@ -245,7 +245,7 @@ def is_same_kind(source: str, target: str) -> bool:
 def _stack(
     value: list[Any] | tuple[Any, ...], where: Callable[[], str], role: Role
 ) -> tuple[Array, bool]:
-    items = jax.tree.leaves(value, is_leaf=lambda x: x is None)
+    items = jax.tree.leaves(value)
     weak = all(type(x) in (bool, int, float, complex) for x in items)
     stack = jnp.asarray if any(isinstance(x, jax.Array) for x in items) else np.asarray
     try:
