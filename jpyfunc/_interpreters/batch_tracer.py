@@ -48,7 +48,7 @@ class BatchTracer(BodyTracer):
 
     def __init__(self, trace: Any, subset: Subset, value: Any) -> None:
         aval = value.aval
-        self._trace = trace
+        self.body_trace = trace
         self.aval = ShapedArray(aval.shape[1:], aval.dtype, aval.weak_type)
         self.subset = subset
         self.value = value
@@ -62,7 +62,7 @@ class BatchTracer(BodyTracer):
             index = subset.places_in(self.subset)
             if index is None:
                 raise TypeError(
-                    f"{self._trace.names.label}: an array of other elements of the batch "
+                    f"{self.body_trace.names.label}: an array of other elements of the batch "
                     "is used, which the body stored in an earlier run. Pass it as an "
                     "argument, or run the body once per element: "
                     'vmap_method="sequential".'
@@ -74,7 +74,7 @@ class BatchTracer(BodyTracer):
         """The tracer of the elements of `subset` alone, which frees the other rows."""
         if self.subset is subset:
             return self
-        return BatchTracer(self._trace, subset, self.padded_rows(subset))
+        return BatchTracer(self.body_trace, subset, self.padded_rows(subset))
 
     def decide(self) -> bool:
         batch, rows = self._rows()
@@ -86,7 +86,8 @@ class BatchTracer(BodyTracer):
         return rows_of(self.padded_rows(batch.subset), 0)
 
     def placement(self, name: str) -> Any:
-        self.check_runs()
+        if running_batch() is None:
+            self.refuse_elsewhere()
         return getattr(self.value, name)
 
     # JAX asks for this where it may go on without the value, which would split for nothing.
@@ -95,27 +96,23 @@ class BatchTracer(BodyTracer):
 
     def _rows(self) -> tuple[Any, np.ndarray]:
         """The trace that runs, and the array of its subset, without padding."""
-        self.check_runs()
         batch = running_batch()
+        if batch is None:
+            self.refuse_elsewhere()
         rows = data_of(self.padded_rows(batch.subset))
         return batch, rows[: len(batch.subset.rows)]
 
     @property
     def is_running(self) -> bool:
         """Whether the run that it is of goes on, on this thread."""
-        return self._trace in running_batches()
-
-    def check_runs(self) -> None:
-        """Refuse a use outside of a run."""
-        if running_batch() is None:
-            self.refuse_elsewhere()
+        return self.body_trace in running_batches()
 
     def refuse_elsewhere(self) -> NoReturn:
         """Refuse a use outside of a run: after its own, or on another thread."""
         # Its own run may still go on, and wait for the thread that fails here.
-        self._trace.note_refusal("an array is used on another thread")
+        self.body_trace.note_refusal("an array is used on another thread")
         raise TypeError(
-            f"{self._trace.names.label}: an array that stands for many elements of a batch "
+            f"{self.body_trace.names.label}: an array that stands for many elements of a batch "
             "is used outside of the run of the body that made it, where it has no single "
             "value. Return it from the body, which gives an array of all elements, or run "
             'the body once per element: vmap_method="sequential".'
@@ -134,7 +131,7 @@ class BatchTracer(BodyTracer):
             subset = batch.subset
         rows = data_of(self.padded_rows(subset))
         shown = [
-            f"{self._trace.names.index(row)}: {value!s}"
+            f"{self.body_trace.names.index(row)}: {value!s}"
             for row, value in zip(subset.rows[:SHOWN_ROWS].tolist(), rows, strict=False)
         ]
         more = len(subset.rows) - len(shown)

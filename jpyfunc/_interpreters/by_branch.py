@@ -117,7 +117,7 @@ def run_by_branch(
     """
     runs = 0
     for root in subsets:
-        trace = ByBranchTrace(names)
+        trace = ByBranchTrace(names, root)
         operands: list[Any] | None = None
         waiting = [Path(root)]
         while waiting:
@@ -206,10 +206,10 @@ class ByBranchTrace(EagerTrace):
         refusal: why something could not be done for many elements; empty if nothing.
     """
 
-    def __init__(self, names: ElementNames) -> None:
+    def __init__(self, names: ElementNames, subset: Subset) -> None:
         super().__init__(ground())
         self.names = names
-        self.subset: Subset
+        self.subset = subset
         self.refusal = ""
         self._paths: list[Path] = []  # of the elements that were split off
         self._log = ReplayLog()
