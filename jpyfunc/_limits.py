@@ -66,17 +66,19 @@ MIN_SWEEPS = 3
 # Functions whose sweeps are remembered.
 SWEEP_CACHE_SIZE = 256
 
-# --- Batches by branch (`_interpreters/by_branch.py`, `_bodies/batch_elements.py`).
+# --- Batches by branch (`subset.py`, `replay_log.py` and `batch_tracer.py` of
+# `_interpreters`, `_bodies/batch_elements.py`).
 
-# Lengths of small arrays of many elements, 128, 1024 and 8192, and how many bytes these may
-# have: a sine of so many takes 19 us, of few 4, and Python some 20 to get there. The first
-# 30 batches of rejection sampling, of 20 elements, took 8 s with powers of two; now 1.5.
+# Lengths of arrays of many elements, 128, 1024 and 8192, up to so many bytes: a sine of
+# that size takes 19 us, of a few elements 4, and Python needs some 20 to get there. The
+# first 30 batches of rejection sampling, of 20 elements, take 1.5 s; with powers of two, 8.
 SHORTEST_ROWS, ROWS_GROWTH = 128, 8
 MAX_PADDED_BYTES = 2**15
-# Bytes of operands and results that one run by branch begins with: beyond, memory counts.
+# Bytes of operands and results that a run by branch begins with; larger batches are run in
+# chunks, to bound memory.
 MAX_BATCH_BYTES = 2**26
-# Bytes of one element beyond which elements run one by one: its operations take longer
-# than Python does, and alone they fit a cache of the processor.
+# Bytes of one element beyond which elements run one by one: operations take longer than
+# Python does then, and the arrays of one element fit a cache of the processor.
 MAX_ELEMENT_BYTES = 2**17
 # Bytes of an array of all rows below which random bits of many keys are drawn in a loop.
 # Those of many keys take XLA 0.3 to 0.7 s to compile for CPUs, however many there are;
@@ -84,9 +86,9 @@ MAX_ELEMENT_BYTES = 2**17
 # `split(key, 3)` of 128 keys takes 16 us in a loop and 36 at once, `uniform` 9 and 13, but
 # of 1,024 keys 36 and 19.
 MAX_LOOPED_BYTES = 3 * 2**10
-# Bytes of results that are logged for the elements that leave at a branch.
+# Bytes of results in the log of a run, for the elements that leave it at a split.
 MAX_LOG_BYTES = 2**28
-# Functions of which it is remembered that they do not run by branch, and why.
+# Functions, kinds of calls and sizes of batches that are known not to run by branch.
 REFUSAL_CACHE_SIZE = 256
 # Rows that an array is unpacked into at once, and that are shown of one which is printed.
 MAX_UNSTACKED_ROWS = 32

@@ -25,6 +25,7 @@ tape.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -142,6 +143,7 @@ class BatchElements:
                 zip(operands, layout.stacked_in, base.in_avals, strict=True)
             )
         ]
+        self._function = functools.partial(_run_base, layout)
         self._names = ElementNames(base.function.label, layout.sizes)
         self._follows_tapes = ticket is not None
         self._drop_results()
@@ -154,9 +156,6 @@ class BatchElements:
             ResultColumn(aval, layout.places(stacked), all(stacked))
             for stacked, aval in zip(layout.stacked_out, layout.base.out_avals, strict=True)
         ]
-
-    def _function(self, operands: Sequence[Any]) -> list[Any]:
-        return _run_base(self.layout, operands)
 
     def run_each(self, rows: np.ndarray) -> None:
         """Run those of some elements that are not done, one by one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,16 @@ class CannotBatch(BaseException):
     """
 
 
-def is_batch_tracer(value: Any) -> bool:
+def is_batch_tracer(value: object) -> TypeGuard[BatchTracer]:
     """Whether `value` is an array of many elements of a batch, and has their values."""
     return type(value) is BatchTracer
 
 
 class BatchTracer(BodyTracer):
-    """An array of one element to the body; in fact of each element of a subset.
+    """An array of each element of a subset; to the body, the array of one element.
 
-    A truth test or a read of its value splits the subset where the elements differ: the run
-    goes on with those that agree.
+    A truth test, or a read of its value, splits the subset where elements differ, and the
+    run goes on with those that agree.
 
     Attributes:
         subset: the elements.
@@ -44,26 +44,26 @@ class BatchTracer(BodyTracer):
 
     __slots__ = ("_taken", "subset", "value")
 
-    aval: Any
+    aval: ShapedArray
 
-    def __init__(self, trace: Any, subset: Subset, value: Any) -> None:
+    def __init__(self, trace: Any, subset: Subset, value: jax.Array) -> None:
         aval = value.aval
         self.body_trace = trace
         self.aval = ShapedArray(aval.shape[1:], aval.dtype, aval.weak_type)
         self.subset = subset
         self.value = value
-        # The rows that were taken last. All operands of the operations after a split are
-        # cut down to the same subset, some of them many times.
+        # The rows that were taken last: after a split, the same ones are taken for every
+        # operation on this array.
         self._taken = (subset, value)
 
-    def padded_rows(self, subset: Subset) -> Any:
+    def padded_rows(self, subset: Subset) -> jax.Array:
         """The array of a subset that was taken from that of this tracer, padded."""
         if self._taken[0] is not subset:
             index = subset.places_in(self.subset)
             if index is None:
                 raise TypeError(
-                    f"{self.body_trace.names.label}: an array of other elements of the batch "
-                    "is used, which the body stored in an earlier run. Pass it as an "
+                    f"{self.body_trace.names.label}: an array of other elements of the "
+                    "batch is used, which the body stored in an earlier run. Pass it as an "
                     "argument, or run the body once per element: "
                     'vmap_method="sequential".'
                 )
@@ -71,7 +71,7 @@ class BatchTracer(BodyTracer):
         return self._taken[1]
 
     def of_subset(self, subset: Subset) -> BatchTracer:
-        """The tracer of the elements of `subset` alone, which frees the other rows."""
+        """A tracer of the elements of `subset` alone, which does not hold other rows."""
         if self.subset is subset:
             return self
         return BatchTracer(self.body_trace, subset, self.padded_rows(subset))
@@ -80,7 +80,7 @@ class BatchTracer(BodyTracer):
         batch, rows = self._rows()
         return bool(batch.agree(rows.reshape(len(rows)).astype(bool)))
 
-    def concrete(self, use: str) -> Any:
+    def concrete(self, use: str) -> jax.Array:
         batch, rows = self._rows()
         batch.agree(rows)
         return rows_of(self.padded_rows(batch.subset), 0)
@@ -90,7 +90,7 @@ class BatchTracer(BodyTracer):
             self.refuse_elsewhere()
         return getattr(self.value, name)
 
-    # JAX asks for this where it may go on without the value, which would split for nothing.
+    # JAX asks for this where it may do without the value, and a split would be in vain.
     def to_concrete_value(self) -> Any:
         return UnreadValue(self)
 
@@ -104,18 +104,18 @@ class BatchTracer(BodyTracer):
 
     @property
     def is_running(self) -> bool:
-        """Whether the run that it is of goes on, on this thread."""
+        """Whether the run that made it is still going on, on this thread."""
         return self.body_trace in running_batches()
 
     def refuse_elsewhere(self) -> NoReturn:
         """Refuse a use outside of a run: after its own, or on another thread."""
-        # Its own run may still go on, and wait for the thread that fails here.
+        # Its run may still be going on, waiting for the thread that fails here.
         self.body_trace.note_refusal("an array is used on another thread")
         raise TypeError(
-            f"{self.body_trace.names.label}: an array that stands for many elements of a batch "
-            "is used outside of the run of the body that made it, where it has no single "
-            "value. Return it from the body, which gives an array of all elements, or run "
-            'the body once per element: vmap_method="sequential".'
+            f"{self.body_trace.names.label}: an array that stands for many elements of a "
+            "batch is used outside of the run of the body that made it, where it has no "
+            "single value. Return it from the body, which gives an array of all elements, "
+            'or run the body once per element: vmap_method="sequential".'
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -140,7 +140,7 @@ class BatchTracer(BodyTracer):
 
 
 @jax.jit
-def _unstack(x: Any) -> list[Any]:
+def _unstack(x: jax.Array) -> list[jax.Array]:
     return [x[i] for i in range(x.shape[0])]
 
 
@@ -156,7 +156,7 @@ def data_of(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def rows_of(array: Any, index: Any) -> Any:
+def rows_of(array: Any, index: Any) -> jax.Array:
     """`array[index]`, on the device of `array`.
 
     By way of NumPy: JAX would compile the indexing for each size of a subset.

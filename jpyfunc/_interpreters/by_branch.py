@@ -15,20 +15,24 @@ from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
-from jax.extend.core import set_current_trace
+from jax.extend.core import Primitive, set_current_trace
 from jax.extend.core.primitives import stop_gradient_p
 
 from jpyfunc import _compat
 from jpyfunc._interpreters.batch_tracer import BatchTracer, CannotBatch
 from jpyfunc._interpreters.batched_operation import batch_operation, first_line
 from jpyfunc._interpreters.eager_trace import EagerTrace, ground, run
-from jpyfunc._interpreters.operations import CompiledOperation, UncachedOperation
+from jpyfunc._interpreters.operations import (
+    CompiledOperation,
+    Operation,
+    UncachedOperation,
+)
 from jpyfunc._interpreters.replay_log import LogEntry, ReplayLog
 from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import SHOWN_ROWS
 from jpyfunc._runtime.context import enter_batch
 
-Function = Callable[[Sequence[Any]], Sequence[Any]]  # from operands to results
+ElementFunction = Callable[[Sequence[Any]], Sequence[Any]]  # from operands to results
 
 
 class Column(Protocol):
@@ -94,7 +98,7 @@ class Path:
 
 
 def run_by_branch(
-    function: Function,
+    function: ElementFunction,
     columns: Sequence[Column],
     subsets: Sequence[Subset],
     names: ElementNames,
@@ -145,11 +149,11 @@ def run_by_branch(
 
 
 def _runs_alone(subset: Subset, root: Subset) -> bool:
-    """Whether a subset is one element, and runs as if there were no batch.
+    """Whether a subset is a single element that runs as if there were no batch.
 
-    A root that was taken from the subset of a tape runs by branch, as the tape was made.
-    An element that was split off does so, too, and replays what it executed before, unless
-    its arrays are so large that they are not padded: alone it is no slower then.
+    A root that was taken from the subset of a tape must run by branch, as the tape did. An
+    element that was split off runs by branch to replay what it has executed already,
+    unless its arrays are so large that they are not padded: alone it is no slower then.
     """
     if subset is root:
         return len(subset.rows) == 1 and subset.parent is None
@@ -157,7 +161,7 @@ def _runs_alone(subset: Subset, root: Subset) -> bool:
 
 
 def run_alone(
-    function: Function, columns: Sequence[Column], row: int, names: ElementNames
+    function: ElementFunction, columns: Sequence[Column], row: int, names: ElementNames
 ) -> Sequence[Any]:
     """The results of a function for one element."""
     try:
@@ -168,7 +172,7 @@ def run_alone(
 
 
 def _run_path(
-    function: Function, operands: Sequence[Any], trace: ByBranchTrace, path: Path
+    function: ElementFunction, operands: Sequence[Any], trace: ByBranchTrace, path: Path
 ) -> tuple[list[np.ndarray], list[Path]] | Refusal:
     """Run the elements of `path`.
 
@@ -178,18 +182,19 @@ def _run_path(
     """
     try:
         results, split = trace.run(function, operands, path)
-        # A result that a body kept from other elements raises here.
+        # A result that the body stored in a run of other elements raises here.
         rows = [_rows_of(result, trace.subset) for result in results]
     except (CannotBatch, Exception) as error:  # noqa: BLE001 - raised again one by one
         return Refusal(trace.refusal or first_line(error))
     except BaseException as error:
         trace.names.add_note(error, trace.subset.rows.tolist())
         raise
-    # The body may have caught `CannotBatch`, and what it returned then is nothing.
+    # The body may have caught `CannotBatch`; what it returned then is not its result.
     return Refusal(trace.refusal) if trace.refusal else (rows, split)
 
 
 def _rows_of(result: Any, subset: Subset) -> np.ndarray:
+    """A result as an array with a row for each element of `subset`."""
     count = len(subset.rows)
     if isinstance(result, BatchTracer):
         return np.asarray(result.padded_rows(subset))[:count]
@@ -203,7 +208,7 @@ class ByBranchTrace(EagerTrace):
     Attributes:
         names: what errors call the function and the elements.
         subset: the elements that run now.
-        refusal: why something could not be done for many elements; empty if nothing.
+        refusal: why the run cannot be of many elements; empty if it can.
     """
 
     def __init__(self, names: ElementNames, subset: Subset) -> None:
@@ -213,16 +218,16 @@ class ByBranchTrace(EagerTrace):
         self.refusal = ""
         self._paths: list[Path] = []  # of the elements that were split off
         self._log = ReplayLog()
-        self._primitive: Any = None  # that was bound last
+        self._primitive: Primitive  # that was bound last, for errors
 
     def run(
-        self, function: Function, operands: Sequence[Any], path: Path
+        self, function: ElementFunction, operands: Sequence[Any], path: Path
     ) -> tuple[Sequence[Any], list[Path]]:
         """Run a function on the elements of `path`.
 
         Args:
             function: from operands to results.
-            operands: those of all elements of the batch that began together.
+            operands: for all elements that began together.
             path: elements among them.
 
         Returns:
@@ -239,7 +244,7 @@ class ByBranchTrace(EagerTrace):
             self._log, self._paths = ReplayLog(), []
 
     def note_refusal(self, why: str) -> None:
-        """Let the run end as refused, even if the body goes on."""
+        """Drop the results of this run, even if the body goes on."""
         self.refusal = why
 
     def refuse(self, why: str) -> NoReturn:
@@ -248,10 +253,13 @@ class ByBranchTrace(EagerTrace):
         raise CannotBatch
 
     def agree(self, rows: np.ndarray) -> Any:
-        """Go on with elements that have one value; return it.
+        """Go on with the largest group of elements that have the same value.
 
         Args:
             rows: a value for each element of the subset.
+
+        Returns:
+            The value of that group.
         """
         flat = rows.reshape(len(rows), -1)
         if len(rows) > 1 and flat.shape[1]:
@@ -262,14 +270,14 @@ class ByBranchTrace(EagerTrace):
         return rows[0]
 
     def _split(self, values: np.ndarray) -> int:
-        """Go on with the largest group of elements that have one value.
+        """Split the subset where its elements have several values.
 
         Returns:
-            The place of one of these elements in the subset before.
+            The place, in the subset before, of an element of the group that goes on.
         """
         _, labels, counts = np.unique(values, return_inverse=True, return_counts=True)
         places = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-        # The group of the first element comes last, and so runs next, as in a loop.
+        # The group that begins with the first element is last in the list and runs next.
         groups = sorted(places, key=lambda group: group[0], reverse=True)
         largest = max(groups, key=lambda group: (len(group), -group[0]))
         subset, entries = self.subset, self._log.so_far()
@@ -279,13 +287,11 @@ class ByBranchTrace(EagerTrace):
         self.subset = subset.take(largest)
         return int(largest[0])
 
-    def batched(self, value: Any) -> BatchTracer:
-        """The tracer of an array with a row for each element of the subset, padded."""
+    def batched(self, value: jax.Array) -> BatchTracer:
+        """The tracer of a padded array with a row for each element of the subset."""
         return BatchTracer(self, self.subset, value)
 
-    def apply(
-        self, operation: CompiledOperation | UncachedOperation, operands: Sequence[Any]
-    ) -> list[Any]:
+    def apply(self, operation: Operation, operands: Sequence[Any]) -> list[Any]:
         """Execute an operation for all elements of the subset, or replay it."""
         if isinstance(operation, UncachedOperation):
             with set_current_trace(self):
@@ -301,7 +307,7 @@ class ByBranchTrace(EagerTrace):
         if 0 not in axes:
             return self._execute_once(operation, operands)
         if operation.needs_x64:
-            self.refuse("arrays of 64 bits while these are off")
+            self.refuse("64-bit arrays while jax_enable_x64 is off")
         many = batch_operation(operation, axes)
         if many.run is None:
             self.refuse(many.refusal)
@@ -315,21 +321,23 @@ class ByBranchTrace(EagerTrace):
     def _execute_once(
         self, operation: CompiledOperation, operands: Sequence[Any]
     ) -> list[Any]:
-        """Execute an operation whose operands all elements share.
+        """Execute an operation whose operands all elements share, once for all of them.
 
-        One that has an effect would have to happen for each element.
+        An effect would have to happen for each element, so it is refused.
         """
         if operation.is_stateful:
-            self.refuse("a stateful call in a loop or a branch of JAX")
+            self.refuse("a stateful call inside jax.lax.scan, cond or while_loop")
         if any(isinstance(x, jax.Ref) for x in operands):
             self.refuse("a jax.Ref is read or written")
         with enter_batch(None):
             return run(self.parent, operation, operands)
 
-    def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
+    def process_primitive(
+        self, primitive: Primitive, tracers: Sequence[Any], params: dict[str, Any], /
+    ) -> Any:
         if primitive is stop_gradient_p:
             return tracers[0]
-        # One without operands would be executed once, for all elements.
+        # Without operands, it would be executed once for all elements.
         if primitive in _compat.DEBUG_PRIMITIVES:
             self.refuse(f"{primitive.name} runs for each element")
         self._primitive = primitive

@@ -1,33 +1,32 @@
 """The operations of a run by branch, replayed for the elements that leave it at a split.
 
-Python cannot be resumed in the middle of a function, so elements that leave a run at a
-split execute the body again from its start. What they computed together with the others up
-to the split need not be computed again: the log of the run has it, as rows of arrays of the
-larger subset.
+A Python function cannot be resumed in the middle, so elements that leave a run at a split
+run the body again from its start. What they computed up to the split, together with the
+others, need not be computed again: the log of that run has it, as arrays of the larger
+subset, of which they take their rows.
 
 A log is a list of entries (operation, operands, results), one for each operation up to the
 split, in order. The k-th operation of the later run takes the results of entry k if it is
-the same operation on the same operands, and all operations before it were replayed too.
-Then its results are right whatever the body does otherwise, because an operation in a log
-is pure. In particular, a body need not be deterministic: where it does something else than
-in the earlier run, the log ends, and the operations from there on are executed.
+the same operation on the same operands, and if all operations before it were replayed, too.
+These results are then right whatever else the body does, because operations in a log are
+pure. In particular, the body need not be deterministic: where it does something else than
+in the earlier run, the log ends, and operations are executed from there on.
 
 When is an operand the same?
 
 - A batch tracer is the same if it is the same object. The operands of the body are made
-  once for all runs of a subset, and the results of a replayed operation are the very
-  tracers of the earlier run. So by induction over k, as long as the body does the same, it
-  does so with the same tracers.
-- Any other operand is the same if it has the same type, shape and bits. A body makes
-  constants anew in each run, such as `np.arange(3)` or `jnp.zeros(2)`, so their identity
-  says nothing. Bits, because 0.0 == -0.0, of which a body may take the sign, and because
-  NaN != NaN.
-- A NumPy array is copied into the log. The body may write to its array afterwards, and the
-  log must have what the operation was given; the same object may differ by then.
+  once for all these runs, and a replayed operation returns the tracers of the earlier run.
+  So, by induction over k, a body that does the same does it with the same tracers.
+- Any other operand is the same if it has the same type, shape and bits. A body makes new
+  objects for its constants in each run, such as `np.arange(3)`, so their identity says
+  nothing. Equality would not do either: 0.0 == -0.0, of which a body may take the sign,
+  and NaN != NaN.
+- A NumPy array is copied into the log, because the body may write to its own afterwards.
+  In the later run, the same object may then hold other values.
 
-A log also ends where it grows beyond `MAX_LOG_BYTES`. An operation that has no room is left
-out with all that follow it: a log with a hole would pair later operations with the entries
-of others.
+A log also ends where it would grow beyond `MAX_LOG_BYTES`: an operation for which there is
+no room is left out with all that follow it. With a hole in the log, later operations would
+be compared with the entries of others.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def _unchanging(operand: Any) -> Any:
     return np.array(operand) if isinstance(operand, np.ndarray) else operand
 
 
-def _is_same(x: Any, before: Any) -> bool:
+def _is_same(x: object, before: object) -> bool:
     """Whether an operand has the value that it had in the earlier run."""
     if type(x) is BatchTracer or type(before) is BatchTracer:
         return x is before
