@@ -1,15 +1,17 @@
-"""JVP and transpose rules: each re-executes the body, unless its run is kept.
+"""JVP and transpose rules, which make calls of derived bodies; dead-code elimination.
 
-For results `y = f(x)` of a call, with `x'` the tangents of the perturbed operands,
+For a call y = f(x), with the tangents x' of the operands that are differentiated:
 
-    y, r = f(x)         the call itself, with the ticket r of its run
-    y' = J(x, r) x'     one more call, linear in x': tangents, pushed through the run
-    x* = J(x, r)^T y*   its transpose, linear in y*: cotangents, pulled back through it
+    y, r = f(x)         the call itself, with the ticket r of the tape that it caches
+    y' = J(x, r) x'     a second call, linear in x', which applies the JVP of tape r
+    x* = J(x, r)^T y*   the transpose of that one, linear in y*, which applies the VJP
 
-and the transpose of the latter is the former again. Where the host no longer keeps run
-r, it runs the body at x again, each operation under `jax.vjp`. Calls for primals and
-tangents are kept apart, because `jax.linearize`, `scan` and `jax.checkpoint` evaluate the
-first and stage the second.
+and the transpose of the last is the second again. Where tape r has been evicted, the host
+runs the body at x again, on another tape.
+
+Primals and tangents are computed by calls of their own, because `jax.linearize`, `scan` and
+`jax.checkpoint` evaluate the first and stage out the second. A call whose results nothing
+uses is dropped.
 """
 
 from __future__ import annotations
@@ -29,22 +31,23 @@ from jpyfunc._primitive.primitive import Params, bind
 def _py_func_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, params: Params
 ) -> tuple[list[Any], list[Any]]:
-    """Push tangents through one call.
+    """Make the calls for the results and their tangents.
 
     Args:
-        primals: operands, flat, as `params.body.in_avals`.
-        tangents: one per primal; `ad.Zero` marks an operand that is not perturbed.
+        primals: the operands, one per `params.body.in_avals`.
+        tangents: one per operand; `ad.Zero` marks one that is not differentiated.
         params: of the call.
 
     Returns:
-        `(primals_out, tangents_out)`, both as `params.body.out_avals`.
+        The results and their tangents, one of each per `params.body.out_avals`.
 
     Raises:
-        NotDifferentiableError: a perturbed operand reaches a `numpy_func`.
+        NotDifferentiableError: an operand of a `numpy_func` without rules is
+            differentiated, or a derivative by rule is differentiated again.
     """
-    # An operand that is not perturbed must not cross as an array of zeros: the body
-    # would pay for it, and an integer has no tangent dtype there.
-    wrt = tuple(i for i, t in enumerate(tangents) if _is_perturbed(t))
+    # Tangents that are zero are left out: the body would spend time on them, and integers
+    # have none that NumPy could hold.
+    wrt = tuple(i for i, t in enumerate(tangents) if _is_differentiated(t))
     of = tuple(
         i
         for i, aval in enumerate(params.body.out_avals)
@@ -63,10 +66,10 @@ def _py_func_jvp(
     ticket = results[-1:] if body.has_tape else []
     derived = params.derived(params.body.jvp(wrt, of, repeatable=not params.stateful))
     operands = [*primals, *ticket, *(ad.instantiate_zeros(tangents[i]) for i in wrt)]
-    pushed = dict(zip(of, bind(operands, derived), strict=True))
+    tangents_out = dict(zip(of, bind(operands, derived), strict=True))
     results = results[: len(params.body.out_avals)]
     return results, [
-        pushed.get(i, ad.Zero(jax.typeof(y).to_tangent_aval()))
+        tangents_out.get(i, ad.Zero(jax.typeof(y).to_tangent_aval()))
         for i, y in enumerate(results)
     ]
 
@@ -74,16 +77,21 @@ def _py_func_jvp(
 def _linear_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], params: Params
 ) -> tuple[list[Any], list[Any]]:
-    """Push tangents through a derivative by rule, which is linear in its last operands."""
+    """Make the calls for a derivative by rule, which is linear in its last operands.
+
+    A linear function is its own JVP. With respect to its other operands it has none: that
+    would take a derivative of the rule.
+    """
     count = params.body.linear_from
-    if any(map(_is_perturbed, tangents[:count])):
+    if any(map(_is_differentiated, tangents[:count])):
         raise no_second_order(params.name)
     linear = map(ad.instantiate_zeros, tangents[count:])
     shared = dataclasses.replace(params, body=params.body.sharing_tape())
     return bind(primals, shared), bind([*primals[:count], *linear], params)
 
 
-def _is_perturbed(tangent: Any) -> bool:
+def _is_differentiated(tangent: Any) -> bool:
+    """Whether a tangent is that of an operand that is differentiated."""
     if isinstance(tangent, ad.Zero):
         return False
     return getattr(tangent, "dtype", None) != jax.dtypes.float0
@@ -92,39 +100,42 @@ def _is_perturbed(tangent: Any) -> bool:
 def _py_func_transpose(
     cotangents: Sequence[Any], *operands: Any, params: Params
 ) -> list[Any]:
-    """Pull cotangents back through a call that is linear in some operands.
+    """Make the call for the cotangents of the operands that a call is linear in.
 
     Args:
         cotangents: one per result; `ad.Zero` marks one that nothing depends on.
-        *operands: of the call; `ad.UndefinedPrimal` marks a linear one.
+        *operands: of the call; `ad.UndefinedPrimal` marks one that the call is linear in.
         params: of the call.
 
     Returns:
-        The cotangents of the linear operands, and None for the others.
+        The cotangents of these operands, and None for the others.
+
+    Raises:
+        NotDifferentiableError: a host function has no rule for it.
     """
     wrt = tuple(i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
     of = tuple(i for i, ct in enumerate(cotangents) if not isinstance(ct, ad.Zero))
     body, first = params.body.transpose(wrt, of)
     body.check_differentiable()
-    pulled = bind(
+    cotangents_in = bind(
         [*(operands[i] for i in first), *(cotangents[i] for i in of)],
         params.derived(body),
     )
     results: list[Any] = [None] * len(operands)
-    for i, cotangent in zip(wrt, pulled, strict=True):
+    for i, cotangent in zip(wrt, cotangents_in, strict=True):
         results[i] = cotangent
     return results
 
 
 def _py_func_dce(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]:
-    """Drop a call that nothing uses, and the keeping of a run that nothing asks for.
+    """Drop a call that nothing uses, or the tape of one that nothing differentiates.
 
     Args:
-        used: one per result.
-        eqn: the call, in a jaxpr.
+        used: whether each result is used.
+        eqn: the call in a jaxpr.
 
     Returns:
-        Which operands are used, and the equation that is left, or None.
+        Whether each operand is used, and the equation that is left, or None.
     """
     params = eqn.params["params"]
     if not any(used) and not eqn.effects:

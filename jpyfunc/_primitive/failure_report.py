@@ -1,8 +1,10 @@
-"""Failures of bodies in a program over several devices, in one process or in several.
+"""Failures of bodies in programs over several devices, in one process or in several.
 
-The host call runs on one of the devices. If it raised, the program would end on that one,
-and the others would wait for its results for ever. So it returns what the body raised, as
-a text, and each device raises that.
+The host call runs on one of the devices. If it raised there, the program would end on that
+device, and the others would wait for its results forever. So it does not raise: it returns
+a report as one more result, the text of the exception as an array of bytes, all zeros if
+there was none. The report is replicated to every device, and each device calls its host to
+raise what the report says.
 """
 
 from __future__ import annotations
@@ -19,36 +21,35 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jpyfunc._limits import REPORT_BYTES
 from jpyfunc._primitive.custom_call import emit_host_call
-from jpyfunc._primitive.host_call import raise_reported
+from jpyfunc._runtime.exceptions import leave
+
+REPORT_AVAL = ShapedArray((REPORT_BYTES,), np.uint8)
 
 raise_reported_p = Primitive("raise_reported")
 
 
-@raise_reported_p.def_abstract_eval
-def _abstract_eval(report: ShapedArray) -> ShapedArray:
-    return report.update(shape=(), dtype=np.dtype(bool))
+def report_of(text: str) -> np.ndarray:
+    """Make a report of a text, without its middle if it is too long."""
+    data = text.encode()
+    half = REPORT_BYTES // 2
+    if len(data) > REPORT_BYTES:
+        data = data[: half - 5] + b"\n...\n" + data[-half:]
+    report = np.zeros(REPORT_AVAL.shape, REPORT_AVAL.dtype)
+    report[: len(data)] = np.frombuffer(data, REPORT_AVAL.dtype)
+    return report
 
 
-def _lowering(ctx: mlir.LoweringRuleContext, report: Any) -> list[Any]:
-    is_cpu = ctx.module_context.platforms[0] == "cpu"
-    call = functools.partial(raise_reported, is_cpu)
-    results, _ = emit_host_call(ctx, call, None, [report], has_side_effect=True)
-    return results
-
-
-mlir.register_lowering(raise_reported_p, _lowering, cacheable=False)
-
-
-def checked(
+def raise_on_every_device(
     results: Sequence[jax.Array], report: jax.Array, sharding: NamedSharding
 ) -> list[jax.Array]:
-    """The results of a call, on every device once it knows that the body did not fail.
+    """Make the results of a call depend on every device knowing that it did not fail.
 
     Args:
-        results: whole on every device.
-        report: of the call, whole on every device.
-        sharding: theirs.
+        results: replicated.
+        report: of the call, replicated.
+        sharding: that of both.
     """
     good = jax.shard_map(
         raise_reported_p.bind,
@@ -58,3 +59,22 @@ def checked(
         check_vma=False,
     )(report)
     return [jnp.where(good, x, jnp.zeros_like(x)) for x in results]
+
+
+def _raise_reported_abstract_eval(report: ShapedArray) -> ShapedArray:
+    return report.update(shape=(), dtype=np.dtype(bool))
+
+
+def _raise_reported_lowering(ctx: mlir.LoweringRuleContext, report: Any) -> list[Any]:
+    is_cpu = ctx.module_context.platforms[0] == "cpu"
+    function = functools.partial(_raise_reported, is_cpu)
+    results, _ = emit_host_call(ctx, function, None, [report], has_side_effect=True)
+    return results
+
+
+def _raise_reported(raises_at_once: bool, report: np.ndarray) -> tuple[np.ndarray]:
+    """Raise what a report says; if that is nothing, return True."""
+    text = bytes(np.asarray(report)).rstrip(b"\0").decode("utf-8", "replace")
+    if text:
+        leave(text, raises_at_once)
+    return (np.asarray(True),)

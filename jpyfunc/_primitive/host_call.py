@@ -1,4 +1,4 @@
-"""What a compiled program calls on the host."""
+"""The host call: what a compiled program calls, with NumPy arrays, to run a body."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import ShapedArray, Tracer
+from jax.core import Tracer
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
@@ -18,9 +18,7 @@ from jpyfunc._bodies.body import Body
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._interpreters.on_device import OnDeviceTrace
-from jpyfunc._limits import (
-    REPORT_BYTES,
-)
+from jpyfunc._primitive.failure_report import report_of
 from jpyfunc._runtime.configuration import Config, enter_config
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.exceptions import caller, failing, leave
@@ -28,30 +26,20 @@ from jpyfunc._runtime.profile import measured
 from jpyfunc._runtime.running_bodies import running_body
 from jpyfunc._staging.closure import held
 
-# What a call says of its failure where others must know: a text, zeros if there is none.
-REPORT = ShapedArray((REPORT_BYTES,), np.uint8)
-
-
-def raise_reported(raises_at_once: bool, report: np.ndarray) -> tuple[np.ndarray]:
-    """Raise what a call has reported; True if that is nothing."""
-    text = bytes(np.asarray(report)).rstrip(b"\0").decode("utf-8", "replace")
-    if text:
-        leave(text, raises_at_once)
-    return (np.asarray(True),)
-
 
 class HostCall:
-    """What a compiled program calls on the host: runs a body on NumPy operands.
+    """A function of NumPy arrays that runs a body for a compiled program.
 
-    The body runs on the thread of the program that calls, on the private client, under
-    the configuration that was in force where the call was traced.
+    The body runs on the thread that calls, its operations on a device of a private client,
+    under the JAX configuration that was in force where the call was traced.
 
     Args:
         body: what to run.
-        config: as `current_config` gave it.
-        device: the private one for the program, as `body_device` gave it.
-        reports: whether it returns what it raises, as `failure_report` says.
-        raises_at_once: as of `leave`.
+        config: that configuration.
+        device: that device, as `body_device` gave it.
+        reports: whether a failure is returned as a report, as `failure_report` says, and
+            not raised.
+        raises_at_once: as in `leave`.
     """
 
     __slots__ = (
@@ -78,23 +66,23 @@ class HostCall:
         self._row = body.row
         self._reports = reports
         self._raises_at_once = raises_at_once
-        # It costs each operation JAX's fast path, some 60 us, so only where needed.
+        # Operations then miss JAX's fast path, some 60 us each, so only where needed.
         self._on_device = _holds_array_elsewhere(body.function, device)
 
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
             with running_body():
-                results = measured(self._row, self._context, operands, self._cross)
-        except BaseException as error:  # noqa: BLE001 - it is raised, as XLA takes it
+                results = measured(self._row, self._context, operands, self._run)
+        except BaseException as error:  # noqa: BLE001 - it leaves as a text
             text = failing(error, self._body.function.label, self._raises_at_once)
         else:
-            return (*results, _report("")) if self._reports else results
+            return (*results, report_of("")) if self._reports else results
         if not self._reports:
             leave(text, self._raises_at_once)
         zeros = (np.zeros(aval.shape, aval.dtype) for aval in self._body.out_avals)
-        return (*zeros, _report(text))
+        return (*zeros, report_of(text))
 
-    def _cross(self, context: Context, operands: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    def _run(self, context: Context, operands: Sequence[Any]) -> tuple[np.ndarray, ...]:
         device: Any = context.device
         with enter_config(self._config, device), _thread_hooks():
             if self._on_device:
@@ -114,10 +102,10 @@ class HostCall:
 
 
 def _thread_hooks() -> AbstractContextManager[None]:
-    """Trace this thread as `threading` does those that it starts, if it is one of XLA's.
+    """Follow a thread of XLA's as `threading` follows the threads that it starts.
 
-    Debuggers, coverage and profilers follow a program's threads by `threading.settrace`
-    and `threading.setprofile`, which know none that Python has not started.
+    Debuggers, profilers and coverage see threads through `threading.settrace` and
+    `threading.setprofile`, which say nothing to a thread that Python has not started.
     """
     if (threading.gettrace() or threading.getprofile()) and caller() is None:
         return _entered_thread_hooks()
@@ -145,22 +133,11 @@ def _entered_thread_hooks() -> Iterator[None]:
             enter(None)
 
 
-def _report(text: str) -> np.ndarray:
-    """`text` as a report, without its middle if it is long."""
-    data = text.encode()
-    half = REPORT.size // 2
-    if len(data) > REPORT.size:
-        data = data[: half - 5] + b"\n...\n" + data[-half:]
-    report = np.zeros(REPORT.shape, REPORT.dtype)
-    report[: len(data)] = np.frombuffer(data, REPORT.dtype)
-    return report
-
-
 def _holds_array_elsewhere(function: UserFunction, device: _compat.Device) -> bool:
-    """Whether a body holds a JAX array that is not on `device`, global ones included.
+    """Whether a function uses an array that is not on `device`, from globals for example.
 
     Raises:
-        UnsupportedError: it holds one that other processes hold in part.
+        UnsupportedError: it uses an array that is in part on devices of other processes.
     """
     elsewhere = False
     for path, value in held(function.held, with_globals=True):

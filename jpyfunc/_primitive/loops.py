@@ -1,7 +1,10 @@
-"""Stateful calls in `cond`, `while_loop` and `scan`: refused, or run as often as written.
+"""Stateful calls in `cond`, `while_loop` and `scan`: run as often as written, or refused.
 
-JAX has no hook for an effect in the rules of these primitives, so the rules are replaced
-by ones that ask for `StatefulEffect` first. A program without it meets JAX's own rules.
+A stateful call must run exactly as often as the program says, but some rules of these
+primitives would run it more often, or less: under `vmap`, `cond` executes all branches;
+`jax.linearize` runs a `while_loop` twice; reverse mode moves what does not change out of a
+`scan`. JAX has no hook for effects in these rules. So they are replaced by rules that look
+for `StatefulEffect` first, and that otherwise are JAX's own.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from jax.interpreters import batching, partial_eval
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
-from jpyfunc._primitive.primitive import StatefulEffect
+from jpyfunc._primitive.effects import StatefulEffect
 
 
 def guard_stateful_calls() -> None:
-    """Replace JAX's rules of `cond`, `while_loop` and `scan`."""
+    """Replace the rules of `cond`, `while_loop` and `scan` that could repeat a call."""
     batchers = batching.fancy_primitive_batchers
     cond_p, while_p = jax.lax.cond_p, jax.lax.while_p
     batchers[cond_p] = _refusing_in_cond(batchers[cond_p])
@@ -30,14 +33,15 @@ def guard_stateful_calls() -> None:
 
 
 def _refusing_in_cond(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The batching rule of `cond`, which computes all branches where elements differ.
+    """Batching rule of `cond`, which executes every branch if the predicate is batched.
 
     Raises:
-        UnsupportedError: a branch has a stateful call, which would run where not taken.
+        UnsupportedError: a branch has a stateful call, which would run for elements that
+            do not take the branch.
     """
 
     def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
-        # The index of a choice by platform becomes one for all elements again.
+        # `jax.lax.platform_dependent` chooses alike for all elements, whatever `dims` says.
         differ = dims[0] is not None and "branches_platforms" not in params
         for effect in _stateful(*params["branches"]) if differ else ():
             raise _refusal(
@@ -49,15 +53,15 @@ def _refusing_in_cond(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refusing_in_while(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The batching rule of `while_loop`, which runs until the last element is done.
+    """Batching rule of `while_loop`, which iterates until the last element is done.
 
     Raises:
-        UnsupportedError: elements may end at different iterations, and it has a stateful
-            call.
+        UnsupportedError: the loop has a stateful call, and elements may end at different
+            iterations.
     """
 
     def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
-        # Only then ask what JAX's rule is about to find out itself.
+        # Loops without stateful calls do not pay for the search, which JAX repeats.
         for effect in _stateful(params["cond_jaxpr"], params["body_jaxpr"]):
             if _is_test_batched(dims, **params):
                 raise _refusal(
@@ -78,12 +82,12 @@ def _is_test_batched(
     body_jaxpr: Any,
     body_nconsts: int,
 ) -> bool:
-    """Whether elements of a batched `while_loop` may differ in when they end."""
+    """Whether elements of a batched `while_loop` may end at different iterations."""
     batched = [d is not None for d in dims]
     n = cond_nconsts + body_nconsts
     of_test, of_body, carry = batched[:cond_nconsts], batched[cond_nconsts:n], batched[n:]
     before = None
-    while carry != before:  # what is batched after one iteration is so from the next on
+    while carry != before:  # up to a fixed point: batched once, batched ever after
         before = carry
         after = _batched(body_jaxpr, of_body + carry)
         carry = [a or b for a, b in zip(carry, after, strict=True)]
@@ -91,7 +95,7 @@ def _is_test_batched(
 
 
 def _batched(jaxpr: Any, operands: Sequence[bool]) -> list[bool]:
-    """Which results of a jaxpr depend on operands that are batched."""
+    """Whether each result of a jaxpr depends on a batched operand."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     live = {id(v) for v, b in zip(inner.invars, operands, strict=True) if b}
     for eqn in inner.eqns:
@@ -113,11 +117,11 @@ def _refusal(effect: StatefulEffect, what: str, does: str) -> UnsupportedError:
 
 
 def _refusing_in_linearized_while(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The partial evaluation of `while_loop`, which runs the loop again for its tangents.
+    """Partial evaluation of `while_loop`, which repeats the loop for the tangents.
 
-    `jax.linearize` computes the primals with one loop, and the tangents with a second one
-    that computes the primals again. A stateful call would run in both, and the tangents
-    would belong to another execution than the primals.
+    `jax.linearize` computes the primals in one loop, and the tangents in another one that
+    computes the primals again. A stateful call would run in both, and the tangents would
+    be those of a different execution.
 
     Raises:
         UnsupportedError: the loop has a stateful call.
@@ -138,11 +142,12 @@ def _refusing_in_linearized_while(rule: Callable[..., Any]) -> Callable[..., Any
 
 
 def _hoisting_unless_stateful(hoist: Callable[..., Any]) -> Callable[..., Any]:
-    """The hoisting out of the `scan` that reverse mode makes, which stateful calls stop.
+    """Hoisting of loop-invariant residuals out of a `scan`, except from stateful calls.
 
-    `scan` moves residuals that depend on constants alone out of its loop, and with them
-    the calls that compute them, effects or not (jax-ml/jax#16637): a call whose operands
-    do not change from one iteration to the next would run once.
+    In reverse mode, `scan` computes residuals that depend on constants alone before its
+    loop, and with them any call whose operands do not change from one iteration to the
+    next, effects or not (jax-ml/jax#16637). The call would run once instead of once in
+    each iteration.
     """
 
     def hoist_unless_stateful(jaxpr: Any, consts: Any, size: int, *rest: Any) -> Any:
@@ -154,6 +159,6 @@ def _hoisting_unless_stateful(hoist: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stateful(*jaxprs: Any) -> list[StatefulEffect]:
-    """The effects of stateful calls in jaxprs."""
+    """Effects of the stateful calls in jaxprs."""
     effects = (effect for jaxpr in jaxprs for effect in jaxpr.effects)
     return [effect for effect in effects if isinstance(effect, StatefulEffect)]

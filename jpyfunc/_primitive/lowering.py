@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._primitive.custom_call import emit_host_call
-from jpyfunc._primitive.failure_report import checked
-from jpyfunc._primitive.host_call import REPORT, HostCall
-from jpyfunc._primitive.primitive import ORDERED, Params
+from jpyfunc._primitive.effects import ORDERED
+from jpyfunc._primitive.failure_report import REPORT_AVAL, raise_on_every_device
+from jpyfunc._primitive.host_call import HostCall
+from jpyfunc._primitive.primitive import Params
 from jpyfunc._runtime.clients import body_device
 from jpyfunc._runtime.failures import watch
 from jpyfunc._runtime.fences import add_fences
@@ -28,6 +29,10 @@ def _py_func_lowering(
 ) -> list[Any]:
     """Emit the host call of one bind.
 
+    Under `jit` over several devices, XLA partitions the program. The host call takes whole
+    arrays and runs on one of the devices: its operands are gathered, its results
+    replicated, and its failure is raised on every device.
+
     Raises:
         UnsupportedError: the program is exported, is lowered for several platforms at
             once or for one without host callbacks, or leaves some mesh axes automatic
@@ -36,30 +41,31 @@ def _py_func_lowering(
     _check_supported(ctx, params)
     add_fences(_local_devices(ctx))
     watch()
-    whole = _whole_on_all_devices(ctx)
+    replicated = _replicated(ctx)
     avals_out = list(ctx.avals_out)
-    if whole is not None:
-        operands = _lowered(ctx, constrained, operands, ctx.avals_in, ctx.avals_in, whole)
-        avals_out.append(REPORT)
+    if replicated is not None:
+        operands = _lowered(
+            ctx, constrained, operands, ctx.avals_in, ctx.avals_in, replicated
+        )
+        avals_out.append(REPORT_AVAL)
     token = ctx.tokens_in.get(ORDERED) if params.ordered else None
-    device = body_device(ctx)
     results, token = emit_host_call(
         ctx.replace(avals_out=avals_out),
         HostCall(
             params.body,
             params.config,
-            device,
-            reports=whole is not None,
+            body_device(ctx),
+            reports=replicated is not None,
             raises_at_once=ctx.module_context.platforms[0] == "cpu",
         ),
         token,
         operands,
         has_side_effect=params.stateful,
     )
-    if whole is not None:
-        # The call runs on one device, and a result that stayed there alone would have
-        # a sharding that no later eager operation accepts.
-        results = _lowered(ctx, _checked, results, avals_out, ctx.avals_out, whole)
+    if replicated is not None:
+        # Results that stayed on the one device would have a sharding that no later eager
+        # operation accepts.
+        results = _lowered(ctx, _checked, results, avals_out, ctx.avals_out, replicated)
     if token is not None:
         ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({ORDERED: token})))
     return list(results)
@@ -96,7 +102,7 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
 
 
 def _local_devices(ctx: mlir.LoweringRuleContext) -> list[_compat.Device]:
-    """Those of this process that the program which is being lowered runs on."""
+    """The devices of this process that the program will run on."""
     axes = ctx.module_context.axis_context
     if isinstance(axes, mlir.SPMDAxisContext):
         devices: Any = axes.mesh.devices.flat
@@ -105,8 +111,8 @@ def _local_devices(ctx: mlir.LoweringRuleContext) -> list[_compat.Device]:
     return [d for d in devices if d in d.client.local_devices()]
 
 
-def _whole_on_all_devices(ctx: mlir.LoweringRuleContext) -> NamedSharding | None:
-    """That over the devices that XLA partitions this program over, if they are several."""
+def _replicated(ctx: mlir.LoweringRuleContext) -> NamedSharding | None:
+    """The replicated sharding, if XLA partitions the program over several devices."""
     axes = ctx.module_context.axis_context
     if not isinstance(axes, mlir.ShardingContext) or axes.num_devices == 1:
         return None
@@ -116,7 +122,7 @@ def _whole_on_all_devices(ctx: mlir.LoweringRuleContext) -> NamedSharding | None
 
 def _checked(xs: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
     *results, report = constrained(xs, sharding)
-    return checked(results, report, sharding)
+    return raise_on_every_device(results, report, sharding)
 
 
 def _lowered(
@@ -127,9 +133,10 @@ def _lowered(
     avals_out: Sequence[Any],
     sharding: NamedSharding,
 ) -> Any:
-    """What a function of arrays computes of lowered values, of all devices' programs."""
+    """Lower `function`, of arrays and `sharding`, and apply it to lowered `values`."""
     lower = mlir.lower_fun(lambda *xs: function(xs, sharding), multiple_results=True)
-    # Avals without the explicit axes of a mesh, on which a constraint is an assertion.
+    # Without the explicit axes of a mesh, over which a sharding constraint would not
+    # reshard but assert.
     plain = [
         [ShapedArray(aval.shape, aval.dtype) for aval in avals]
         for avals in (avals_in, avals_out)
