@@ -21,10 +21,7 @@ import numpy as np
 import jpyfunc
 import jpyfunc.tf1 as tf
 from jpyfunc import py_func, raise_original
-
-# What float32 loses in a handful of operations and a logarithm.
-TOLERANCE = 1e-5
-SECONDS_PER_COST = 0.4
+from jpyfunc._limits import SECONDS_PER_COST, TOLERANCE
 
 
 def log_huber(x: Any, m: Any) -> Any:

@@ -114,6 +114,16 @@ PATIENCE_AT_EXIT = 60.0
 # Seconds without a body after which none is to come of a program whose results are dropped
 # and whose thread has ended.
 QUIET = 0.1
+# Seconds between two looks at what is waited for, at first and at last: an eager call takes
+# 20 us, and a body that takes long is not held up by who looks.
+SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 0.01
 # Relative error of linearity that a transposed host function may show. Sums and products
 # scale by -2 without any, but a solver that stops at an absolute tolerance does not.
 LINEARITY_TOLERANCE = 1e-2
+
+# --- The report (`__main__`).
+
+# Error of float32 in a handful of operations and a logarithm.
+TOLERANCE = 1e-5
+# Seconds for which each cost is measured.
+SECONDS_PER_COST = 0.4

@@ -1,14 +1,22 @@
-"""The import order that CONTRIBUTING.md states, and where private names of JAX may be."""
+"""The layout that CONTRIBUTING.md states: imports, JAX's private names, sizes, names."""
 
 import ast
+import functools
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jpyfunc"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+each_module = pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
 
 
 def unit(path: Path) -> str:
@@ -34,7 +42,7 @@ def stated_order() -> list[str]:
 def imported(path: Path) -> set[str]:
     """Return the full names of all modules that a module imports, anywhere in its code."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,7 +56,7 @@ def test_every_module_is_listed_once():
     assert sorted(order) == sorted({unit(path) for path in MODULES})
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@each_module
 def test_imports_run_downwards(path):
     order = stated_order()
     for name in imported(path):
@@ -65,7 +73,7 @@ def test_imports_run_downwards(path):
         )
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@each_module
 def test_private_names_of_jax_stay_in_compat(path):
     if unit(path) != "_compat":
         assert not [
@@ -74,3 +82,103 @@ def test_private_names_of_jax_stay_in_compat(path):
             if name.startswith(("jax._src", "jaxlib._", "jaxlib.xla", "jaxlib.mlir"))
         ]
         assert "._src" not in path.read_text(encoding="utf-8")
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and bool(re.match(r"_(?!_)", name))
+
+
+@functools.cache
+def own_private_names() -> set[str]:
+    """Those that the package defines itself, and that JAX's traces and tracers have not."""
+    names = {path.stem for path in MODULES} | {path.parent.name for path in MODULES}
+    for node in (node for tree in TREES.values() for node in ast.walk(tree)):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.Attribute(ast.Name("self" | "cls"), attr=name, ctx=ast.Store()):
+                names.add(name)
+    return names - {*jax.core.Trace.__slots__, *jax.core.Tracer.__slots__}
+
+
+def private_attributes(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Attributes that a module reads, writes or overrides by their private names."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(ast.Name("sys"), attr="_getframe"):
+                continue
+            case ast.Attribute(attr=name):
+                pass
+            case ast.Call(
+                ast.Name("getattr" | "setattr" | "hasattr"), [_, ast.Constant(name), *_]
+            ):
+                pass
+            case ast.ClassDef(body=body):
+                for method in body:
+                    if isinstance(method, ast.FunctionDef) and is_private(method.name):
+                        yield method.name, method.lineno
+                continue
+            case _:
+                continue
+        if is_private(name):
+            yield name, node.lineno
+
+
+@each_module
+def test_private_attributes_of_jax_stay_in_compat(path):
+    if unit(path) != "_compat":
+        assert not [
+            f"{path.name}:{line}: {name}"
+            for name, line in private_attributes(TREES[path])
+            if name not in own_private_names()
+        ]
+
+
+@each_module
+def test_files_classes_and_functions_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= (
+        250 if unit(path) == "_compat" else 450
+    )
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            limit = 250 if isinstance(node, ast.ClassDef) else 60
+            if node.name != "py_func":  # nearly all of which is its docstring
+                assert lines <= limit, f"{node.name} has {lines} lines"
+
+
+def test_names_of_modules_and_classes_are_unique():
+    modules = Counter(
+        path.stem
+        for path in MODULES
+        if path.stem != "__init__"
+        and not unit(path).startswith("tf1")  # TensorFlow's names
+    )
+    classes = Counter(
+        node.name
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    )
+    assert not [name for name, n in [*modules.items(), *classes.items()] if n > 1]
+
+
+@each_module
+def test_tunable_numbers_are_in_limits(path):
+    """With what they were measured by; no other module has a numeric constant."""
+    numbers = []
+    for node in TREES[path].body:
+        match node:
+            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(
+                ast.Name(name), _, value
+            ):
+                parts = [*ast.walk(value)] if value else []
+                is_number = parts and all(
+                    isinstance(part, ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop)
+                    or (isinstance(part, ast.Constant) and type(part.value) in (int, float))
+                    for part in parts
+                )
+                numbers += [name] if is_number and name.isupper() else []
+    assert unit(path) == "_limits" or not numbers

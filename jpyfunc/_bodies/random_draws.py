@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 _bit_generator = getattr(np.random, "get_bit_generator")  # noqa: B009 - unknown to pyright
-_WORDS = 4 * 625  # bytes of a Mersenne Twister
 
 # Normal numbers are drawn in pairs, and the second one is stored until the next draw, which
 # leaves the words alone. So it belongs to the state, but only `get_state` tells it. There
@@ -39,7 +38,8 @@ def _numpy_state() -> Any:
     bits = _bit_generator()
     if type(bits) is not np.random.MT19937:  # the user has set another one
         return repr(np.random.get_state(legacy=False))
-    words = ctypes.string_at(bits.ctypes.state_address, _WORDS)
+    # A Mersenne Twister is 624 words and the position in them.
+    words = ctypes.string_at(bits.ctypes.state_address, 4 * 625)
     known_words, second = _last_known
     if words != known_words or second is not None:
         state = np.random.get_state(legacy=False)

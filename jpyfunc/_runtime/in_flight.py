@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from jpyfunc._limits import (
+    LONGEST_PAUSE,
     PATIENCE,
     PATIENCE_AT_EXIT,
     PATIENCE_BEFORE,
     QUIET,
+    SHORTEST_PAUSE,
 )
 from jpyfunc._runtime.fences import fenced_clients, fences
 from jpyfunc._runtime.running_bodies import IdleTimes, numbers
@@ -63,11 +65,11 @@ def taken(flights: list[Any]) -> Any:
 
 
 def _pauses() -> Iterator[float]:
-    """Seconds from one look to the next: short ones first."""
-    pause = 2e-5
+    """Seconds from one look to the next."""
+    pause = SHORTEST_PAUSE
     while True:
         yield pause
-        pause = min(2 * pause, 0.01)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 _process = os.getpid()

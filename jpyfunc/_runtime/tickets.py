@@ -14,7 +14,6 @@ import numpy as np
 from jax.core import ShapedArray
 
 TICKET = ShapedArray((4,), np.uint32)
-NAME_BYTES = 12  # of the first three words
 
 
 def ticket_aval(batch_shape: tuple[int, ...]) -> ShapedArray:
@@ -35,7 +34,7 @@ def name_of(ticket: np.ndarray) -> bytes:
 def names_of(tickets: np.ndarray) -> set[bytes]:
     """The names of the tapes of many tickets."""
     words = np.ascontiguousarray(tickets.reshape(-1, 4)[:, :3])
-    return set(words.view(f"V{NAME_BYTES}").ravel().tolist())
+    return set(words.view("V12").ravel().tolist())
 
 
 def tickets_of_rows(ticket: np.ndarray, count: int) -> np.ndarray:

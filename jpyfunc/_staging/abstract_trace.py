@@ -92,7 +92,7 @@ class AbstractTrace(BodyTrace):
     def atom(self, value: Any) -> Atom:
         """Return `value` as it is recorded, as an operand or as a result of the body."""
         if isinstance(value, AbstractTracer):
-            if value._trace is not self:
+            if value.body_trace is not self:
                 self.refuse("it uses an array of another run on abstract values")
             return ValueRef(value.number)
         found = self._constants.get(id(value))

@@ -28,7 +28,7 @@ class AbstractTracer(BodyTracer):
     __slots__ = ("_aval", "number")
 
     def __init__(self, trace: Any, aval: ShapedArray, number: int) -> None:
-        self._trace = trace
+        self.body_trace = trace
         self._aval = aval
         self.number = number
 
@@ -36,8 +36,8 @@ class AbstractTracer(BodyTracer):
     def aval(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         # Whatever is done with an array begins by asking for this, so that one that is
         # used after its run is found here.
-        if not self._trace.is_open:
-            raise self._trace.left_behind()
+        if not self.body_trace.is_open:
+            raise self.body_trace.left_behind()
         return self._aval
 
     def to_concrete_value(self) -> Any:
@@ -48,7 +48,7 @@ class AbstractTracer(BodyTracer):
         return None
 
     def decide(self) -> bool:
-        return self._trace.answer(self)
+        return self.body_trace.answer(self)
 
     def concrete(self, use: str) -> NoReturn:
         """Refuse a use that needs the value.
@@ -57,19 +57,19 @@ class AbstractTracer(BodyTracer):
             NeedsValueError: always.
         """
         use = f"{use} of {self.aval.str_short()}"
-        self._trace.refuse(use)
+        self.body_trace.refuse(use)
         raise NeedsValueError(use)
 
     def __format__(self, spec: str) -> str:
         return repr(self)
 
     def __repr__(self) -> str:
-        if not self._trace.is_open:
+        if not self.body_trace.is_open:
             return f"Abstract({self._aval.str_short()}, left behind)"
         # The text has no data. If it is printed that does no harm, but what else the body
         # does with it, such as a key of a dict, would differ from what it does with data.
         if not line_of(user_frame()).startswith("print("):
-            self._trace.refuse(f"text of {self.aval.str_short()}")
+            self.body_trace.refuse(f"text of {self.aval.str_short()}")
         return f"Abstract({self.aval.str_short()})"
 
 
