@@ -51,7 +51,7 @@ class AbstractTrace(BodyTrace):
     Attributes:
         branch_points: the truth tests so far.
         equations: the operations since the last one.
-        refusal: why the record is not what the body does, or "".
+        refusal: why the record differs from what the body does with data, or "".
         is_open: whether the body is still running.
     """
 
@@ -128,7 +128,7 @@ class AbstractTrace(BodyTrace):
             return copy_numpy(value, self._copied)
         else:
             return value
-        # With the original, whose memory or id no other gets while it lives.
+        # The original is kept, too, so that nothing else gets its memory or its id.
         self._copies[key] = value, copy_numpy(value, self._copied)
         return self._copies[key][1]
 
@@ -149,9 +149,9 @@ class AbstractTrace(BodyTrace):
         )
 
     def refuse(self, why: str) -> None:
-        """Note that the record is not what the body does with data.
+        """Set `refusal`, unless there is one.
 
-        An exception alone would not do: the body may catch it, and go on.
+        An exception alone would not do, because the body may catch it and go on.
         """
         self.refusal = self.refusal or f"{why}{place_of_frame(user_frame())}"
 
@@ -186,8 +186,9 @@ class AbstractTrace(BodyTrace):
         if effects:
             self.refuse(f"an operation has an effect ({primitive.name})")
         elif calls:
-            # Not all elements of a batch may come to that call, and one in a `cond` would
-            # be made for those that do not, too. A call of the whole body is not.
+            # Under `vmap`, a call in a `cond` would be made for all elements, also for
+            # those that take the other branch. A call of the whole body is not, because it
+            # gets the predicate of its path: see `emission`.
             self.refuse("it calls Python itself")
         outs = outs if primitive.multiple_results else [outs]
         jaxpr = params.get("jaxpr")
@@ -239,9 +240,8 @@ class AbstractTrace(BodyTrace):
         `jnp.zeros(10**6)`, would bloat it, and the program computes it again from what it
         was computed from, unless that is as large, or a chain of too many operations.
 
-        The arrays themselves are not kept: a body may compute and drop as many as it
-        likes, and holding all of them to the end of the run would need the sum of their
-        memory. What is kept is the equation, and of the arrays weak references, by id.
+        The arrays are held weakly, by id. A body may compute and drop as many as it likes,
+        and holding them to the end of the run would need the sum of their memory.
         """
         arrays = [x for x in equation.operands if not isinstance(x, Constant | ValueRef)]
         given = sum(map(np.size, arrays))

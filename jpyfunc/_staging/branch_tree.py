@@ -96,13 +96,13 @@ class BranchNode:
             node = node.branches.setdefault(point.answer, BranchNode())
         if node.end is _NOT_REACHED:
             node.equations, node.end = trace.equations, end
-        else:  # no two runs have one path, so this one did not do what its script is from
+        else:  # no two scripts have the same path, so the body did not follow this one
             node._fall_back(_DIFFERENT_RUNS)
 
     def fill_gaps(self, reason: str) -> None:
         """Fall back where no run came, and before a branch point whose branches both do.
 
-        A call does all that the body does, so the operations that lead to it are of no use.
+        A call does all that the body does, so the operations that lead to it are dropped.
         """
         if self.end is _NOT_REACHED:
             self.end = Fallback((reason,))

@@ -60,9 +60,9 @@ class _Scope:
 
 # What `needed` is for. `lax.cond` computes one branch, and a call in the other is not made.
 # Under `vmap`, a `cond` whose test differs between elements becomes a `select`: both
-# branches are computed for all elements, and a batched call in one of them would be made
-# for the elements that take the other one, too. For these the body may raise, loop for ever
-# or have side effects; and it would cost time. So each call gets the predicate of its path
+# branches are computed for all elements, and a batched call in one of them would also be
+# made for the elements that take the other one. For these the body may raise, never return
+# or have side effects, and it would take time. So each call gets the predicate of its path
 # as an operand: the conjunction of the tests on the way from the root, negated where the
 # path takes the false branch. Without a batch it is True whenever the call is made. In a
 # batch, the call runs the body for those elements that need it. The predicate is computed

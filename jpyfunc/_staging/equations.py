@@ -96,10 +96,10 @@ class BranchPoint:
 # up to that point, for beyond it they refer to values by number, and a number means the
 # value that the first run gave it. A body that draws from Python's `random`, counts its
 # calls, or fills a cache at the first call may do something else the second time. Its
-# numbers would then mean other values, and the program would compute wrong results without
-# a word. So the records are compared, and where they differ, the body is called.
+# numbers would then mean other values, and the program would silently be wrong. So the
+# records are compared, and where they differ, the body is called.
 #
-# The comparison takes for equal what is new in each run without being different:
+# The comparison takes for equal what is new in each run and yet no different:
 # - Functions, and all other objects that compare by identity: a body that calls
 #   `jax.jit(lambda ...)` makes a new function each time. What such a function does is
 #   compared as far as it is a jaxpr.

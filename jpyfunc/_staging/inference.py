@@ -228,8 +228,8 @@ def _may_join(a: Leaf, b: Leaf) -> bool:
     if not (a.weak_type or b.weak_type):
         return False
     weak, strong = (a, b) if a.weak_type else (b, a)
-    # A number of a wider kind, such as 1.5 beside an int32, would change the dtype of the
-    # array, which is what it is in an eager call.
+    # A number of a wider kind, such as 1.5 and an int32, would change the dtype of the
+    # array, and an eager call that takes its branch would return another dtype.
     kinds = kind_of(weak.dtype) or "", kind_of(strong.dtype) or ""
     return kinds == ("i", "u") or is_same_kind(*kinds)
 
