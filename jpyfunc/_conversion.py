@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpyfunc._errors import ResultError
-
-Array = jax.Array | np.ndarray
+from jpyfunc._types import Array
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jpyfunc._bodies.body import Avals, Body, Indices, put_operands, zeros
+from jpyfunc._bodies.body import Body, put_operands, zeros
 from jpyfunc._bodies.custom_rules import RuleResiduals, apply_fwd
 from jpyfunc._bodies.linear import FlatBody
 from jpyfunc._bodies.user_function import UserFunction
@@ -42,6 +42,7 @@ from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
 from jpyfunc._runtime.tape_cache import tapes
 from jpyfunc._runtime.tickets import is_void, ticket_aval
+from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class AtTape(FlatBody):
     def sharing_tape(self) -> Body:
         return dataclasses.replace(self, is_shared=True)
 
-    def spend_tape(self, ticket: Any) -> None:
+    def spend_tape(self, ticket: Array) -> None:
         if not self.is_shared:
             tapes.spend(ticket, self.repeatable)
 
@@ -102,11 +103,11 @@ class AtTape(FlatBody):
         base = self.base.widen(size, batched[:-1])
         return dataclasses.replace(self, base=base, batch_shape=(size, *self.batch_shape))
 
-    def cached_tape(self, wrt: Indices, operands: Sequence[Any]) -> Tape | None:
+    def cached_tape(self, wrt: Indices, operands: Sequence[Array]) -> Tape | None:
         tape: Any = tapes.lookup(operands[-1], self.base.in_avals)
         return tape if tape and tape.serves(wrt, operands, bool(self.under)) else None
 
-    def compute(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         *primals, ticket = operands
         tape: Any = tapes.lookup(ticket, self.base.in_avals)
         if tape and not tape.can_replay(primals):
@@ -122,7 +123,7 @@ class AtTape(FlatBody):
             return run_on_tape(run, primals, self.under, self.function.label).values
         return run(primals)
 
-    def residuals(self, context: Context, operands: Sequence[Any]) -> RuleResiduals:
+    def residuals(self, context: Context, operands: Sequence[Array]) -> RuleResiduals:
         *primals, ticket = operands
         residuals: Any = tapes.lookup(ticket, self.base.in_avals)
         if residuals is None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from jpyfunc._bodies.batch_columns import BatchLayout
 from jpyfunc._bodies.batch_elements import evaluate_batch
-from jpyfunc._bodies.body import Avals, Body, Indices
+from jpyfunc._bodies.body import Body
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
+from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Batch(Body):
     def check_differentiable(self) -> None:
         self.base.check_differentiable()
 
-    def run(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def run(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         levels: list[Batch] = []
         base: Body = self
         while isinstance(base, Batch):
@@ -96,7 +96,7 @@ class Batch(Body):
         )
         return evaluate_batch(layout, self.out_avals, self.by_branch, context, operands)
 
-    def spend_tape(self, ticket: Any) -> None:
+    def spend_tape(self, ticket: Array) -> None:
         self.base.spend_tape(ticket)
 
     def with_tape(self, wrt: Indices) -> Body:

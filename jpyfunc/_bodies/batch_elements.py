@@ -28,7 +28,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +40,7 @@ from jpyfunc._bodies.batch_columns import (
     TicketColumn,
 )
 from jpyfunc._bodies.batch_refusals import Scope, remember_refusal, remembered_refusal
-from jpyfunc._bodies.body import Avals, zeros
+from jpyfunc._bodies.body import zeros
 from jpyfunc._bodies.linear import Transpose
 from jpyfunc._bodies.random_draws import drawn_since, generator_states
 from jpyfunc._bodies.user_function import UserFunction
@@ -58,6 +57,7 @@ from jpyfunc._runtime.configuration import is_debugging
 from jpyfunc._runtime.context import Context, current
 from jpyfunc._runtime.tape_cache import tapes
 from jpyfunc._runtime.tickets import is_void, tickets_of_rows
+from jpyfunc._types import Array, Avals
 
 
 def evaluate_batch(
@@ -65,8 +65,8 @@ def evaluate_batch(
     out_avals: Avals,
     by_branch: bool,
     context: Context,
-    operands: Sequence[Any],
-) -> list[Any]:
+    operands: Sequence[Array],
+) -> list[Array]:
     """Compute the results of a batch, as `Batch` says."""
     if not layout.count:
         return [*zeros(out_avals)]
@@ -83,12 +83,12 @@ def evaluate_batch(
     ]
 
 
-def _run_base(layout: BatchLayout, operands: Sequence[Any]) -> list[Any]:
+def _run_base(layout: BatchLayout, operands: Sequence[Array]) -> list[Array]:
     """Run the body of one element, or of a subset that runs by branch."""
     return layout.base.run(current(), operands)  # which says what subset that is
 
 
-def _evaluate_traced(layout: BatchLayout, operands: Sequence[Any]) -> list[Any]:
+def _evaluate_traced(layout: BatchLayout, operands: Sequence[Array]) -> list[Array]:
     """The results where a body that is differentiated, or runs by branch, has the batch.
 
     Elements are sliced and stacked with operations of JAX, which the trace follows.
@@ -128,7 +128,7 @@ class BatchElements:
     """
 
     def __init__(
-        self, layout: BatchLayout, operands: Sequence[Any], context: Context
+        self, layout: BatchLayout, operands: Sequence[Array], context: Context
     ) -> None:
         self.layout = layout
         self._context = context

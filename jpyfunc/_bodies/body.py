@@ -27,9 +27,7 @@ from jpyfunc._limits import LARGE_ARRAY_BYTES
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind, Row
 from jpyfunc._runtime.transfers import put
-
-Avals = tuple[ShapedArray, ...]
-Indices = tuple[int, ...]
+from jpyfunc._types import Array, Avals, Indices
 
 
 class Body:
@@ -75,7 +73,7 @@ class Body:
 
     # --- Computation.
 
-    def evaluate(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def evaluate(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         """Compute the results of a call.
 
         Args:
@@ -91,20 +89,22 @@ class Body:
             self.spend_tape(operands[ticket])
         return results
 
-    def run(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def run(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         """Compute the results if they are needed, and time it.
 
         They are for one element, or for the subset of a batch that runs by branch.
         """
         return context.timed(self.title, self._compute_if_needed, context, operands)
 
-    def _compute_if_needed(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def _compute_if_needed(
+        self, context: Context, operands: Sequence[Array]
+    ) -> list[Array]:
         if self.function.has_predicate and not operands[0]:
             context.count(elements=-context.elements)
             return zeros(self.out_avals)
         return self.compute(context, operands)
 
-    def compute(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         """Compute the results, as the kind of the body says."""
         raise NotImplementedError
 
@@ -197,7 +197,7 @@ class Body:
         """Return this body such that it leaves its tape, unspent, to other derivatives."""
         return self
 
-    def cached_tape(self, wrt: Indices, operands: Sequence[Any]) -> Any:
+    def cached_tape(self, wrt: Indices, operands: Sequence[Array]) -> Any:
         """Look up the tape that derivatives with respect to `wrt` can be taken of.
 
         Args:
@@ -209,11 +209,11 @@ class Body:
         """
         return None
 
-    def residuals(self, context: Context, operands: Sequence[Any]) -> Any:
+    def residuals(self, context: Context, operands: Sequence[Array]) -> Any:
         """Look up the residuals of the forward rule, or apply it again."""
         raise NotImplementedError
 
-    def spend_tape(self, ticket: np.ndarray) -> None:
+    def spend_tape(self, ticket: Array) -> None:
         """Record that a derivative has been taken of the tapes of one or more tickets."""
 
 
@@ -222,12 +222,12 @@ def others(body: Body, wrt: Indices) -> Indices:
     return tuple(i for i in range(len(body.in_avals)) if i not in wrt)
 
 
-def zeros(avals: Avals) -> list[np.ndarray]:
+def zeros(avals: Avals) -> list[Array]:
     """Results that nothing uses."""
     return [np.zeros(aval.shape, aval.dtype) for aval in avals]
 
 
-def put_operands(context: Context, operands: Sequence[Any], avals: Avals) -> list[Any]:
+def put_operands(context: Context, operands: Sequence[Array], avals: Avals) -> list[Array]:
     """Put operands that are NumPy arrays on the device of the context."""
     return [
         x if isinstance(x, jax.Array) else put(x, aval, context.device)
@@ -235,7 +235,7 @@ def put_operands(context: Context, operands: Sequence[Any], avals: Avals) -> lis
     ]
 
 
-def put_large_operands(context: Context, operands: Sequence[Any]) -> list[Any]:
+def put_large_operands(context: Context, operands: Sequence[Array]) -> list[Array]:
     """Put large operands, which only operations take, on the device of the context.
 
     Operations put small NumPy arrays there themselves. For large ones they would use

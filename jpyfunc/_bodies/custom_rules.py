@@ -15,12 +15,11 @@ import jax
 import numpy as np
 from jax.core import ShapedArray
 
-from jpyfunc._bodies.user_function import Avals, UserFunction, read_only
+from jpyfunc._bodies.user_function import UserFunction, read_only
 from jpyfunc._conversion import as_array, can_cast, cast
 from jpyfunc._errors import ResultError, not_linear
 from jpyfunc._limits import LINEARITY_TOLERANCE
-
-Indices = tuple[int, ...]
+from jpyfunc._types import Array, Avals, Indices
 
 
 class RuleResiduals:
@@ -45,7 +44,7 @@ class RuleResiduals:
 
 
 def apply_fwd(
-    function: UserFunction, operands: Sequence[Any]
+    function: UserFunction, operands: Sequence[Array]
 ) -> tuple[list[Any], RuleResiduals]:
     """Apply the forward rule; return the results and the residuals."""
     args, kwargs = function.arguments(operands)
@@ -78,9 +77,9 @@ def apply_bwd(
     function: UserFunction,
     residuals: RuleResiduals,
     of: Indices,
-    cotangents: Sequence[Any],
+    cotangents: Sequence[Array],
     wrt: Indices,
-) -> list[np.ndarray]:
+) -> list[Array]:
     """Apply the backward rule.
 
     Args:
@@ -127,11 +126,11 @@ def apply_bwd(
 
 def apply_jvp(
     function: UserFunction,
-    operands: Sequence[Any],
+    operands: Sequence[Array],
     wrt: Indices,
-    tangents: Sequence[Any],
+    tangents: Sequence[Array],
     of: Indices,
-) -> list[np.ndarray]:
+) -> list[Array]:
     """Apply the JVP rule.
 
     Args:
@@ -159,8 +158,8 @@ def apply_jvp(
 
 
 def apply_transpose(
-    function: UserFunction, wrt: Indices, of: Indices, operands: Sequence[Any]
-) -> list[np.ndarray]:
+    function: UserFunction, wrt: Indices, of: Indices, operands: Sequence[Array]
+) -> list[Array]:
     """Transpose a linear function by its rules `fwd` and `bwd`.
 
     A linear function f(v) = A v is its own derivative at every v, so its VJP at any v is
@@ -206,7 +205,7 @@ def apply_transpose(
     return apply_bwd(function, residuals, of, operands[count:], wrt)
 
 
-def with_zeros(avals: Avals, known: Mapping[int, Any]) -> list[Any]:
+def with_zeros(avals: Avals, known: Mapping[int, Any]) -> list[Array]:
     """One value per aval, with zeros for those that are not known."""
     return [
         known[i] if i in known else np.zeros(aval.shape, aval.dtype)
@@ -214,7 +213,7 @@ def with_zeros(avals: Avals, known: Mapping[int, Any]) -> list[Any]:
     ]
 
 
-def _positional(function: UserFunction, operands: Sequence[Any]) -> list[Any]:
+def _positional(function: UserFunction, operands: Sequence[Any]) -> list[Array]:
     """The arguments in the order of the parameters, as the rules take and return them.
 
     Keyword arguments come after the positional ones.
@@ -232,7 +231,7 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _with_zeros(avals: Avals, indices: Indices, values: Sequence[Any]) -> list[np.ndarray]:
+def _with_zeros(avals: Avals, indices: Indices, values: Sequence[Any]) -> list[Array]:
     """One tangent or cotangent per aval: `values` at `indices`, and zeros elsewhere."""
     given = dict(zip(indices, values, strict=True))
     return [

@@ -17,9 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jpyfunc._bodies.body import (
-    Avals,
     Body,
-    Indices,
     others,
     put_large_operands,
     put_operands,
@@ -38,6 +36,7 @@ from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
 from jpyfunc._runtime.tickets import is_void
+from jpyfunc._types import Array, Avals, Indices
 
 
 class FlatBody(Body):
@@ -93,14 +92,14 @@ class LinearBody(FlatBody):
     def sharing_tape(self) -> Body:
         return dataclasses.replace(self, base=self.base.sharing_tape())
 
-    def spend_tape(self, ticket: Any) -> None:
+    def spend_tape(self, ticket: Array) -> None:
         self.base.spend_tape(ticket)
 
     def widen(self, size: int, batched: tuple[bool, ...]) -> Body:
         every = (True,) * len(self.base.in_avals)
         return dataclasses.replace(self, base=self.base.widen(size, every))
 
-    def compute(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         n = len(self.base.in_avals)
         operands, linear = operands[:n], operands[n:]
         if not self.function.rules:
@@ -110,7 +109,7 @@ class LinearBody(FlatBody):
             return zeros(self.out_avals)
         return self._apply_rule(context, operands, linear)
 
-    def _tape(self, context: Context, operands: Sequence[Any]) -> Tape:
+    def _tape(self, context: Context, operands: Sequence[Array]) -> Tape:
         """The cached tape of the base, or that of a new run."""
         tape = self.base.cached_tape(self.wrt, operands)
         if tape is not None:
@@ -120,13 +119,13 @@ class LinearBody(FlatBody):
         run = functools.partial(self.base.compute, context)
         return run_on_tape(run, operands, self.wrt, self.function.label)
 
-    def _apply(self, tape: Tape, linear: Sequence[Any]) -> list[Any]:
+    def _apply(self, tape: Tape, linear: Sequence[Array]) -> list[Array]:
         """Apply the linear map at a tape of the base."""
         raise NotImplementedError
 
     def _apply_rule(
-        self, context: Context, operands: Sequence[Any], linear: Sequence[Any]
-    ) -> list[Any]:
+        self, context: Context, operands: Sequence[Array], linear: Sequence[Array]
+    ) -> list[Array]:
         """Apply the linear map by the rule of a host function."""
         raise NotImplementedError
 
@@ -162,12 +161,12 @@ class Jvp(LinearBody):
         vjp = Vjp(self.base, _pick(self.wrt, tangents), _pick(self.of, of))
         return vjp, tuple(range(n))
 
-    def _apply(self, tape: Tape, linear: Sequence[Any]) -> list[Any]:
+    def _apply(self, tape: Tape, linear: Sequence[Array]) -> list[Array]:
         return tape.jvp(self.wrt, linear, self.of)
 
     def _apply_rule(
-        self, context: Context, operands: Sequence[Any], linear: Sequence[Any]
-    ) -> list[Any]:
+        self, context: Context, operands: Sequence[Array], linear: Sequence[Array]
+    ) -> list[Array]:
         return apply_jvp(self.function, operands[:-1], self.wrt, linear, self.of)
 
 
@@ -202,12 +201,12 @@ class Vjp(LinearBody):
         jvp = Jvp(self.base, _pick(self.wrt, of), _pick(self.of, cotangents))
         return jvp, tuple(range(n))
 
-    def _apply(self, tape: Tape, linear: Sequence[Any]) -> list[Any]:
+    def _apply(self, tape: Tape, linear: Sequence[Array]) -> list[Array]:
         return tape.vjp(self.of, linear, self.wrt)
 
     def _apply_rule(
-        self, context: Context, operands: Sequence[Any], linear: Sequence[Any]
-    ) -> list[Any]:
+        self, context: Context, operands: Sequence[Array], linear: Sequence[Array]
+    ) -> list[Array]:
         residuals = self.base.residuals(context, operands)
         return apply_bwd(self.function, residuals, self.of, linear, self.wrt)
 
@@ -253,7 +252,7 @@ class Transpose(LinearBody):
         if isinstance(base, LinearBody) and min(self.wrt) < base.linear_from:
             raise no_second_order(function.label)
 
-    def compute(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         base = self.base
         if self.function.rules:
             context.count(runs=1)
@@ -262,7 +261,7 @@ class Transpose(LinearBody):
         operands = put_operands(context, operands, self.in_avals)
         known = dict(zip(fixed, operands[: len(fixed)], strict=True))
 
-        def restricted(*linear: Any) -> list[Any]:
+        def restricted(*linear: Any) -> list[Array]:
             values = known | dict(zip(self.wrt, linear, strict=True))
             results = base.compute(context, [values[i] for i in range(len(values))])
             return [results[i] for i in self.of]
@@ -274,7 +273,7 @@ class Transpose(LinearBody):
             self.function.label,
         )
 
-    def _transpose_by_rules(self, operands: Sequence[Any]) -> list[Any]:
+    def _transpose_by_rules(self, operands: Sequence[Array]) -> list[Array]:
         """Transpose a host function, or transpose back what is its transpose.
 
         (A^T)^T = A, so the latter is the function itself, with zeros for the linear

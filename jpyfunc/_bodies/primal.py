@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from jpyfunc._bodies.at_tape import AtTape
-from jpyfunc._bodies.body import Avals, Body, Indices, put_operands
+from jpyfunc._bodies.body import Body, put_operands
 from jpyfunc._bodies.linear import FlatBody, Jvp
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._bodies.with_tape import WithTape
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
+from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Primal(FlatBody):
     def widen(self, size: int, batched: tuple[bool, ...]) -> Body:
         return Primal(self.function.widen(size, batched))
 
-    def compute(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         context.count(runs=1)
         function = self.function
         if not function.is_host_function:

@@ -19,17 +19,17 @@ from typing import Any
 
 import jax
 
-from jpyfunc._bodies.body import Avals
 from jpyfunc._errors import not_linear
 from jpyfunc._frames import place_of
+from jpyfunc._types import Array, Avals
 
 
 def transpose_of_operations(
     function: Callable[..., list[Any]],
     linear_avals: Avals,
-    cotangents: Sequence[Any],
+    cotangents: Sequence[Array],
     label: str,
-) -> list[Any]:
+) -> list[Array]:
     """Transpose a function by its operations.
 
     Args:

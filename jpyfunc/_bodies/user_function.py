@@ -18,8 +18,7 @@ from jpyfunc._conversion import is_key_dtype
 from jpyfunc._errors import add_inner_jit_remedy
 from jpyfunc._hashable import unwrapped
 from jpyfunc._tout import Template
-
-Avals = tuple[ShapedArray, ...]
+from jpyfunc._types import Avals
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

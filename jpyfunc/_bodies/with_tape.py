@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from jpyfunc._bodies.at_tape import AtTape
-from jpyfunc._bodies.body import Avals, Body, Indices, put_operands
+from jpyfunc._bodies.body import Body, put_operands
 from jpyfunc._bodies.custom_rules import RuleResiduals, apply_fwd
 from jpyfunc._bodies.linear import FlatBody, Jvp
 from jpyfunc._bodies.user_function import UserFunction
@@ -19,6 +18,7 @@ from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
 from jpyfunc._runtime.tape_cache import tapes
 from jpyfunc._runtime.tickets import ticket_aval
+from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class WithTape(FlatBody):
         base = self.base.widen(size, batched)
         return dataclasses.replace(self, base=base, batch_shape=(size, *self.batch_shape))
 
-    def compute(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         function = self.function
         if function.rules:
             return self._compute_by_rule(context, operands)
@@ -87,7 +87,7 @@ class WithTape(FlatBody):
         tape = run_on_tape(run, operands, self.wrt, function.label)
         return [*tape.values, self._store(tape)]
 
-    def _compute_by_rule(self, context: Context, operands: Sequence[Any]) -> list[Any]:
+    def _compute_by_rule(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         """Compute by the forward rule of a host function, whose residuals are the tape."""
         if not self.function.rule("fwd"):
             return [*self.base.compute(context, operands), self._store(None)]

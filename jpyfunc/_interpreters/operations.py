@@ -16,8 +16,8 @@ from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._interpreters.jaxpr_queries import has_rules
+from jpyfunc._types import Indices
 
-Indices = tuple[int, ...]
 Function = Callable[..., list[Any]]
 
 

@@ -36,11 +36,12 @@ from jpyfunc._interpreters.operation_cache import (
     bind_function,
     operation_of_custom,
 )
-from jpyfunc._interpreters.operations import Indices, Operation, UncachedOperation
+from jpyfunc._interpreters.operations import Operation, UncachedOperation
 from jpyfunc._interpreters.reverse_sweep import compiled_sweep
 from jpyfunc._interpreters.tape_entry import TapeEntry
 from jpyfunc._interpreters.tape_tracer import REMEDIES, TapeTracer, is_tape_tracer
 from jpyfunc._runtime.context import running_batch
+from jpyfunc._types import Indices
 
 
 def run_on_tape(

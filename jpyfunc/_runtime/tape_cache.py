@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.core import ShapedArray
 
 from jpyfunc._limits import (
     ARRAY_OVERHEAD,
@@ -35,8 +34,7 @@ from jpyfunc._limits import (
 )
 from jpyfunc._runtime.context import running_batch
 from jpyfunc._runtime.tickets import name_of, names_of, ticket_of, tickets_of_rows
-
-Avals = tuple[ShapedArray, ...]
+from jpyfunc._types import Array, Avals
 
 
 class AnyTape(Protocol):
@@ -229,7 +227,7 @@ class TapeCache:
         tickets = tickets_of_rows(ticket, math.prod(batch_shape))
         return tickets.reshape(*batch_shape, *ticket.shape)
 
-    def lookup(self, ticket: np.ndarray, in_avals: Avals) -> AnyTape | None:
+    def lookup(self, ticket: Array, in_avals: Avals) -> AnyTape | None:
         """Find the tape that a run with this ticket can use.
 
         Args:
@@ -260,7 +258,7 @@ class TapeCache:
         tape = self._find(name_of(ticket), in_avals)
         return tape is not None, tape and tape.subset
 
-    def spend(self, tickets: np.ndarray, repeatable: bool) -> None:
+    def spend(self, tickets: Array, repeatable: bool) -> None:
         """Record that a derivative has been taken of tapes.
 
         It is called at the end of a host call, not for each of its elements: those of

@@ -13,6 +13,8 @@ from __future__ import annotations
 import numpy as np
 from jax.core import ShapedArray
 
+from jpyfunc._types import Array
+
 TICKET = ShapedArray((4,), np.uint32)
 
 
@@ -44,7 +46,7 @@ def tickets_of_rows(ticket: np.ndarray, count: int) -> np.ndarray:
     return tickets
 
 
-def is_void(ticket: np.ndarray) -> bool:
+def is_void(ticket: Array) -> bool:
     """Whether a ticket is of no tape.
 
     It is zeros then, which JAX puts in the place of the results of a branch not taken.

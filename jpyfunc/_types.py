@@ -1,0 +1,11 @@
+"""Types that many signatures name."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.core import ShapedArray
+
+Array = jax.Array | np.ndarray  # tracers included, which are of `jax.Array` to Python
+Avals = tuple[ShapedArray, ...]
+Indices = tuple[int, ...]  # of operands or of results
