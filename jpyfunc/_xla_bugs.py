@@ -21,34 +21,33 @@ from jax.sharding import NamedSharding
 
 
 def constrained(xs: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
-    """Put operands or results of a host call whole on every device of `sharding`.
+    """Constrain operands or results of a host call to a replicated sharding.
 
-    A host call with several results that runs on one device of several is run on all of
-    them if its results are constrained to be whole on every device (as of jaxlib 0.12,
-    where Shardy propagates the constraint into the call). Through a barrier the constraint
-    does not get to the call.
+    As of jaxlib 0.12, a host call with several results that is annotated to run on one
+    device runs on every device if its results are constrained to be replicated. A barrier
+    between the call and the constraint prevents that.
     """
     xs = jax.lax.optimization_barrier(xs)
     return [jax.lax.with_sharding_constraint(x, sharding) for x in xs]
 
 
 def printable(text: str) -> str:
-    """Make `text` one that XLA carries whole, for the message of an exception.
+    """Escape what XLA cannot carry in the message of an exception.
 
-    XLA holds the text of a Python exception as a C string, which ends at the first zero
-    byte, and aborts the process where it cannot encode the text in UTF-8, as with the
-    surrogates by which Python stands for undecodable bytes of file names.
+    XLA cuts the message at the first zero byte. It aborts the process if the message is not
+    valid UTF-8, as with surrogates, by which Python represents undecodable bytes of file
+    names.
     """
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def raise_without_stack(error: Exception) -> NoReturn:
-    """Raise `error` out of a host call without the calls that lead there in its text.
+    """Raise `error` out of a host call, without the stack of the host call in its message.
 
-    XLA makes the text from the exception's traceback, and begins with the whole stack that
-    its innermost frame is on: those of JAX, and of the user's program where the host call
-    runs on the thread that dispatches it. The frame of a suspended generator is on no
-    stack.
+    To the message of an exception, XLA adds the whole stack of its innermost frame: all
+    frames of the host call and, on the thread that dispatches the program, those of JAX and
+    of the user's program. So the traceback gets the frame of a suspended generator as its
+    innermost one, which is on no stack.
     """
     nowhere = _suspended.gi_frame
     place = TracebackType(None, nowhere, nowhere.f_lasti, nowhere.f_lineno)
@@ -66,20 +65,22 @@ next(_suspended)
 def sample_of_returned(
     ctx: mlir.LoweringRuleContext, operands: Sequence[Any]
 ) -> tuple[Any, ShapedArray] | None:
-    """One element of each value that XLA might lose, as the program returns it alone.
+    """Sample each value that XLA might lose, because the program returns nothing else.
 
-    A call on a reduction of the one array that its program returns fails to compile on
-    the CPU (`RET_CHECK ... IsDead`) where its own results are not returned: XLA fuses
-    the array into the reduction, its only user, and forgets that it is the root
-    (`LibraryRewriter::AddFusionCandidates` of `xla/backends/cpu/transforms`). An element
-    of what is reduced, as one more operand of the call, is a user that is never fused.
+    A program with a call that takes a reduction of an array, and that returns this array
+    alone, fails to compile on the CPU (`RET_CHECK ... IsDead`): XLA fuses the array into
+    the reduction, its only user, and forgets that it is the root of the program
+    (`LibraryRewriter::AddFusionCandidates` of `xla/backends/cpu/transforms`). One element
+    of the array as another operand of the call makes the call a second user, which is
+    never fused.
 
     Args:
         ctx: the context of the lowering rule.
         operands: lowered operands of a call that stays when its results are unused.
 
     Returns:
-        The elements, a float32 vector, and its aval; None if there is no such value.
+        The samples, one element each in a float32 vector, and its aval; None if no value
+        may be lost.
     """
     module = ctx.module_context
     here: Any = ir.InsertionPoint.current
@@ -90,37 +91,51 @@ def sample_of_returned(
     axes = module.axis_context
     parts = axes.mesh.size if isinstance(axes, mlir.SPMDAxisContext) else 1
     seen, sampled = _searched.setdefault(module.module, (set(), set()))
-    values: list[tuple[Any, Any]] = [(value, None) for value in operands]
     elements = []
-    while values:
-        # The operand that fusions would begin from, with what it is computed from.
-        value, first = values.pop()
-        is_new = first is not None and _size(first.type) and hash(first) not in sampled
-        if is_new and _may_be(value, roots, parts):
-            sampled.add(hash(first))
-            elements.append(_element(first))
-        if hash(value) in seen:
-            continue
-        seen.add(hash(value))
-        operation = value.owner
-        if isinstance(operation, ir.Block):  # an argument of it
-            continue
-        fuses = operation.name in _FUSES_OPERANDS
-        values.extend((x, x if fuses else first) for x in operation.operands)
-        if operation.name == "func.call":
-            values.extend((x, x) for x in operation.results)
+    for value, fused in _fused_values(operands, seen):
+        is_new = _size(fused.type) and hash(fused) not in sampled
+        if is_new and _may_be_returned(value, roots, parts):
+            sampled.add(hash(fused))
+            elements.append(_element(fused))
     if not elements:
         return None
     aval = ShapedArray((len(elements),), np.float32)
     return stablehlo.concatenate(elements, 0), aval
 
 
-# For each module, the values that have been searched, and those that have a sample, by
-# their hashes: values would keep their module.
+def _fused_values(operands: Sequence[Any], seen: set[int]) -> Iterator[tuple[Any, Any]]:
+    """Walk back from lowered values, to all that XLA may fuse into what they depend on.
+
+    Args:
+        operands: where to begin.
+        seen: hashes of the values that were visited, whose operands are not visited again.
+
+    Yields:
+        A value, and the operand of a fusing operation that is computed from it.
+    """
+    values: list[tuple[Any, Any]] = [(value, None) for value in operands]
+    while values:
+        value, fused = values.pop()
+        if fused is not None:
+            yield value, fused
+        if hash(value) in seen:
+            continue
+        seen.add(hash(value))
+        operation = value.owner
+        if isinstance(operation, ir.Block):  # the value is an argument of it
+            continue
+        fuses = operation.name in _FUSES_OPERANDS
+        values.extend((x, x if fuses else fused) for x in operation.operands)
+        if operation.name == "func.call":
+            values.extend((x, x) for x in operation.results)
+
+
+# By module, the hashes of the values that were visited, and of those that were sampled.
+# The values themselves would keep the module alive.
 _searched: weakref.WeakKeyDictionary[Any, tuple[set[int], set[int]]]
 _searched = weakref.WeakKeyDictionary()
 
-# What XLA fuses operands into; a function may do any of it.
+# Operations that XLA fuses operands into; a function may contain any of them.
 _FUSES_OPERANDS = {
     "func.call",
     "stablehlo.convolution",
@@ -131,7 +146,7 @@ _FUSES_OPERANDS = {
 
 
 def _only_result(operation: Any) -> list[Any]:
-    """Type of the one array that a function, a loop or a branch returns; else nothing."""
+    """The type of what a function, a loop or a branch returns, if that is one array."""
     if isinstance(operation, func.FuncOp):
         types = list(operation.type.results)
     else:
@@ -139,8 +154,8 @@ def _only_result(operation: Any) -> list[Any]:
     return types if len(types) == 1 and isinstance(types[0], ir.RankedTensorType) else []
 
 
-def _may_be(value: Any, roots: Sequence[Any], parts: int) -> bool:
-    """Whether a value may become a result, or a part of it, in another shape or dtype."""
+def _may_be_returned(value: Any, roots: Sequence[Any], parts: int) -> bool:
+    """Whether a value may be a result or a shard of it, in some shape and dtype."""
     size = _size(value.type)
     return size > 0 and any(
         size <= whole <= size * parts and whole % size == 0 for whole in map(_size, roots)

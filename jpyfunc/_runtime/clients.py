@@ -1,21 +1,21 @@
-"""Private CPU clients, one for each level of bodies in programs in bodies.
+"""Private CPU clients for the operations of bodies, one for each level of nesting.
 
-A callback holds a thread of the client that its program runs on, for as long as its body
-runs. A body that runs operations on that same client needs another thread of it, while
-callbacks of other programs hold the others, and wait for threads, too: nobody goes on
-(jax-ml/jax#24255, #25861; it is how bodies of `jax.pure_callback` deadlock). So what a
-body waits for must not need a thread of the client that the body is called from:
+While a body runs, its callback occupies a thread of the client that runs the program. If
+the operations of the body ran on that client, they would need another one of its threads.
+With several programs in flight, callbacks may occupy all of them while each waits for one: a
+deadlock, which `jax.pure_callback` has (jax-ml/jax#24255, #25861). So what a body waits for
+must never need a thread of the client that the body is called from:
 
-    the program's client      runs the user's programs; their bodies run on
-    private client 0          which also runs programs that bodies call; their bodies on
-    private client 1          and so on
+    the program's client   runs the user's programs, whose bodies run operations on
+    private client 0       which also runs programs that those bodies call, whose bodies use
+    private client 1       and so on.
 
-Each client waits only for the next one, and the last one for none, so there is no cycle.
-The chain is as long as bodies are nested in programs in bodies, which is one or two.
+Each client waits only for the next one and the last one for none, so there is no cycle. The
+chain is as long as programs and bodies are nested, which is rarely more than two.
 
-The clients are synchronous: an operation runs on the thread that dispatches it, which
-saves a change of thread for each. JAX has no public way to make a second client. Where a
-version has none at all, bodies share JAX's client, and may deadlock.
+The clients are synchronous: an operation runs on the thread that dispatches it, which saves
+a change of thread for each. JAX has no public way to make a second client. With a version
+that has none at all, bodies share the client of the programs, and may deadlock.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _lock = threading.Lock()
 
 
 def body_device(ctx: mlir.LoweringRuleContext) -> _compat.Device:
-    """The device on which the bodies of the program that is being lowered run."""
+    """Return the device for the operations of the bodies of the program being lowered."""
     if _compat.make_cpu_client is None:
         _warn_of_shared_client()
         return jax.local_devices(backend="cpu")[0]

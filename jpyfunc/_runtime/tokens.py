@@ -1,4 +1,4 @@
-"""JAX's tokens of ordered calls, without those of failures that are known already."""
+"""JAX's tokens of ordered calls, without the tokens of failures that are known already."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from jpyfunc import _compat
 
 
 def forget_tokens_of(is_known: Callable[[BaseException], bool]) -> None:
-    """Let JAX forget a token once the error of the run that left it is known.
+    """Have JAX forget the token of an ordered call whose failure is known.
 
-    An ordered call waits for the token of the one before it. JAX 0.10 keeps a token that
-    fails, so that one failure would be raised by every ordered call that comes after it,
-    by `jax.effects_barrier` and when Python ends (jax-ml/jax#37587); later versions raise
-    it once more. JAX has no hook there, so its object of tokens gets a class of ours.
+    An ordered call takes the token that the one before it returned, and waits for it. Of a
+    call that failed, the token fails, too. JAX 0.10 keeps such a token, so that one failure
+    is raised by every ordered call after it, by `jax.effects_barrier` and when Python ends
+    (jax-ml/jax#37587); later versions raise it once more. A failure that has been raised
+    is known, and its token should be as good as one of a call that succeeded. JAX has no
+    hook for this, so its set of tokens gets a subclass of its class.
 
     Args:
-        is_known: whether an error that waiting for a token raises has been raised before.
+        is_known: tells whether the failure behind an error of a token was raised before.
     """
 
     class Tokens(_compat.RuntimeTokenSet):
