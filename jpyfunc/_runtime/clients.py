@@ -2,9 +2,9 @@
 
 While a body runs, its callback occupies a thread of the client that runs the program. If
 the operations of the body ran on that client, they would need another one of its threads.
-With several programs in flight, callbacks may occupy all of them while each waits for one: a
-deadlock, which `jax.pure_callback` has (jax-ml/jax#24255, #25861). So what a body waits for
-must never need a thread of the client that the body is called from:
+With several programs in flight, callbacks may occupy all of them while each waits for one:
+a deadlock, which `jax.pure_callback` has (jax-ml/jax#24255, #25861). So what a body waits
+for must never need a thread of the client that the body is called from:
 
     the program's client   runs the user's programs, whose bodies run operations on
     private client 0       which also runs programs that those bodies call, whose bodies use
