@@ -132,12 +132,12 @@ class Arguments:
         )
 
 
-def is_float0(leaf: Any) -> bool:
+def is_float0(leaf: object) -> bool:
     """Tell whether a leaf is the tangent of integers, which has a shape and no data."""
     return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: object) -> bool:
     """Tell whether a leaf goes to the host as an array."""
     if is_float0(leaf):
         return False
@@ -151,7 +151,7 @@ def is_array(leaf: Any) -> bool:
     )
 
 
-def has_value(leaf: Any) -> bool:
+def has_value(leaf: object) -> bool:
     """Tell whether a body can be run on a leaf now, at once."""
     return not isinstance(leaf, Tracer) or is_tape_tracer(leaf) or is_batch_tracer(leaf)
 
@@ -210,7 +210,7 @@ def signature_of(func: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def misfit(func: Callable[..., Any], args: Any, kwargs: Any) -> str:
+def misfit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Return why a function does not take the arguments, or "" if it does."""
     signature = signature_of(func)
     try:

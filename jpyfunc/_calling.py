@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,11 +54,12 @@ from jpyfunc._staging.fingerprint import fingerprint
 from jpyfunc._staging.inference import infer
 from jpyfunc._tout import Leaf, Template, check_x64, parse
 
-_NUMBERS = (bool, int, float, complex)  # of Python, and not those derived of them
+# Exactly these types: subclasses, such as np.float64, have dtypes of their own.
+_NUMBERS = (bool, int, float, complex)
 
 
 def call(callee: Callee, arguments: Arguments) -> Any:
-    """Call a function: eagerly where all its arguments have values, else by a bind."""
+    """Call a function: eagerly if all its arguments have values, else by a bind."""
     leaves = arguments.leaves
     by_rule = callee.rules and any(map(is_tape_tracer, leaves))
     if runs_now() and not by_rule and all(map(has_value, leaves)):
@@ -67,26 +68,27 @@ def call(callee: Callee, arguments: Arguments) -> Any:
 
 
 def _call_eagerly(callee: Callee, arguments: Arguments) -> Any:
-    """Call the function here and now, with the checks that a bind has."""
+    """Call the function at once, with the checks that a bind makes."""
     if callee.is_host_function and any(map(is_tape_tracer, arguments.leaves)):
         raise not_differentiable(callee.label)
     batch = running_batch()
     if batch and callee.stateful:
         batch.refuse(f"{callee.label}, which is stateful")
     if callee.ordered:
-        jax.effects_barrier()  # what was dispatched before it runs before it
+        jax.effects_barrier()  # earlier ordered calls may be in flight
     arguments = arguments.converted(callee.label)
     row = (callee.name, callee.function, "forward")
     execute = functools.partial(_run, callee, arguments)
     return measured(row, current(), arguments.leaves, execute)
 
 
-def _run(callee: Callee, arguments: Arguments, context: Context, _: Any) -> Any:
-    """Run the function on values and return its results as it declares them."""
+def _run(callee: Callee, arguments: Arguments, context: Context, _: object) -> Any:
+    """Run the function on values, and return the results as `Tout` declares them."""
     label = callee.label
     template = _declared(callee, arguments)
-    if callee.is_host_function:  # which has no PRNG keys, so they stay what they are
+    if callee.is_host_function:
         refuse_partial(arguments.leaves, label)
+        # NumPy has no PRNG keys: they remain arrays of JAX.
         arguments = arguments.with_leaves(
             [
                 read_only(x)
@@ -108,7 +110,7 @@ def _run(callee: Callee, arguments: Arguments, context: Context, _: Any) -> Any:
     if template is None:
         template = Template.undeclared(result, label)
         if any(type(x) in _NUMBERS for x in jax.tree.leaves(result)):
-            # On another branch it may be an array, whose dtype it then takes.
+            # Another branch may return an array there, whose dtype the number takes.
             template = _joined_over_branches(callee, arguments, template, result)
     if not template.leaves and batch:
         batch.refuse(f"{label}, which returns nothing")
@@ -121,20 +123,20 @@ def _run(callee: Callee, arguments: Arguments, context: Context, _: Any) -> Any:
 
 
 def _to_result(x: jax.Array | np.ndarray, leaf: Leaf) -> jax.Array:
-    """Return a result as an array on the caller's device; a declared dtype is strong."""
+    """Return a result as an array on the caller's device, strong if `leaf` is."""
     if is_weak(x) and not leaf.weak_type:
         return jnp.asarray(x, leaf.dtype)
-    # Not always, because this takes 5 us, a third of an eager call.
+    # `asarray` returns an array of JAX as it is, but takes 5 us, a third of an eager call.
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _joined_over_branches(
     callee: Callee, arguments: Arguments, template: Template, result: Any
 ) -> Template:
-    """Return `template` with dtypes for Python numbers, as all branches join.
+    """Return `template` with the dtypes of results that are Python numbers.
 
-    `jax.jit` of the call infers the dtype of a result from all branches of the body. An
-    eager call, which sees one of them, has to return the same dtype.
+    Under `jax.jit`, the dtype of a result is inferred from all branches of the body. An
+    eager call takes one branch, and has to return the same dtype.
     """
 
     def inferred(traced: Arguments) -> Template:
@@ -159,7 +161,7 @@ def _joined_over_branches(
 def _stage_out(callee: Callee, arguments: Arguments) -> Any:
     """Bind the primitive, or emit the operations of a body that is staged."""
     refuse_traced_closure(callee.function, callee.label)
-    # The program is computed later, and the caller may write to them meanwhile.
+    # The program runs later, and the caller may write to a NumPy array until then.
     arguments = arguments.copied()
     exploration = current_exploration()
     if callee.max_runs and not (exploration and exploration.shapes_only):
@@ -175,7 +177,7 @@ def _stage_out(callee: Callee, arguments: Arguments) -> Any:
 def _complete_template(
     callee: Callee, arguments: Arguments, operands: Sequence[jax.Array]
 ) -> Template:
-    """Return what is declared of the results, with what is not inferred."""
+    """Return `Tout` for these arguments, with what it leaves open inferred."""
     template = _declared(callee, arguments)
     if template is not None and template.complete:
         return template
@@ -194,16 +196,16 @@ def _complete_template(
 
 def _emit_tree(
     callee: Callee, arguments: Arguments, is_nested: bool
-) -> tuple[Template, list[Any]]:
-    """Put the branches of a body into the program, with calls where they end.
+) -> tuple[Template, list[jax.Array]]:
+    """Emit the branches of a body, with calls on the paths that cannot be traced.
 
     Args:
         callee: what is called.
         arguments: of the call.
-        is_nested: whether the call is inside a body that is being explored itself.
+        is_nested: whether a body that is being explored makes the call.
 
     Returns:
-        What the body returns, and the results, flat.
+        The structure of the results, and the results, flat.
     """
     tree, operands = _explore(callee, arguments)
     template = tree.result
@@ -211,10 +213,10 @@ def _emit_tree(
         raise template
     check_x64(template, callee.label)
     if not template.leaves:
-        raise not_staged(callee.label, "returns nothing, so that its runs count")
+        raise not_staged(callee.label, "returns nothing, which makes it stateful")
     warn_if_large(tree, callee.label)
 
-    def program(*operands: Any) -> list[Any]:
+    def program(*operands: jax.Array) -> list[jax.Array]:
         return emit(
             tree,
             template,
@@ -222,13 +224,13 @@ def _emit_tree(
             lambda needed: _bind(callee, arguments, template, operands, needed),
         )
 
-    if is_nested:  # one operation of the body that calls this one, and traced once
+    if is_nested:  # one operation, traced once for all paths of the calling body
         program = once_per_exploration(lambda: ById(tree), lambda: jax.jit(program))
     return template, program(*operands)
 
 
 def branch_tree(callee: Callee, arguments: Arguments) -> BranchTree:
-    """Return the tree of branches of a body, on arguments that need no data.
+    """Return the tree of branches of a body, on arguments that need not have data.
 
     Args:
         callee: the function.
@@ -242,12 +244,13 @@ def _explore(
 ) -> tuple[BranchTree, Sequence[jax.Array]]:
     """Trace the branches of a body.
 
-    The operands are aligned before the body is traced, and not where it uses them: the
-    transpose of `pvary` is a sum over shards, and each shard has to come to that. In a
-    branch it would add up those that take the branch, or wait for the others.
+    Operands that vary over different mesh axes are aligned before the body is traced, not
+    where it uses them. The alignment is `pvary`, whose transpose is a sum over shards, in
+    which all shards have to take part: inside a branch, the sum would miss the shards that
+    take the other one, or wait for them forever.
 
     Returns:
-        Its tree of branches, and the operands to emit that with.
+        The tree, and the operands to emit it with.
     """
     _check_signature(callee, arguments)
     operands = align(arguments.operands(callee.label))
@@ -265,8 +268,11 @@ def _explore(
     return tree, operands
 
 
-def _call_key(callee: Callee, arguments: Arguments, template: Template | None) -> Any:
-    """Return what tells a call from others, whose function may be another object."""
+def _call_key(callee: Callee, arguments: Arguments, template: Template | None) -> Hashable:
+    """Return the key of a call, by value, or None if the function holds too much.
+
+    A function that is defined in a body is another object in each run of the body.
+    """
     values = fingerprint([callee.function, *arguments.leaves])
     if values is None:
         return None
@@ -278,17 +284,17 @@ def _bind(
     callee: Callee,
     arguments: Arguments,
     template: Template,
-    arrays: Sequence[Any],
-    needed: Any = None,
-) -> list[Any]:
+    arrays: Sequence[jax.Array],
+    needed: jax.Array | None = None,
+) -> list[jax.Array]:
     """Bind the primitive.
 
     Args:
         callee: what is called.
         arguments: of the call.
-        template: what it returns, complete.
+        template: the structure of the results, complete.
         arrays: the arrays among the arguments.
-        needed: None, or a boolean that says under `jax.vmap` which elements need the call.
+        needed: None, or a boolean array that says which elements of a batch need the call.
 
     Returns:
         The results, flat.
@@ -316,7 +322,7 @@ def _bind(
     )
     stateful = callee.stateful or not template.leaves
     if stateful and callee.vmap_method == "by_branch":
-        raise not_by_branch(callee.label, "returns nothing, so that its runs count")
+        raise not_by_branch(callee.label, "returns nothing, which makes it stateful")
     default = "sequential" if stateful or callee.is_host_function else "by_branch"
     params = Params(
         Primal(function),
@@ -342,7 +348,7 @@ def _declared(callee: Callee, arguments: Arguments) -> Template | None:
     return template
 
 
-def _call_tout(callee: Callee, args: Any, kwargs: Any) -> Any:
+def _call_tout(callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tout = unwrapped(callee.tout)
     try:
         return tout(*args, **kwargs)
@@ -366,11 +372,11 @@ def _call_tout(callee: Callee, args: Any, kwargs: Any) -> Any:
 
 
 def _check_signature(callee: Callee, arguments: Arguments) -> None:
-    """Raise here, not on the host, where the function does not take the arguments."""
+    """Raise now, and not later on the host, if the function cannot take the arguments."""
     _refuse_misfit(callee, *arguments.unflatten())
 
 
-def _refuse_misfit(callee: Callee, args: Any, kwargs: Any) -> None:
+def _refuse_misfit(callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     problem = misfit(callee.function, args, kwargs)
     if problem:
         raise TypeError(
@@ -379,15 +385,20 @@ def _refuse_misfit(callee: Callee, args: Any, kwargs: Any) -> None:
         )
 
 
-def _on_abstract_values(callee: Callee, arguments: Arguments) -> Callable[[list[Any]], Any]:
-    """Return the function of one abstract value for each array; known arrays stay."""
+def _on_abstract_values(
+    callee: Callee, arguments: Arguments
+) -> Callable[[list[jax.Array]], Any]:
+    """Return the function of one abstract value for each array.
+
+    Arrays that are not traced keep their values, which the body may branch on.
+    """
     with set_current_trace(_compat.eval_trace):
         known = [
             jnp.asarray(x) if is_array(x) and not isinstance(x, Tracer) else x
             for x in (static_leaf(x).value if is_float0(x) else x for x in arguments.leaves)
         ]
 
-    def on_values(values: list[Any]) -> Any:
+    def on_values(values: list[jax.Array]) -> Any:
         rest = iter(values)
         of_arrays = [next(rest) if is_array(x) else None for x in arguments.leaves]
         args, kwargs = arguments.with_leaves(

@@ -1,4 +1,4 @@
-"""The options of a wrapped function: as they were given, and checked for its calls."""
+"""The options of a wrapped function: as given, and checked."""
 
 from __future__ import annotations
 
@@ -52,22 +52,21 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Callee:
-    """A function and how it is called: options that are checked and fit each other.
+    """A function with its options, which are checked.
 
-    It compares by value, because as part of a wrapped function it is in the key of
-    `jax.jit`'s cache.
+    It compares by value, because a wrapped function is a key of `jax.jit`'s cache.
 
     Attributes:
-        kind: which of the two decorators wraps it.
+        kind: what wraps it.
         func: the function, made `hashable`.
         name: its name in errors and profiles.
         template: `Tout`, parsed; None if it is left out or is a function.
-        tout: `Tout`, made `hashable`, if it is a function of the arguments; else None.
+        tout: `Tout`, made `hashable`, if it is a function; else None.
         stateful: whether each execution of the program runs it exactly once.
         ordered: whether it runs in program order with other ordered calls.
         vmap_method: how it is batched; None for the default.
-        max_runs: how many abstract runs may stage it; 0 if it is not staged.
-        options: what was given, to wrap the function again.
+        max_runs: the limit of abstract runs to stage it; 0 if it is not staged.
+        options: as given, to wrap the function again.
         rules: the derivatives of a `numpy_func`.
     """
 
@@ -117,11 +116,11 @@ class Callee:
 
 
 def check_options(kind: Kind, func: Callable[..., Any], options: Options) -> Callee:
-    """Return how `func` is called with these options.
+    """Check the options of a function.
 
     Raises:
-        TypeError: an option of the wrong kind.
-        ValueError: options that do not fit each other, or are unknown.
+        TypeError: an option has the wrong type.
+        ValueError: an option has an unknown value, or excludes another.
     """
     _check_name(kind, options.name)
     name = options.name or name_of(func)
@@ -148,7 +147,7 @@ def check_options(kind: Kind, func: Callable[..., Any], options: Options) -> Cal
         raise not_by_branch(label, what)
     max_runs = _max_runs(label, options.staged)
     if max_runs and stateful:
-        raise not_staged(label, "is stateful, so that its runs count")
+        raise not_staged(label, "is stateful")
     if max_runs and method not in (None, "by_branch", "sequential"):
         raise not_staged(label, f"has vmap_method={method!r}")
     return Callee(
@@ -173,17 +172,17 @@ def name_of(func: Callable[..., Any]) -> str:
 
 
 def without_partial(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function of a partial, which has its name and its documentation."""
+    """Return the function in a `functools.partial`, which has the name and docstring."""
     return func.func if isinstance(func, functools.partial) else func
 
 
 def _check_name(kind: Kind, name: object) -> None:
-    """Refuse a `name` that errors and programs cannot show."""
+    """Refuse a `name` that errors and compiled programs cannot show."""
     if name is None:
         return
     if not isinstance(name, str) or not name:
         raise TypeError(
-            f"{kind}: expected name to be a string that is not empty, got {name!r}; write "
+            f"{kind}: expected name to be a non-empty string, got {name!r}; write "
             "name='solver', for example, or leave it out."
         )
     try:
@@ -199,8 +198,8 @@ def _max_runs(label: str, staged: object) -> int:
     """Return how many abstract runs `staged` allows."""
     if not isinstance(staged, int) or staged < 0:
         raise ValueError(
-            f"{label}: expected staged to be True, False or a number of runs on "
-            f"abstract values, got {staged!r}; write staged=True."
+            f"{label}: expected staged to be True, False or a number of "
+            f"runs on abstract values, got {staged!r}; write staged=True."
         )
     return MAX_ABSTRACT_RUNS if staged is True else int(staged)
 
@@ -208,14 +207,15 @@ def _max_runs(label: str, staged: object) -> int:
 def not_staged(label: str, what: str) -> ValueError:
     """Return the error of a function that cannot be staged."""
     return ValueError(
-        f"{label}: staged compiles what a pure body does for one element, and "
-        f"this one {what}. Leave out one of the two."
+        f"{label}: staged compiles pure functions, one element at a time, and this one "
+        f"{what}. Leave out one of the two."
     )
 
 
 def not_by_branch(label: str, what: str) -> ValueError:
     """Return the error of a function that cannot be batched by branch."""
     return ValueError(
-        f"{label}: vmap_method='by_branch' runs a body on many elements at once, "
-        f"and this one {what}. Leave vmap_method out, or write 'sequential'."
+        f"{label}: vmap_method='by_branch' runs a pure function of JAX arrays on many "
+        f"elements at once, and this one {what}. Leave vmap_method out, or write "
+        "'sequential'."
     )

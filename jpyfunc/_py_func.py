@@ -24,8 +24,6 @@ from jpyfunc._typing import (
 )
 from jpyfunc._wrapped import PyFunc, wrap
 
-# In the overloads, the first form comes first, then wrapping, then decorating.
-
 P = ParamSpec("P")
 K = TypeVar("K")
 T = TypeVar("T")
@@ -47,6 +45,7 @@ class DecoratorWithTout(Protocol[T_co]):
     def __call__(self, func: Callable[P, object], /) -> PyFunc[P, T_co]: ...
 
 
+# The overloads: calls at once, then wrapping, then decorators.
 @overload
 def py_func(
     func: Func,

@@ -34,11 +34,11 @@ JvpRule = TypeVar("JvpRule", bound=Callable[[Any, Any], tuple[Any, Any]])
 class PyFunc(Generic[P, T_co]):
     """A function wrapped by `py_func` or `numpy_func`.
 
-    Wrapped functions compare by value: two wraps of one function with the same options are
-    equal, so `jax.jit` of the second reuses what it compiled for the first.
+    Wrapped functions compare by value: if a function is wrapped twice, with the same
+    options, `jax.jit` of the second reuses what it compiled for the first.
 
-    Its type has the parameters of the function and the type of `Tout`, or of what the
-    function returns where `Tout` is left out.
+    To type checkers, it has the parameters of the function, `P`, and the type of `Tout`, or
+    of what the function returns if `Tout` is left out.
     """
 
     __name__: str
@@ -46,7 +46,7 @@ class PyFunc(Generic[P, T_co]):
     __wrapped__: Callable[P, Any]
 
     def __init__(self, kind: Kind, func: Callable[P, Any], options: Options) -> None:
-        # First, because it copies the attributes of what may be a wrapped function itself.
+        # First, because `func` may be a PyFunc, whose attributes this copies.
         functools.update_wrapper(self, func)
         self._callee = check_options(kind, func, options)
         self.__name__ = self._callee.name
@@ -63,9 +63,8 @@ class PyFunc(Generic[P, T_co]):
         return f"<{self._callee.label}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        # By name, as functions are pickled, where the name leads to this object. What is
-        # defined in a notebook is not found in another process; cloudpickle takes it by
-        # value.
+        # By name, as functions are, if the name leads to this object. Another process does
+        # not find what is defined in a notebook, so cloudpickle takes that by value.
         name = getattr(self, "__qualname__", self.__name__)
         found: Any = sys.modules.get(self.__module__)
         for part in name.split("."):
