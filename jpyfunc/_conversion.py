@@ -164,7 +164,7 @@ def can_cast(array: Array, weak: bool, dtype: Any) -> bool:
 def out_of_range(array: Array, dtype: Any) -> list[int]:
     """Find the least and the greatest integer of an array, if `dtype` does not hold them.
 
-    NumPy would wrap them without a word.
+    NumPy would silently wrap them.
     """
     if kind_of(dtype) not in ("u", "i") or array.dtype == np.bool_ or not array.size:
         return []

@@ -146,8 +146,8 @@ def py_func(
             called with the arguments, with a `jax.ShapeDtypeStruct` for each array, and
             returns such a pytree. (A callable pytree that holds arrays, such as an equinox
             module, counts as a pytree.) By default, everything is inferred: while JAX
-            traces the call, the function is run on abstract values, and on both sides of
-            each branch. That fails if it reads a value (`float(x)`, NumPy). If `Tout`
+            traces the call, the function is run on abstract values, through both branches
+            of each `if`. That fails if it reads a value (`float(x)`, NumPy). If `Tout`
             declares every shape and dtype, no such run is made. Results have the static
             fields of `Tout`; if the function returns others, it is an error.
         name: the name in errors, profiles and graphs; by default the function's own.
@@ -167,15 +167,15 @@ def py_func(
             `stateful=True`. (Draws from `random` and `numpy.random` are detected and cause
             a warning; draws from a generator that the function holds are not.)
         staged: compile what can be traced. While JAX traces the call, the function is run
-            on abstract values, on both sides of each branch, and its operations become part
-            of the program, as a tree of `jax.lax.cond`. At most 32 such runs are made, or
-            the given number. On a path that cannot be traced (a value is read, an
-            operation has an effect, the runs are used up), the program calls the function.
-            The results are the same as without staging. If no such call remains, the
-            program supports everything that JAX supports for `lax.cond`. Under `jax.vmap`,
-            all branches are computed for all elements, but calls are made only for the
-            elements that need them. Staging costs one run of the function per path, some
-            milliseconds each, and the compilation of the operations: those of a loop
+            on abstract values, through both branches of each `if`, and its operations
+            become part of the program, as a tree of `jax.lax.cond`. At most 32 such runs
+            are made, or the given number. On a path that cannot be traced (a value is read,
+            an operation has an effect, the runs are used up), the program calls the
+            function. The results are the same as without staging. If no such call remains,
+            the program supports everything that JAX supports for `lax.cond`. Under
+            `jax.vmap`, all branches are computed for all elements, but calls are made only
+            for the elements that need them. Staging costs one run of the function per path,
+            some milliseconds each, and the compilation of the operations: those of a loop
             count in each iteration, those before a branch once. Side effects in Python
             (`print`, a list that grows) happen only while tracing, where the function is
             run on abstract values even if `Tout` is complete, and arrays that it holds are

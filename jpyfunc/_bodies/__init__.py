@@ -1,1 +1,1 @@
-"""What a body is, and how each kind of it is computed."""
+"""Bodies, and the computation of each kind."""

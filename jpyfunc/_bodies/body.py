@@ -31,7 +31,7 @@ from jpyfunc._types import Array, Avals, Indices
 
 
 class Body:
-    """What a call computes on the host."""
+    """A computation that a call makes on the host."""
 
     __slots__ = ()
 
@@ -52,7 +52,7 @@ class Body:
 
     @property
     def kind(self) -> Kind:
-        """What of the function it computes: of several derivatives, the one taken last."""
+        """The kind of computation; of several derivatives, the one taken last."""
         raise NotImplementedError
 
     @property
@@ -63,12 +63,12 @@ class Body:
 
     @property
     def row(self) -> Row:
-        """Where profiles count calls of it."""
+        """The row of a profile in which calls of it are counted."""
         return self.function.title, self.function.callable, self.kind
 
     @property
     def description(self) -> str:
-        """What it computes, in words, for programs that are printed."""
+        """A description of the computation, for programs that are printed."""
         raise NotImplementedError
 
     # --- Computation.
@@ -177,7 +177,7 @@ class Body:
 
     @property
     def ticket_index(self) -> int | None:
-        """Which operand is the ticket of the tape that it is a derivative at, if one is."""
+        """The index of the operand that is the ticket of its tape; None without one."""
         return None
 
     @property

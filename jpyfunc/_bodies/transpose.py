@@ -58,7 +58,7 @@ def transpose_of_operations(
 
 
 def _use_of_value(error: jax.errors.JAXTypeError) -> str:
-    """What a body does with an operand that has no value here."""
+    """Say what a body does with an operand that has no value here."""
     if isinstance(error, jax.errors.TracerBoolConversionError):
         return "branches on"
     if isinstance(error, jax.errors.TracerArrayConversionError):

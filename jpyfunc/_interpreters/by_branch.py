@@ -49,7 +49,7 @@ class Column(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ElementNames:
-    """What errors call a function and the elements of its batch.
+    """The names of a function and of the elements of its batch in errors.
 
     Attributes:
         label: of the function.

@@ -22,7 +22,7 @@ class StatefulEffect(Effect):
 
     @property
     def remedy(self) -> str:
-        """What errors say to write where a call could run more than once, or not at all."""
+        """The advice of errors where a call could run more than once, or not at all."""
         if self.returns:
             return "make the call pure"
         return (

@@ -64,13 +64,13 @@ class Params:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What parameters are equal by."""
+        """The key by which parameters are compared."""
         kinds = (self.stateful, self.ordered, self.vmap_method, self.config)
         return (self.body, *kinds)
 
     @property
     def name(self) -> str:
-        """What errors call the user's function."""
+        """The name of the user's function in errors."""
         return self.body.function.label
 
     def derived(self, body: Body) -> Params:

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
-    """What surrounds a body while it runs.
+    """The surroundings of a body while it runs.
 
     Attributes:
         device: where NumPy operands are put; None where no body of a call runs.
@@ -51,7 +51,7 @@ class Context:
 
     @property
     def elements(self) -> int:
-        """How many elements of a batch a run in this context is of."""
+        """The number of batch elements that a run in this context is of."""
         batch = self.batches[-1] if self.batches else None
         return 1 if batch is None else len(batch.subset.rows)
 

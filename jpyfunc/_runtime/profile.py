@@ -127,8 +127,8 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     - `tape_bytes`: what the tapes of the function hold now, those of calls outside the
       block included; in the row `forward` only. See `set_tape_limit`.
 
-    Eager calls count, although they make no round trip: their crossing is the check and the
-    conversion of the results, and JAX may still be computing when their body has returned.
+    Eager calls count, although they make no round trip: their `crossing` is the check and
+    the conversion of the results, and JAX may still be computing when the body returns.
 
     A call counts in every block, on any thread, that was open when the call began. Leaving
     a block without an exception waits for what the block's thread has dispatched in it, so

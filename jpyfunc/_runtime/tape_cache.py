@@ -38,7 +38,7 @@ from jpyfunc._types import Array, Avals
 
 
 class AnyTape(Protocol):
-    """What a run has left for its derivatives: its operations, or a rule's residuals."""
+    """The record of a run for its derivatives: its operations, or a rule's residuals."""
 
     @property
     def subset(self) -> Any:
