@@ -56,7 +56,12 @@ from jpyfunc._limits import MAX_BATCH_BYTES, MAX_ELEMENT_BYTES
 from jpyfunc._runtime.configuration import is_debugging
 from jpyfunc._runtime.context import Context, current
 from jpyfunc._runtime.tape_cache import tapes
-from jpyfunc._runtime.tickets import is_void, tickets_of_rows
+from jpyfunc._runtime.tickets import (
+    elements_of,
+    is_void,
+    rows_by_tape,
+    tickets_of_rows,
+)
 from jpyfunc._types import Array, Avals
 
 
@@ -67,7 +72,15 @@ def evaluate_batch(
     context: Context,
     operands: Sequence[Array],
 ) -> list[Array]:
-    """Compute the results of a batch, as `Batch` says."""
+    """Compute the results of a batch.
+
+    Args:
+        layout: of the batch.
+        out_avals: of its results.
+        by_branch: whether it may run by branch.
+        context: the current one.
+        operands: of all elements.
+    """
     if not layout.count:
         return [*zeros(out_avals)]
     if any(isinstance(x, Tracer) for x in operands):
@@ -84,14 +97,14 @@ def evaluate_batch(
 
 
 def _run_base(layout: BatchLayout, operands: Sequence[Array]) -> list[Array]:
-    """Run the body of one element, or of a subset that runs by branch."""
-    return layout.base.run(current(), operands)  # which says what subset that is
+    """Run the body of one element on one, or on the subset that runs by branch."""
+    return layout.base.run(current(), operands)  # the context says which
 
 
 def _evaluate_traced(layout: BatchLayout, operands: Sequence[Array]) -> list[Array]:
-    """The results where a body that is differentiated, or runs by branch, has the batch.
+    """Compute a batch inside a body that is differentiated, or runs by branch itself.
 
-    Elements are sliced and stacked with operations of JAX, which the trace follows.
+    Elements are sliced and stacked with operations of JAX, which that trace sees.
     """
     columns = [
         (jnp.reshape(x, (places[-1] + 1, *aval.shape)), places)
@@ -123,7 +136,7 @@ class BatchElements:
         layout: of the batch.
         columns: the operands.
         results: the results.
-        is_done: for each element, whether it is in `results`. None may be added to a sum
+        is_done: for each element, whether it is in `results`; none may be added to a sum
             twice.
     """
 
@@ -187,8 +200,8 @@ class BatchElements:
         if refusal is None:
             return
         context.count(one_by_one=refusal.why)
-        # What an element raises here is the user's own, and ends the call as it would have
-        # without a batch. Then nothing is remembered.
+        # An exception here is the user's own, which an attempt by branch has hidden, and no
+        # reason to run one by one from now on.
         self.run_each(np.sort(np.concatenate([subset.rows for subset in subsets])))
         if not drawn:
             scope = Scope.SIZE if refusal.is_of_paths else Scope.KIND
@@ -271,18 +284,16 @@ class BatchElements:
             yield Subset(every, None, every, nbytes)
             return
         tickets = self.columns[ticket].rows(every)
-        names = np.ascontiguousarray(tickets[:, :3]).view("V12").ravel()
-        _, first, labels = np.unique(names, return_index=True, return_inverse=True)
         evicted = []
-        for label, place in enumerate(first):
-            rows = np.flatnonzero(labels == label)
-            if is_void(tickets[place]):  # no branch ran: results stay zero
+        for rows in rows_by_tape(tickets):
+            first = tickets[rows[0]]
+            if is_void(first):  # no branch ran: results stay zero
                 continue
-            is_cached, subset = tapes.subset_of(tickets[place], in_avals)
+            is_cached, subset = tapes.subset_of(first, in_avals)
             if not is_cached:
                 evicted.append(rows)
                 continue
-            index = tickets[rows, 3].astype(np.intp)
+            index = elements_of(tickets[rows])
             yield Subset(rows, subset, index, max(nbytes, subset.nbytes if subset else 0))
         if evicted:
             rows = np.concatenate(evicted)

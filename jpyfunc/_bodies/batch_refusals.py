@@ -1,7 +1,7 @@
 """Remembers which calls run their batches one by one, and why.
 
-To find out costs a run by branch whose results are dropped, so it is found out once: for a
-function, for one kind of call, or for batches of a kind up to some size.
+To find out costs a run by branch whose results are dropped, so it is done once: for all
+calls of a function, for calls of one kind, or for batches of one kind and size.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class Scope(enum.IntEnum):
     """The calls that a refusal holds for, as an index into their keys."""
 
     FUNCTION = 0  # all of the function
-    KIND = 1  # with the same operands, and the same derivative
-    SIZE = 2  # of these, batches of up to the same power of two
+    KIND = 1  # with operands of the same shapes and dtypes, and the same derivative
+    SIZE = 2  # of the same kind, batches whose sizes round up to the same power of two
 
 
 _refusals: LruCache = LruCache(REFUSAL_CACHE_SIZE)
 
 
 def remembered_refusal(layout: BatchLayout) -> str:
-    """Why a batch is to run one by one as others did before; empty if nothing is known."""
+    """Why a batch is to run one by one, as earlier ones did; empty if nothing is known."""
     return next(filter(None, map(_refusals.get, _keys(layout)[0])), "")
 
 
@@ -39,9 +39,9 @@ def remember_refusal(layout: BatchLayout, scope: Scope, why: str) -> None:
 
 
 def _keys(layout: BatchLayout) -> tuple[list[Any], Any]:
-    """The keys of a call, a `Scope` each, and the function, which must live for them."""
+    """The keys of a call, one per `Scope`, and the function that they are valid with."""
     function = layout.base.function.callable
-    # A bound method is a new object each time, so its function is the one.
+    # A bound method is a new object each time that it is looked up; its function is not.
     function = getattr(function, "__func__", function)
     kind = (id(function), layout.base.title, layout.base.in_avals)
     size = (layout.count - 1).bit_length()

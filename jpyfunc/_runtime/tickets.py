@@ -35,8 +35,23 @@ def name_of(ticket: np.ndarray) -> bytes:
 
 def names_of(tickets: np.ndarray) -> set[bytes]:
     """The names of the tapes of many tickets."""
+    return set(_names(tickets).tolist())
+
+
+def rows_by_tape(tickets: np.ndarray) -> list[np.ndarray]:
+    """The rows of the tickets of each tape, among tickets of any number of tapes."""
+    _, labels = np.unique(_names(tickets), return_inverse=True)
+    return [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
+
+
+def elements_of(tickets: np.ndarray) -> np.ndarray:
+    """The numbers of the elements of tickets in the runs that their tapes are of."""
+    return tickets[:, 3].astype(np.intp)
+
+
+def _names(tickets: np.ndarray) -> np.ndarray:
     words = np.ascontiguousarray(tickets.reshape(-1, 4)[:, :3])
-    return set(words.view("V12").ravel().tolist())
+    return words.view("V12").ravel()
 
 
 def tickets_of_rows(ticket: np.ndarray, count: int) -> np.ndarray:
