@@ -2,8 +2,8 @@
 
 `PyFunc[P, T]` has the type `T` of `Tout`, or of what the function returns if `Tout` is left
 out. The overloads of its call map `T` to the type of the results. They are not overloads of
-`py_func`, because JAX types `jnp.float32` as `Any`, for which these would be ambiguous, and
-type checkers would lose the parameters `P` as well.
+`py_func`, because JAX before 0.12 types `jnp.float32` as `Any`, for which these would be
+ambiguous, and type checkers would lose the parameters `P` as well.
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ import numpy as np
 
 VmapMethod = Literal["by_branch", "sequential", "expand_dims", "broadcast_all"]
 
+
+class _ScalarType(Protocol):
+    """A dtype of `jax.numpy`, such as `jnp.float32`."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __call__(self, x: Any, /) -> jax.Array: ...
+
+
 _Number: TypeAlias = bool | int | float | complex | np.ndarray | np.generic
 _Dtype: TypeAlias = (
     str
     | np.dtype[Any]
+    | _ScalarType
     | type[np.generic]
     | type[bool]
     | type[int]

@@ -1,7 +1,7 @@
-"""What a type checker knows of wrapped functions; pyright and mypy check it, and it runs.
+"""A user's program, for type checkers: pyright and mypy check it, and a test runs it.
 
-Each `assert_type` fails where a type degrades to `Any`, and each ignored error where the
-checker accepts the call: it is told of ignores that are not needed.
+Each `assert_type` fails if a type degrades to `Any`, and so does each `type: ignore`,
+because ignoring what is no error is an error to both checkers.
 """
 
 # pyright: reportUnnecessaryTypeIgnoreComment=true
