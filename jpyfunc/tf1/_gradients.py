@@ -95,7 +95,19 @@ def _sweep(
 
 
 class _GraphSweep:
-    """A reverse sweep through a graph, from `ys` to `xs`."""
+    """A reverse sweep through a graph, from `ys` to `xs`.
+
+    Forwards, it finds the path: the operations that lead from `xs` to `ys`, with their
+    results. Backwards, it adds for each operation `y = f(x)` on the path a node that
+    applies the pullback of `f` to the cotangents of its results,
+
+        x* = P(y*),
+
+    and adds the terms where a tensor is used several times. In a gradient of a gradient,
+    the nodes that apply pullbacks are operations of the path themselves. They take the
+    pullback `P1` of an `f` as an input, so cotangents of hidden results arise, too. The
+    pullback of `f` that takes these is one level higher: see `_pullback`.
+    """
 
     def __init__(
         self, graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor], stops: set[Tensor]
@@ -106,6 +118,7 @@ class _GraphSweep:
         self.reached = {x for x in xs if _is_differentiable(x)}
         # Operations are created after those that they depend on, so ids order them.
         first = min(x.op.id for x in xs)
+        # Results as of now: the sweep itself adds hidden results to these operations.
         self._path: list[tuple[Operation, list[Tensor]]] = []
         for op in sorted(_ancestors(ys, first), key=lambda op: op.id):
             if op.differentiable and not self.reached.isdisjoint(op.inputs):
@@ -149,6 +162,7 @@ class _GraphSweep:
         of: Indices,
         wrt: Indices,
     ) -> None:
+        # It must cover all results that have a cotangent, hidden ones included.
         pullback = op.pullback(1 + max(results[i].level for i in of))
         wanted = [op.inputs[i] for i in wrt]
         node = self._graph.create_operation(

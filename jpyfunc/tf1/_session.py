@@ -93,6 +93,8 @@ class Session:
                 f"run: expected feed_dict to be a dict, {{tensor: value}}, got {feeds!r}."
             )
         leaves, tree = jax.tree.flatten(fetches)
+        # Tensors and names hash by identity and value, so this finds the plan of an equal
+        # run. None separates fetches from feeds.
         key = (tree, *leaves, None, *feeds)
         try:
             plan = self._plans.get(key)
