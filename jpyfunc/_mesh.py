@@ -10,16 +10,17 @@ from jax.core import ShapedArray
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
+from jpyfunc._types import Array
 
 
-def align(operands: Sequence[Any]) -> list[Any]:
+def align(operands: Sequence[Array]) -> list[jax.Array]:
     """Make the operands of one call agree on how they lie on the mesh.
 
     Over explicit mesh axes each is gathered, because the host call takes it whole. Under
     `jax.shard_map(check_vma=True)` each is marked as varying over the manual axes that
     any varies over. Both are JAX operations, which know their own transposes.
     """
-    whole = []
+    whole: list[Any] = []
     for operand in operands:
         sharding = getattr(jax.typeof(operand), "sharding", None)
         if sharding is not None and any(axes is not None for axes in sharding.spec):
@@ -28,7 +29,7 @@ def align(operands: Sequence[Any]) -> list[Any]:
     return vary_alike(whole, ())
 
 
-def vary_alike(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+def vary_alike(values: Sequence[jax.Array], like: Sequence[Array]) -> list[jax.Array]:
     """Mark `values` as varying over the manual axes that any of them or of `like` does."""
     axes = [jax.typeof(x).manual_axis_type.varying for x in (*values, *like)]
     union = frozenset().union(*axes)
@@ -38,7 +39,7 @@ def vary_alike(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     ]
 
 
-def like_operands(aval: ShapedArray, operand_avals: Sequence[Any]) -> ShapedArray:
+def like_operands(aval: ShapedArray, operand_avals: Sequence[ShapedArray]) -> ShapedArray:
     """Put `aval` in the current mesh, varying over what the aligned operands vary over."""
     varying = _compat.standard_vma_rule("py_func", *operand_avals)
     return aval.update(

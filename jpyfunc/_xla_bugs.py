@@ -63,8 +63,8 @@ next(_suspended)
 
 
 def sample_of_returned(
-    ctx: mlir.LoweringRuleContext, operands: Sequence[Any]
-) -> tuple[Any, ShapedArray] | None:
+    ctx: mlir.LoweringRuleContext, operands: Sequence[ir.Value]
+) -> tuple[ir.Value, ShapedArray] | None:
     """Sample each value that XLA might lose, because the program returns nothing else.
 
     A program with a call that takes a reduction of an array, and that returns this array
@@ -103,7 +103,9 @@ def sample_of_returned(
     return stablehlo.concatenate(elements, 0), aval
 
 
-def _fused_values(operands: Sequence[Any], seen: set[int]) -> Iterator[tuple[Any, Any]]:
+def _fused_values(
+    operands: Sequence[ir.Value], seen: set[int]
+) -> Iterator[tuple[ir.Value, ir.Value]]:
     """Walk back from lowered values, to all that XLA may fuse into what they depend on.
 
     Args:
@@ -113,7 +115,7 @@ def _fused_values(operands: Sequence[Any], seen: set[int]) -> Iterator[tuple[Any
     Yields:
         A value, and the operand of a fusing operation that is computed from it.
     """
-    values: list[tuple[Any, Any]] = [(value, None) for value in operands]
+    values: list[tuple[ir.Value, ir.Value | None]] = [(value, None) for value in operands]
     while values:
         value, fused = values.pop()
         if fused is not None:
@@ -145,8 +147,9 @@ _FUSES_OPERANDS = {
 }
 
 
-def _only_result(operation: Any) -> list[Any]:
+def _only_result(operation: Any) -> list[ir.RankedTensorType]:
     """The type of what a function, a loop or a branch returns, if that is one array."""
+    types: list[Any]
     if isinstance(operation, func.FuncOp):
         types = list(operation.type.results)
     else:
@@ -154,7 +157,9 @@ def _only_result(operation: Any) -> list[Any]:
     return types if len(types) == 1 and isinstance(types[0], ir.RankedTensorType) else []
 
 
-def _may_be_returned(value: Any, roots: Sequence[Any], parts: int) -> bool:
+def _may_be_returned(
+    value: ir.Value, roots: Sequence[ir.RankedTensorType], parts: int
+) -> bool:
     """Whether a value may be a result or a shard of it, in some shape and dtype."""
     size = _size(value.type)
     return size > 0 and any(
@@ -162,12 +167,12 @@ def _may_be_returned(value: Any, roots: Sequence[Any], parts: int) -> bool:
     )
 
 
-def _size(type_: Any) -> int:
+def _size(type_: ir.Type) -> int:
     """Return the number of elements of values of a type; 0 if they are not arrays."""
     return math.prod(type_.shape) if isinstance(type_, ir.RankedTensorType) else 0
 
 
-def _element(value: Any) -> Any:
+def _element(value: ir.Value) -> ir.Value:
     """The first element of a lowered value, as a float32 vector of one."""
     rank = value.type.rank
     first = stablehlo.slice(value, [0] * rank, [1] * rank, [1] * rank)

@@ -22,15 +22,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 from jax.interpreters import ad
 
 from jpyfunc._errors import no_second_order, not_differentiable
 from jpyfunc._primitive.primitive import Params, bind
+from jpyfunc._types import Array
+
+Tangent = Array | ad.Zero
 
 
 def _py_func_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, params: Params
-) -> tuple[list[Any], list[Any]]:
+    primals: Sequence[Array], tangents: Sequence[Tangent], *, params: Params
+) -> tuple[Sequence[Array], Sequence[Tangent]]:
     """Make the calls for the results and their tangents.
 
     Args:
@@ -75,8 +79,8 @@ def _py_func_jvp(
 
 
 def _linear_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], params: Params
-) -> tuple[list[Any], list[Any]]:
+    primals: Sequence[Array], tangents: Sequence[Tangent], params: Params
+) -> tuple[Sequence[Array], Sequence[Tangent]]:
     """Make the calls for a derivative by rule, which is linear in its last operands.
 
     A linear function is its own JVP. With respect to its other operands it has none: that
@@ -90,7 +94,7 @@ def _linear_jvp(
     return bind(primals, shared), bind([*primals[:count], *linear], params)
 
 
-def _is_differentiated(tangent: Any) -> bool:
+def _is_differentiated(tangent: Tangent) -> bool:
     """Whether a tangent is that of an operand that is differentiated."""
     if isinstance(tangent, ad.Zero):
         return False
@@ -98,8 +102,10 @@ def _is_differentiated(tangent: Any) -> bool:
 
 
 def _py_func_transpose(
-    cotangents: Sequence[Any], *operands: Any, params: Params
-) -> list[Any]:
+    cotangents: Sequence[Tangent],
+    *operands: Any,
+    params: Params,
+) -> list[Array | None]:
     """Make the call for the cotangents of the operands that a call is linear in.
 
     Args:
@@ -114,20 +120,19 @@ def _py_func_transpose(
         NotDifferentiableError: a host function has no rule for it.
     """
     wrt = tuple(i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
-    of = tuple(i for i, ct in enumerate(cotangents) if not isinstance(ct, ad.Zero))
-    body, first = params.body.transpose(wrt, of)
+    nonzero = {i: ct for i, ct in enumerate(cotangents) if not isinstance(ct, ad.Zero)}
+    body, first = params.body.transpose(wrt, tuple(nonzero))
     body.check_differentiable()
     cotangents_in = bind(
-        [*(operands[i] for i in first), *(cotangents[i] for i in of)],
-        params.derived(body),
+        [*(operands[i] for i in first), *nonzero.values()], params.derived(body)
     )
-    results: list[Any] = [None] * len(operands)
+    results: list[Array | None] = [None] * len(operands)
     for i, cotangent in zip(wrt, cotangents_in, strict=True):
         results[i] = cotangent
     return results
 
 
-def _py_func_dce(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]:
+def _py_func_dce(used: Sequence[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
     """Drop a call that nothing uses, or the tape of one that nothing differentiates.
 
     Args:

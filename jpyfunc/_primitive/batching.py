@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -12,14 +11,15 @@ from jpyfunc._bodies.batch import Batch
 from jpyfunc._bodies.body import Body
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._primitive.primitive import Params, bind
+from jpyfunc._types import Array
 
 # The operands of the call of a batch, batch axes first, and its body.
-BatchedCall = tuple[list[Any], Body]
+BatchedCall = tuple[list[Array], Body]
 
 
 def _py_func_batching(
-    operands: Sequence[Any], dims: Sequence[Any], *, params: Params
-) -> tuple[list[Any], list[int]]:
+    operands: Sequence[Array], dims: Sequence[int | None], *, params: Params
+) -> tuple[Sequence[Array], list[int]]:
     """Bind one call for a whole batch.
 
     Args:
@@ -51,21 +51,21 @@ def _py_func_batching(
 
 
 def _sequential(
-    body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
+    body: Body, operands: list[Array], size: int, batched: tuple[bool, ...]
 ) -> BatchedCall:
     """Run the body once per element."""
     return operands, Batch.of(body, size, batched, by_branch=False)
 
 
 def _by_branch(
-    body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
+    body: Body, operands: list[Array], size: int, batched: tuple[bool, ...]
 ) -> BatchedCall:
     """Run the body once per path that elements take through it."""
     return operands, Batch.of(body, size, batched, by_branch=True)
 
 
 def _expand_dims(
-    body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
+    body: Body, operands: list[Array], size: int, batched: tuple[bool, ...]
 ) -> BatchedCall:
     """Run the body once on the whole batch; shared operands get an axis of length 1."""
     if isinstance(body, Batch) or not body.is_primal:
@@ -77,7 +77,7 @@ def _expand_dims(
 
 
 def _broadcast_all(
-    body: Body, operands: list[Any], size: int, batched: tuple[bool, ...]
+    body: Body, operands: list[Array], size: int, batched: tuple[bool, ...]
 ) -> BatchedCall:
     """Run the body once on the whole batch; shared operands are repeated along its axis."""
     ticket = None if isinstance(body, Batch) else body.ticket_index

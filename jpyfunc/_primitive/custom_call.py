@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
 from jpyfunc import _compat
@@ -19,11 +20,11 @@ HostFunction = Callable[..., tuple[np.ndarray, ...]]
 def emit_host_call(
     ctx: mlir.LoweringRuleContext,
     function: HostFunction,
-    token: Any,
-    operands: Sequence[Any],
+    token: ir.Value | None,
+    operands: Sequence[ir.Value],
     *,
     has_side_effect: bool,
-) -> tuple[list[Any], Any]:
+) -> tuple[list[ir.Value], ir.Value | None]:
     """Emit the custom call that runs `function` on the host.
 
     Args:
@@ -66,10 +67,10 @@ def emit_host_call(
 def _emit_call(
     ctx: mlir.LoweringRuleContext,
     function: HostFunction,
-    operands: Sequence[Any],
+    operands: Sequence[ir.Value],
     sharding: Any,
     has_side_effect: bool,
-) -> list[Any]:
+) -> list[ir.Value]:
     """Emit a call of JAX's custom-call target for Python functions."""
     module = ctx.module_context
     target = _compat.callback_targets[module.platforms[0]]
@@ -85,11 +86,11 @@ def _emit_call(
 def _emit_checked_call(
     ctx: mlir.LoweringRuleContext,
     function: HostFunction,
-    token: Any,
-    operands: Sequence[Any],
+    token: ir.Value | None,
+    operands: Sequence[ir.Value],
     sharding: Any,
     has_side_effect: bool,
-) -> tuple[list[Any], Any]:
+) -> tuple[list[ir.Value], ir.Value | None]:
     """Emit the call by JAX's public function, where its custom-call target is unknown.
 
     That checks and canonicalizes every result again, on the callback's thread and under
@@ -98,6 +99,7 @@ def _emit_checked_call(
     """
     avals_in: Any = ctx.avals_in
     avals_out: Any = ctx.avals_out
+    results: Any
     results, token, _ = mlir.emit_python_callback(
         ctx, function, token, list(operands), avals_in, avals_out,
         has_side_effect=has_side_effect, returns_token=token is not None,
@@ -115,9 +117,11 @@ def _with_token(sharding: Any) -> Any:
     return _compat.SdyArrayList((of_token, *sharding.shardings))
 
 
-def _thread_token(function: HostFunction, token: Any, *operands: Any) -> tuple[Any, ...]:
+def _thread_token(
+    function: HostFunction, token: Any, *operands: np.ndarray
+) -> tuple[Any, ...]:
     return (token, *function(*operands))
 
 
-def _without_last(function: HostFunction, *operands: Any) -> tuple[Any, ...]:
+def _without_last(function: HostFunction, *operands: np.ndarray) -> tuple[Any, ...]:
     return function(*operands[:-1])

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
+from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -65,7 +65,9 @@ def _raise_reported_abstract_eval(report: ShapedArray) -> ShapedArray:
     return report.update(shape=(), dtype=np.dtype(bool))
 
 
-def _raise_reported_lowering(ctx: mlir.LoweringRuleContext, report: Any) -> list[Any]:
+def _raise_reported_lowering(
+    ctx: mlir.LoweringRuleContext, report: ir.Value
+) -> list[ir.Value]:
     is_cpu = ctx.module_context.platforms[0] == "cpu"
     function = functools.partial(_raise_reported, is_cpu)
     results, _ = emit_host_call(ctx, function, None, [report], has_side_effect=True)

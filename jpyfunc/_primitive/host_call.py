@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -82,7 +82,9 @@ class HostCall:
         zeros = (np.zeros(aval.shape, aval.dtype) for aval in self._body.out_avals)
         return (*zeros, report_of(text))
 
-    def _run(self, context: Context, operands: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    def _run(
+        self, context: Context, operands: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, ...]:
         device: Any = context.device
         with enter_config(self._config, device), _thread_hooks():
             if self._on_device:
@@ -92,7 +94,7 @@ class HostCall:
                 results = self._body.evaluate(context, operands)
             return tuple(np.asarray(result) for result in results)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
             f"{self._body.function.label}: a program that calls it cannot be "
             "pickled or serialized, because its body is a Python function of this "

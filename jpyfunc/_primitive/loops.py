@@ -13,12 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core.primitives import jit_p
 from jax.interpreters import batching, partial_eval
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
 from jpyfunc._primitive.effects import StatefulEffect
+
+Rule = Callable[..., Any]  # of JAX
 
 
 def guard_stateful_calls() -> None:
@@ -32,7 +35,7 @@ def guard_stateful_calls() -> None:
     _compat.wrap_hoisting_of_scan(_hoisting_unless_stateful)
 
 
-def _refusing_in_cond(rule: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing_in_cond(rule: Rule) -> Rule:
     """Batching rule of `cond`, which executes every branch if the predicate is batched.
 
     Raises:
@@ -52,7 +55,7 @@ def _refusing_in_cond(rule: Callable[..., Any]) -> Callable[..., Any]:
     return batch
 
 
-def _refusing_in_while(rule: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing_in_while(rule: Rule) -> Rule:
     """Batching rule of `while_loop`, which iterates until the last element is done.
 
     Raises:
@@ -75,11 +78,11 @@ def _refusing_in_while(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_test_batched(
-    dims: Sequence[Any],
+    dims: Sequence[int | None],
     *,
-    cond_jaxpr: Any,
+    cond_jaxpr: ClosedJaxpr,
     cond_nconsts: int,
-    body_jaxpr: Any,
+    body_jaxpr: ClosedJaxpr,
     body_nconsts: int,
 ) -> bool:
     """Whether elements of a batched `while_loop` may end at different iterations."""
@@ -94,7 +97,7 @@ def _is_test_batched(
     return _batched(cond_jaxpr, of_test + carry)[0]
 
 
-def _batched(jaxpr: Any, operands: Sequence[bool]) -> list[bool]:
+def _batched(jaxpr: ClosedJaxpr | Jaxpr, operands: Sequence[bool]) -> list[bool]:
     """Whether each result of a jaxpr depends on a batched operand."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     live = {id(v) for v, b in zip(inner.invars, operands, strict=True) if b}
@@ -116,7 +119,7 @@ def _refusal(effect: StatefulEffect, what: str, does: str) -> UnsupportedError:
     )
 
 
-def _refusing_in_linearized_while(rule: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing_in_linearized_while(rule: Rule) -> Rule:
     """Partial evaluation of `while_loop`, which repeats the loop for the tangents.
 
     `jax.linearize` computes the primals in one loop, and the tangents in another one that
@@ -141,7 +144,7 @@ def _refusing_in_linearized_while(rule: Callable[..., Any]) -> Callable[..., Any
     return partial_eval_while
 
 
-def _hoisting_unless_stateful(hoist: Callable[..., Any]) -> Callable[..., Any]:
+def _hoisting_unless_stateful(hoist: Rule) -> Rule:
     """Hoisting of loop-invariant residuals out of a `scan`, except from stateful calls.
 
     In reverse mode, `scan` computes residuals that depend on constants alone before its
@@ -158,7 +161,7 @@ def _hoisting_unless_stateful(hoist: Callable[..., Any]) -> Callable[..., Any]:
     return hoist_unless_stateful
 
 
-def _stateful(*jaxprs: Any) -> list[StatefulEffect]:
+def _stateful(*jaxprs: ClosedJaxpr | Jaxpr) -> list[StatefulEffect]:
     """Effects of the stateful calls in jaxprs."""
     effects = (effect for jaxpr in jaxprs for effect in jaxpr.effects)
     return [effect for effect in effects if isinstance(effect, StatefulEffect)]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import ShapedArray
+from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -26,7 +27,7 @@ from jpyfunc._xla_bugs import constrained
 
 def _py_func_lowering(
     ctx: mlir.LoweringRuleContext, *operands: Any, params: Params
-) -> list[Any]:
+) -> list[ir.Value]:
     """Emit the host call of one bind.
 
     Under `jit` over several devices, XLA partitions the program. The host call takes whole
@@ -44,8 +45,8 @@ def _py_func_lowering(
     replicated = _replicated(ctx)
     avals_out = list(ctx.avals_out)
     if replicated is not None:
-        operands = _lowered(
-            ctx, constrained, operands, ctx.avals_in, ctx.avals_in, replicated
+        operands = (
+            *_lowered(ctx, constrained, operands, ctx.avals_in, ctx.avals_in, replicated),
         )
         avals_out.append(REPORT_AVAL)
     token = ctx.tokens_in.get(ORDERED) if params.ordered else None
@@ -128,11 +129,11 @@ def _checked(xs: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array
 def _lowered(
     ctx: mlir.LoweringRuleContext,
     function: Callable[[Sequence[jax.Array], NamedSharding], list[jax.Array]],
-    values: Any,
+    values: Sequence[ir.Value],
     avals_in: Sequence[Any],
     avals_out: Sequence[Any],
     sharding: NamedSharding,
-) -> Any:
+) -> Sequence[ir.Value]:
     """Lower `function`, of arrays and `sharding`, and apply it to lowered `values`."""
     lower = mlir.lower_fun(lambda *xs: function(xs, sharding), multiple_results=True)
     # Without the explicit axes of a mesh, over which a sharding constraint would not

@@ -24,12 +24,13 @@ from jpyfunc._runtime.configuration import Config
 from jpyfunc._runtime.context import current
 from jpyfunc._runtime.profile import measured
 from jpyfunc._runtime.transfers import put
+from jpyfunc._types import Array
 
 
 class PyFuncPrimitive(HostPrimitive):
     """The primitive of all calls; in a body, a call is evaluated under the body's trace."""
 
-    def evaluate(self, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    def evaluate(self, operands: Sequence[Array], params: dict[str, Any]) -> list[Array]:
         return _evaluate(params["params"].body, operands, default_device())
 
     def has_rules(self, params: dict[str, Any]) -> bool:
@@ -88,7 +89,7 @@ class Params:
 _living: weakref.WeakValueDictionary[Any, Params] = weakref.WeakValueDictionary()
 
 
-def bind(operands: Sequence[Any], params: Params) -> list[Any]:
+def bind(operands: Sequence[Array], params: Params) -> list[jax.Array]:
     """Bind `py_func_p`; every rule makes its calls here, so that their operands agree."""
     params = _living.setdefault(params.key, params)
     return py_func_p.bind(*align(operands), params=params)
@@ -107,7 +108,7 @@ def _py_func_abstract_eval(
     return out_avals, effects
 
 
-def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
+def _py_func_impl(*operands: Array, params: Params) -> list[jax.Array]:
     """Run the body here and now: a call outside of a program, under a transform or not."""
     params.body.check_differentiable()
     if params.ordered:
@@ -130,8 +131,8 @@ def _py_func_impl(*operands: Any, params: Params) -> list[jax.Array]:
 
 
 def _evaluate(
-    body: Body, operands: Sequence[Any], device: _compat.Device, **changes: Any
-) -> list[Any]:
+    body: Body, operands: Sequence[Array], device: _compat.Device, **changes: Any
+) -> list[Array]:
     context = dataclasses.replace(current(), device=device, **changes)
     return measured(body.row, context, operands, body.evaluate)
 

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
 from jpyfunc._limits import (
     LONGEST_PAUSE,
@@ -18,7 +18,7 @@ from jpyfunc._limits import (
     QUIET,
     SHORTEST_PAUSE,
 )
-from jpyfunc._runtime.fences import fenced_clients, fences
+from jpyfunc._runtime.fences import Fence, fenced_clients, fences
 from jpyfunc._runtime.running_bodies import IdleTimes, numbers
 
 
@@ -57,7 +57,10 @@ class Flight:
             time.sleep(pause)
 
 
-def taken(flights: list[Any]) -> Any:
+FlightT = TypeVar("FlightT", bound=Flight)
+
+
+def taken(flights: list[FlightT]) -> FlightT:
     """Take the last flight of this thread from a list that several threads may share."""
     here = threading.get_ident()
     last = max(i for i, flight in enumerate(flights) if flight.thread == here)
@@ -95,7 +98,7 @@ def _wait_at_exit() -> None:
     if not clients or os.getpid() != _process:
         return
     arrays = [x for client in clients for x in client.live_arrays()]
-    pending: list[Any] = [*fences(), *arrays]
+    pending: list[Fence] = [*fences(), *arrays]
     idle, last = IdleTimes(), time.monotonic()
     for pause in _pauses():
         pending = [x for x in pending if not x.is_deleted() and not x.is_ready()]
