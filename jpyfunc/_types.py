@@ -7,5 +7,6 @@ import numpy as np
 from jax.core import ShapedArray
 
 Array = jax.Array | np.ndarray  # tracers included, which are of `jax.Array` to Python
+Value = Array | np.generic | complex  # what an operation of a body takes
 Avals = tuple[ShapedArray, ...]
 Indices = tuple[int, ...]  # of operands or of results

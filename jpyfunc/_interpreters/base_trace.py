@@ -11,6 +11,7 @@ from jax.core import Trace
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
+from jpyfunc._types import Array, Value
 
 
 class BodyTrace(_compat.KeyedTrace):
@@ -54,9 +55,9 @@ class BodyTrace(_compat.KeyedTrace):
         self,
         primitive: Any,
         functions: Sequence[Any],
-        operands: Sequence[Any],
+        operands: Sequence[Value],
         params: dict[str, Any],
-    ) -> Sequence[Any]:
+    ) -> Sequence[Array]:
         """Call a function that has a custom derivative rule; here, without its rule.
 
         Args:
@@ -75,7 +76,7 @@ class BodyTrace(_compat.KeyedTrace):
         # structure. So the tree of the call is kept, and its leaves replaced.
         trees: list[Any] = []
 
-        def call(*operands: Any) -> list[Any]:
+        def call(*operands: Value) -> list[Array]:
             trees[:] = [primitive.bind(*operands, subfuns=(fun,), **params)]
             return [*trees[0]]
 
@@ -83,7 +84,7 @@ class BodyTrace(_compat.KeyedTrace):
         return trees[0].update(results)
 
     def apply_function(
-        self, call: Callable[..., list[Any]], operands: Sequence[Any]
-    ) -> Sequence[Any]:
+        self, call: Callable[..., list[Array]], operands: Sequence[Value]
+    ) -> Sequence[Array]:
         """Run a function of JAX, from operands to a list of results, as one operation."""
         raise NotImplementedError

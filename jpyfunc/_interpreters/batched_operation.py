@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jpyfunc._interpreters.jaxpr_queries import (
 )
 from jpyfunc._interpreters.operations import CompiledOperation, Function
 from jpyfunc._limits import MAX_LOOPED_BYTES
+from jpyfunc._types import Array
 
 Axes = tuple[int | None, ...]
 
@@ -33,7 +35,7 @@ class BatchedOperation:
         refusal: why there is none, or "".
     """
 
-    run: Function | None
+    run: Callable[..., list[jax.Array]] | None
     nbytes: int = 0
     refusal: str = ""
 
@@ -85,8 +87,8 @@ def _looped_where_small(
     one = jax.custom_batching.sequential_vmap(lambda *operands: operation.call(*operands))
     loop = jax.vmap(one, axes)
 
-    def call(*operands: Any) -> list[Any]:
-        if operands[axes.index(0)].shape[0] * nbytes > MAX_LOOPED_BYTES:
+    def call(*operands: jax.Array) -> list[Array]:
+        if len(operands[axes.index(0)]) * nbytes > MAX_LOOPED_BYTES:
             return function(*operands)
         return jax.lax.platform_dependent(*operands, cpu=loop, default=function)
 

@@ -26,6 +26,7 @@ from jpyfunc._interpreters.operation_cache import (
 )
 from jpyfunc._interpreters.operations import Operation, UncachedOperation, aval_of
 from jpyfunc._runtime.configuration import Config, current_config
+from jpyfunc._types import Array, Value
 
 _config_numbers: dict[Config, int] = {}  # for the keys of operations; there are few
 
@@ -46,19 +47,19 @@ class EagerTrace(BodyTrace):
         self._config: Config | None = config
         self._config_number = _config_numbers.setdefault(config, len(_config_numbers))
 
-    def apply(self, operation: Operation, operands: Sequence[Any]) -> list[Any]:
+    def apply(self, operation: Operation, operands: Sequence[Value]) -> list[Array]:
         """Run an operation."""
         raise NotImplementedError
 
     def apply_uncacheable(
-        self, operation: UncachedOperation, operands: Sequence[Any]
-    ) -> list[Any]:
+        self, operation: UncachedOperation, operands: Sequence[Value]
+    ) -> list[Array]:
         """Run a bind that may be another in every call."""
         return self.apply(operation, operands)
 
     def apply_function(
-        self, call: Callable[..., list[Any]], operands: Sequence[Any]
-    ) -> list[Any]:
+        self, call: Callable[..., list[Array]], operands: Sequence[Value]
+    ) -> list[Array]:
         return self.apply(UncachedOperation(call), operands)
 
     def process_primitive(
@@ -85,7 +86,7 @@ class EagerTrace(BodyTrace):
             results = self.apply(operation, tracers)
         return results if primitive.multiple_results else results[0]
 
-    def _call_jitted(self, jaxpr: ClosedJaxpr, operands: Sequence[Any]) -> list[Any]:
+    def _call_jitted(self, jaxpr: ClosedJaxpr, operands: Sequence[Value]) -> list[Array]:
         try:
             self._check_config()
             is_compiled = not runs_python(jaxpr)
@@ -132,7 +133,7 @@ def ground() -> Trace:
     return trace
 
 
-def run(trace: Trace, operation: Operation, operands: Sequence[Any]) -> list[Any]:
+def run(trace: Trace, operation: Operation, operands: Sequence[Value]) -> list[Array]:
     """Run an operation under `trace`: compiled, unless it is a transform of JAX's."""
     if isinstance(trace, EagerTrace):
         return trace.apply(operation, operands)

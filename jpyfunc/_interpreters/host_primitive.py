@@ -7,6 +7,8 @@ from typing import Any
 
 from jax.extend.core import Primitive
 
+from jpyfunc._types import Array, Value
+
 
 class HostPrimitive(Primitive):
     """A primitive that runs Python when it is bound on values.
@@ -16,7 +18,7 @@ class HostPrimitive(Primitive):
     contain one are run equation by equation.
     """
 
-    def evaluate(self, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    def evaluate(self, operands: Sequence[Value], params: dict[str, Any]) -> list[Array]:
         """Run the Python function, under the current trace."""
         raise NotImplementedError
 

@@ -52,15 +52,15 @@ from jpyfunc._interpreters.jaxpr_queries import dependent_outputs, is_cheap
 from jpyfunc._interpreters.operations import (
     CompiledOperation,
     Function,
-    Indices,
     UncachedOperation,
     aval_of,
     is_inexact,
     needs_x64,
     with_weak_type,
 )
+from jpyfunc._types import Array, Indices, Value
 
-Jvp = Callable[..., Sequence[Any]]
+Jvp = Callable[..., Sequence[Array]]
 
 
 def linearize(operation: CompiledOperation, active: Indices) -> Linearization:
@@ -72,7 +72,7 @@ def linearize(operation: CompiledOperation, active: Indices) -> Linearization:
 
 
 def linearize_at(
-    operation: UncachedOperation, operands: Sequence[Any], active: Indices
+    operation: UncachedOperation, operands: Sequence[Value], active: Indices
 ) -> tuple[list[Any], UncachedLinearization]:
     """Results at these operands, and the derivatives there with respect to `active`."""
     results, jvp, inexact = _linearized(operation.call, operands, active)
@@ -82,7 +82,7 @@ def linearize_at(
 
 
 def _linearized(
-    call: Function, operands: Sequence[Any], active: Indices
+    call: Function, operands: Sequence[Value], active: Indices
 ) -> tuple[list[Any], Jvp, Indices]:
     """Linearize a function at operands, with respect to those at `active`.
 
@@ -91,7 +91,7 @@ def _linearized(
     """
     inexact: list[int] = []
 
-    def restricted(*values: Any) -> tuple[list[Any], list[Any]]:
+    def restricted(*values: Value) -> tuple[list[Any], list[Any]]:
         full = list(operands)
         for i, value in zip(active, values, strict=True):
             full[i] = value
@@ -123,7 +123,7 @@ class _Forward(NamedTuple):
 def _trace_forward(operation: CompiledOperation, active: Indices) -> _Forward:
     found: list[Any] = []
 
-    def forward(*operands: Any) -> tuple[list[Any], list[Any]]:
+    def forward(*operands: Value) -> tuple[list[Any], list[Any]]:
         results, jvp, inexact = _linearized(operation.call, operands, active)
         residuals, tree = jax.tree.flatten(jvp)
         found[:] = [inexact, tree]
@@ -232,7 +232,7 @@ class Linearization:
         n = len(self._residual_avals)
         self._tangents = [_tangent(self.operation.avals[i]) for i in self.active]
 
-        def jvp(*operands: Any) -> list[Any]:
+        def jvp(*operands: Value) -> list[Array]:
             # The VJP transposes custom rules, and may do so in another trace.
             rule_stores.restore(self.operation.rule_stores)
             return list(self._jvp_at(operands[:n])(*operands[n:]))
@@ -250,7 +250,7 @@ class Linearization:
         self._jvps.clear()
         self._vjps.clear()
 
-    def residuals(self, operands: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    def residuals(self, operands: Sequence[Value], outputs: Sequence[Array]) -> list[Value]:
         """The residuals of a run of `forward`, from its operands to its outputs."""
         pool = [*operands, *outputs]
         return [pool[i] for i in self._sources]
@@ -266,7 +266,7 @@ class Linearization:
         if operation is None:
             n, tangents = len(self._residual_avals), self._tangents
 
-            def call(*operands: Any) -> list[Any]:
+            def call(*operands: Value) -> list[Array]:
                 full: list[Any] = [jnp.zeros(t.shape, t.dtype) for t in tangents]
                 for i, tangent in zip(given, operands[n:], strict=True):
                     full[i] = tangent
@@ -292,7 +292,7 @@ class Linearization:
             tangents = self._tangents
             n, m = len(self._residual_avals), len(self._residual_avals) + len(given)
 
-            def call(*operands: Any) -> list[Any]:
+            def call(*operands: Value) -> list[Array]:
                 jvp = lambda *tangents: self._jvp(*operands[:n], *tangents)  # noqa: E731
                 pulled = _transposed(jvp, tangents, given, operands[n:m])
                 return _summed(pulled, targets, dict(zip(sums, operands[m:], strict=True)))
@@ -322,7 +322,7 @@ class UncachedLinearization:
         self.of = of
         self.size = size
 
-    def residuals(self, operands: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    def residuals(self, operands: Sequence[Value], outputs: Sequence[Array]) -> list[Value]:
         """See `Linearization.residuals`; here, all residuals are stored."""
         return self._leaves
 
@@ -330,7 +330,7 @@ class UncachedLinearization:
         """See `Linearization.jvp`."""
         n = len(self._leaves)
 
-        def call(*operands: Any) -> list[Any]:
+        def call(*operands: Value) -> list[Array]:
             full: list[Any] = [np.zeros(t.shape, t.dtype) for t in self._tangents]
             for i, tangent in zip(given, operands[n:], strict=True):
                 full[i] = tangent
@@ -343,7 +343,7 @@ class UncachedLinearization:
         """See `Linearization.vjp`."""
         n, m = len(self._leaves), len(self._leaves) + len(given)
 
-        def call(*operands: Any) -> list[Any]:
+        def call(*operands: Value) -> list[Array]:
             jvp = jax.tree.unflatten(self._tree, operands[:n])
             with _enabled_x64(self._tangents):
                 pulled = _transposed(jvp, self._tangents, given, operands[n:m])
@@ -352,8 +352,8 @@ class UncachedLinearization:
         return UncachedOperation(call)
 
 
-def _selected(function: Callable[..., Sequence[Any]], outputs: Sequence[int]) -> Function:
-    def call(*operands: Any) -> list[Any]:
+def _selected(function: Callable[..., Sequence[Array]], outputs: Sequence[int]) -> Function:
+    def call(*operands: Value) -> list[Array]:
         results = function(*operands)
         return [results[i] for i in outputs]
 
@@ -372,11 +372,14 @@ def _tangent(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def _transposed(
-    jvp: Jvp, tangents: Sequence[Any], given: Indices, cotangents: Sequence[Any]
-) -> Sequence[Any]:
+    jvp: Jvp,
+    tangents: Sequence[jax.ShapeDtypeStruct],
+    given: Indices,
+    cotangents: Sequence[Value],
+) -> Sequence[Array]:
     """Apply the transpose of a JVP to the cotangents of its results `given`."""
 
-    def linear(*tangents: Any) -> list[Any]:
+    def linear(*tangents: Value) -> list[Array]:
         results = jvp(*tangents)
         return [results[i] for i in given]
 
@@ -384,8 +387,8 @@ def _transposed(
 
 
 def _summed(
-    cotangents: Sequence[Any], targets: Indices, results: dict[int, Any]
-) -> list[Any]:
+    cotangents: Sequence[Value], targets: Indices, results: dict[int, Any]
+) -> list[Array]:
     """Add each cotangent to the result that is its target."""
     for i, cotangent in zip(targets, cotangents, strict=True):
         results[i] = results[i] + cotangent if i in results else cotangent

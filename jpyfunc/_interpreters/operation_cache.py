@@ -27,6 +27,7 @@ from jpyfunc._interpreters.operations import (
     with_weak_type,
 )
 from jpyfunc._limits import OPERATION_CACHE_SIZE
+from jpyfunc._types import Array, Value
 
 
 class Uncacheable(Exception):  # noqa: N818 - it is no error
@@ -46,7 +47,7 @@ _LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes")
 
 
 def operation_of(
-    primitive: Primitive, operands: Sequence[Any], params: dict[str, Any], config: int
+    primitive: Primitive, operands: Sequence[Value], params: dict[str, Any], config: int
 ) -> CompiledOperation:
     """The operation that a bind of `primitive` is.
 
@@ -83,7 +84,7 @@ def operation_of(
 def bind_function(primitive: Primitive, params: dict[str, Any]) -> Function:
     """A bind of `primitive`, as a function to a list of results."""
 
-    def call(*operands: Any) -> list[Any]:
+    def call(*operands: Value) -> list[Array]:
         results = primitive.bind(*operands, **params)
         return list(results) if primitive.multiple_results else [results]
 
@@ -109,7 +110,7 @@ def operation_of_jit(jaxpr: ClosedJaxpr, config: int) -> CompiledOperation:
 def operation_of_custom(
     primitive: Primitive,
     functions: Sequence[Any],
-    operands: Sequence[Any],
+    operands: Sequence[Value],
     params: dict[str, Any],
     config: int,
 ) -> CompiledOperation:
@@ -147,7 +148,7 @@ def operation_of_custom(
         rule_stores.refill(function, known.stores)
         return known.operation
 
-    def call(*xs: Any) -> list[Any]:
+    def call(*xs: Value) -> list[Array]:
         return primitive.bind(*xs, subfuns=tuple(functions), **params)
 
     avals = [aval_of(x) for x in operands]

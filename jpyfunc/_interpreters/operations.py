@@ -16,9 +16,9 @@ from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
 from jpyfunc._interpreters.jaxpr_queries import has_rules
-from jpyfunc._types import Indices
+from jpyfunc._types import Array, Indices
 
-Function = Callable[..., list[Any]]
+Function = Callable[..., list[Array]]
 
 
 class _Compiled(Protocol):

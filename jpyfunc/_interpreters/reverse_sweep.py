@@ -32,6 +32,7 @@ from jpyfunc._limits import (
     MIN_SWEEPS,
     SWEEP_CACHE_SIZE,
 )
+from jpyfunc._types import Array
 
 # From the residuals of each entry and the cotangents of some slots to those of others.
 Sweep = Callable[[list[list[Any]], list[Any]], list[Any]]
@@ -91,7 +92,7 @@ class SweepStructure:
         self._met += 1
         return self._compiled if self._met >= MIN_SWEEPS else None
 
-    def _vjp(self, residuals: list[list[Any]], cotangents: list[Any]) -> list[Any]:
+    def _vjp(self, residuals: list[list[Any]], cotangents: list[Any]) -> list[Array]:
         # It is only traced for a tape with these operations, so all of them live.
         entries = [
             TapeEntry(reference(), inputs, first, [], values)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from jax.extend.core import Primitive, set_current_trace
@@ -41,12 +41,12 @@ from jpyfunc._interpreters.reverse_sweep import compiled_sweep
 from jpyfunc._interpreters.tape_entry import TapeEntry
 from jpyfunc._interpreters.tape_tracer import REMEDIES, TapeTracer, is_tape_tracer
 from jpyfunc._runtime.context import running_batch
-from jpyfunc._types import Indices
+from jpyfunc._types import Array, Indices, Value
 
 
 def run_on_tape(
-    function: Callable[[list[Any]], Sequence[Any]],
-    operands: Sequence[Any],
+    function: Callable[[list[Array]], Sequence[Array]],
+    operands: Sequence[Array],
     wrt: Indices,
     label: str,
 ) -> Tape:
@@ -87,7 +87,7 @@ class TapeTrace(EagerTrace):
         self.entries: list[TapeEntry] = []
         self.slots = 0
 
-    def watch(self, values: Sequence[Any], wrt: Indices) -> list[Any]:
+    def watch(self, values: Sequence[Array], wrt: Indices) -> list[Array]:
         """Return `values`, those at `wrt` such that what depends on them is recorded."""
         watched = list(values)
         for i in wrt:
@@ -104,7 +104,7 @@ class TapeTrace(EagerTrace):
         self.slots += 1
         return TapeTracer(self, value, self.slots - 1)
 
-    def owns(self, value: Any) -> bool:
+    def owns(self, value: Any) -> TypeGuard[TapeTracer]:
         """Whether `value` depends on what this trace watches."""
         return type(value) is TapeTracer and value.body_trace is self
 
@@ -126,7 +126,7 @@ class TapeTrace(EagerTrace):
                 "traced then. Keep jax.lax.stop_gradient(x), or pass it as an argument."
             )
 
-    def apply(self, operation: Operation, operands: Sequence[Any]) -> list[Any]:
+    def apply(self, operation: Operation, operands: Sequence[Value]) -> list[Array]:
         """Run an operation, and record it if it is to be differentiated."""
         # One loop, because this is on the way of every operation.
         values, active, inputs = [], [], []
@@ -165,7 +165,7 @@ class TapeTrace(EagerTrace):
         return results
 
     def process_primitive(
-        self, primitive: Primitive, tracers: Sequence[Any], params: dict[str, Any], /
+        self, primitive: Primitive, tracers: Sequence[Value], params: dict[str, Any], /
     ) -> Any:
         if primitive is stop_gradient_p:
             return self._bind(primitive, tracers, params)
@@ -179,7 +179,7 @@ class TapeTrace(EagerTrace):
         return super().process_primitive(primitive, tracers, params)
 
     def _bind(
-        self, primitive: Primitive, operands: Sequence[Any], params: dict[str, Any]
+        self, primitive: Primitive, operands: Sequence[Value], params: dict[str, Any]
     ) -> Any:
         """Bind `primitive` under the parent, so that nothing of it is differentiated."""
         with set_current_trace(self.parent):
@@ -189,9 +189,9 @@ class TapeTrace(EagerTrace):
         self,
         primitive: Primitive,
         functions: Sequence[Any],
-        operands: Sequence[Any],
+        operands: Sequence[Value],
         params: dict[str, Any],
-    ) -> Sequence[Any]:
+    ) -> Sequence[Array]:
         if not any(map(self.owns, operands)):
             return self._bind(primitive, operands, {"subfuns": functions, **params})
         try:
@@ -231,8 +231,8 @@ class Tape:
         self,
         trace: TapeTrace,
         wrt: Indices,
-        operands: Sequence[Any],
-        results: Sequence[Any],
+        operands: Sequence[Array],
+        results: Sequence[Array],
     ) -> None:
         self._label = trace.label
         self._reads = trace.reads
@@ -240,7 +240,7 @@ class Tape:
         self.wrt = wrt
         self.entries = trace.entries
         self._of = [x.slot if trace.owns(x) else None for x in results]
-        self.values = [x.value if trace.owns(x) else x for x in results]
+        self.values: list[Array] = [x.value if trace.owns(x) else x for x in results]
         self._operands = list(operands)
         self._parent = trace.parent if isinstance(trace.parent, TapeTrace) else None
         batch = running_batch()
@@ -264,7 +264,7 @@ class Tape:
         yield self.values
         yield self._operands
 
-    def serves(self, wrt: Indices, operands: Sequence[Any], without_rules: bool) -> bool:
+    def serves(self, wrt: Indices, operands: Sequence[Value], without_rules: bool) -> bool:
         """Whether the derivative with respect to `wrt` can be taken of the tape as it is.
 
         Args:
@@ -283,14 +283,14 @@ class Tape:
             )
         )
 
-    def can_replay(self, operands: Sequence[Any]) -> bool:
+    def can_replay(self, operands: Sequence[Value]) -> bool:
         """Whether it can be replayed on operands, some of which are on a tape."""
         on_tape = {i for i, x in enumerate(operands) if is_tape_tracer(x)}
         return on_tape <= set(self.wrt) and all(
             entry.linear.operation.is_repeatable for entry in self.entries
         )
 
-    def jvp(self, wrt: Indices, tangents: Sequence[Any], of: Indices) -> list[Any]:
+    def jvp(self, wrt: Indices, tangents: Sequence[Value], of: Indices) -> list[Array]:
         """The tangents of results `of`, given those of operands `wrt`.
 
         Raises:
@@ -322,7 +322,7 @@ class Tape:
                 leading.append(entry)
         return leading[::-1]
 
-    def vjp(self, of: Indices, cotangents: Sequence[Any], wrt: Indices) -> list[Any]:
+    def vjp(self, of: Indices, cotangents: Sequence[Value], wrt: Indices) -> list[Array]:
         """The cotangents of operands `wrt`, given those of results `of`.
 
         Raises:
@@ -355,7 +355,7 @@ class Tape:
             self._or_zero(x, self._operands[i]) for x, i in zip(pulled, wrt, strict=True)
         ]
 
-    def replay(self, operands: Sequence[Any]) -> list[Any]:
+    def replay(self, operands: Sequence[Value]) -> list[Array]:
         """The results for operands that are on another tape and have the same values.
 
         Raises:

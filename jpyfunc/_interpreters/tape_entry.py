@@ -7,8 +7,9 @@ from typing import Any
 
 from jpyfunc._interpreters.linearization import Linearization, UncachedLinearization
 from jpyfunc._interpreters.operations import Operation
+from jpyfunc._types import Array, Value
 
-Apply = Callable[[Operation, Sequence[Any]], list[Any]]
+Apply = Callable[[Operation, Sequence[Value]], list[Array]]
 
 
 class TapeEntry:
@@ -47,7 +48,7 @@ class TapeEntry:
         """The slots of its results `linear.of`."""
         return range(self.first, self.first + len(self.linear.of))
 
-    def jvp(self, known: list[Any], apply: Apply) -> None:
+    def jvp(self, known: list[Array | None], apply: Apply) -> None:
         """Set the tangents of the results from those of the operands.
 
         Args:
@@ -56,11 +57,11 @@ class TapeEntry:
         """
         given = tuple([k for k, s in enumerate(self.inputs) if known[s] is not None])
         if given:
-            tangents = [known[self.inputs[k]] for k in given]
+            tangents = [x for s in self.inputs if (x := known[s]) is not None]
             results = apply(self.linear.jvp(given), [*self.residuals, *tangents])
             known[self.first : self.first + len(results)] = results
 
-    def vjp(self, known: list[Any], apply: Apply) -> None:
+    def vjp(self, known: list[Array | None], apply: Apply) -> None:
         """Take away the cotangents of the results, and add to those of the operands.
 
         Args:

@@ -6,7 +6,7 @@ of a tensor that requires a gradient does, and converting to NumPy raises.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from jpyfunc._errors import GradientCutWarning, NotDifferentiableError
 from jpyfunc._frames import line_of, place_of_frame, user_frame, warn_at
@@ -20,7 +20,7 @@ REMEDIES = (
 )
 
 
-def is_tape_tracer(value: Any) -> bool:
+def is_tape_tracer(value: Any) -> TypeGuard[TapeTracer]:
     """Whether `value` is an array that a tape differentiates."""
     return type(value) is TapeTracer
 
