@@ -34,7 +34,7 @@ Inputs: TypeAlias = list[Any] | tuple[Any, ...] | ArrayLike
 
 
 class Decorator(Protocol):
-    """A decorator without a `Tout`, so that the function's annotation gives the results."""
+    """A decorator without `Tout`: the function's annotation tells the results."""
 
     def __call__(self, func: Callable[P, T], /) -> PyFunc[P, T]: ...
 
@@ -362,7 +362,7 @@ def _dispatch(kind: Kind, func: Any, inp: Any, options: Options) -> Any:
     if is_dtype(inp) or isinstance(inp, jax.ShapeDtypeStruct):
         raise TypeError(
             f"{kind} {wrapped.__name__!r}: expected inp to be arguments, got {inp!r}, "
-            f"which says what is returned; write {kind}(func, Tout=...)."
+            f"which declares results; write {kind}(func, Tout=...)."
         )
     raise TypeError(
         f"{kind} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
@@ -371,7 +371,7 @@ def _dispatch(kind: Kind, func: Any, inp: Any, options: Options) -> Any:
 
 
 def _check_func(kind: Kind, func: object) -> None:
-    """Refuse what is no function, and a function whose call does not run its body."""
+    """Refuse what is not a function, and functions whose call does not run their body."""
     if isinstance(func, classmethod | property):
         raise TypeError(
             f"{kind}: expected func to be a function, got a {type(func).__name__}; write "
@@ -385,7 +385,7 @@ def _check_func(kind: Kind, func: object) -> None:
     if inspect.iscoroutinefunction(func):
         what, remedy = "an async function", "lambda *args: asyncio.run(func(*args))"
     elif inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
-        what, remedy = "a generator", "return with a list, in place of yield"
+        what, remedy = "a generator", "return with a list, instead of yield"
     else:
         return
     raise TypeError(

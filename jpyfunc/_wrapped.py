@@ -75,7 +75,8 @@ class PyFunc(Generic[P, T_co]):
         callee = self._callee
         return _unpickle, (callee.kind, self.__wrapped__, callee.options, callee.rules)
 
-    # A bound method is a `types.MethodType`, which has the attributes of its function.
+    # A bound method is a `types.MethodType`, which has the attributes of its function. Type
+    # checkers bind nothing for `@classmethod` above what is not a function.
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> PyFunc[P, T_co]: ...
     @overload

@@ -826,8 +826,8 @@ async def _async_generator(x):
     [
         (_async, r"got an async function, .*asyncio\.run"),
         (functools.partial(_async, x=1.0), r"got an async function, .*asyncio\.run"),
-        (_generator, "got a generator, .*in place of yield"),
-        (_async_generator, "got a generator, .*in place of yield"),
+        (_generator, "got a generator, .*instead of yield"),
+        (_async_generator, "got a generator, .*instead of yield"),
         (classmethod(scale), "got a classmethod; write @classmethod above"),
         (property(scale), "got a property; write @property above"),
     ],
