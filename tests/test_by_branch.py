@@ -1,5 +1,6 @@
 """`vmap` by branch: the answers of one element at a time, in as few runs as can be."""
 
+import asyncio
 import contextlib
 import dataclasses
 import io
@@ -878,6 +879,17 @@ def of_rule(x):
 def test_a_body_that_hides_what_cannot_be_batched(body, transform):
     got = transform(jax.vmap(by_branch(body)))(xs)
     assert_close(got, jnp.where(xs > 2, xs * 2, xs))
+
+
+def test_another_thread_with_the_same_context_cannot_split_a_batch():
+    def body(x):
+        is_large = asyncio.run(asyncio.to_thread(_truth, x > 2))
+        return x * 2 if is_large else x
+
+    with profile() as prof:
+        got = jax.vmap(by_branch(body))(xs)
+    assert_close(got, jnp.where(xs > 2, xs * 2, xs))
+    assert "another thread" in prof.as_dict()["body"]["forward"]["one_by_one"]
 
 
 def test_a_branch_that_is_not_taken_is_not_computed(transform):
