@@ -43,8 +43,8 @@ ARRAY_OVERHEAD = 4096
 # 20,000 steps of `value_and_grad` then grow a process by 7 and 19 MB.
 SPENT_SHARE = 1 / 256
 SPENT_STATEFUL_SHARE = 1 / 64
-# Residuals of a rule whose size is unknown that are kept at once: SciPy's factors of a
-# sparse matrix may be megabytes, and Python knows of 100 bytes.
+# Residuals of unknown size that are cached at once: SciPy's factors of a sparse matrix may
+# be megabytes, of which Python knows 100 bytes.
 MAX_RESIDUALS_OF_UNKNOWN_SIZE = 256
 # Objects that residuals refer to whose sizes are added up, at 0.2 us each.
 MAX_REFERENTS = 1000
