@@ -7,6 +7,7 @@ is one sum, so the row of an element is found by its place in the column.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from jpyfunc._interpreters.subset import Subset
 from jpyfunc._runtime.transfers import put
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class BatchLayout:
     """A batch, or batches of batches as if they were one.
 
@@ -39,7 +40,7 @@ class BatchLayout:
     stacked_in: list[tuple[bool, ...]]
     stacked_out: list[tuple[bool, ...]]
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         """The number of elements."""
         return math.prod(self.sizes)

@@ -248,7 +248,7 @@ class BatchElements:
             return "JAX looks for NaN or infinity in each result"
         return remembered_refusal(self.layout)
 
-    @property
+    @functools.cached_property
     def _array_bytes(self) -> list[int]:
         """Bytes of one element in each array that is not shared, results included."""
         return [
