@@ -683,9 +683,7 @@ def test_pickles_by_name_and_by_value(tmp_path):
 
 def test_a_dtype_in_the_place_of_the_arguments():
     for tout in (jnp.float32, jax.ShapeDtypeStruct((), jnp.float32)):
-        with pytest.raises(
-            TypeError, match=r"says what is returned; write py_func\(func, Tout"
-        ):
+        with pytest.raises(TypeError, match=r"declares results; write py_func\(func, Tout"):
             py_func(lambda x: x, tout)
 
 
