@@ -5,7 +5,7 @@ ask for the transpose of a call in operands that no derivative has marked as lin
 transpose f(v) = A v in Python, run it on abstract v: JAX then records the operations that
 depend on v, each of which must be linear, and transposes them one by one,
 
-    f = A_n ... A_1    so that    A^T c = A_1^T ... A_n^T c.
+    A = A_n ... A_1,    so that    A^T c = A_1^T ... A_n^T c.
 
 v has no value, so a body that reads one cannot be transposed. Nor is there a tape: nothing
 of such a body ran on values before. A host function has no operations either, and needs

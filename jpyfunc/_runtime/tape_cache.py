@@ -112,7 +112,7 @@ class EvictionQueue:
     Attributes:
         names: of the tapes, the least recently used first.
         nbytes: what they hold, arrays of several tapes counted for each.
-        share: of the limit, that they may hold.
+        share: the part of the limit that they may hold.
         least: how many stay within the limit, whatever their share.
     """
 
@@ -151,10 +151,10 @@ class CachedTape:
 class TapeCache:
     """Tapes by name, bounded in bytes.
 
-    A tape is spent once a derivative has been taken of it. It is kept all the same, because
-    no one can tell whether another will follow: what `jax.vjp` or `jax.linearize` returned
-    may be called any number of times, and each call is a run of its own program. Most are
-    called once, so spent tapes have a small share of the limit, and go first.
+    A tape is spent once a derivative has been taken of it. It stays all the same, because
+    nobody can tell whether another will follow: what `jax.vjp` or `jax.linearize` returned
+    may be called any number of times, and a stateful body cannot run again for it. But most
+    are called once, so spent tapes have a small share of the limit and are evicted first.
     """
 
     def __init__(self, limit: int) -> None:
@@ -232,8 +232,8 @@ class TapeCache:
 
         Args:
             ticket: one ticket, or those of a whole batch that a function takes at once.
-            in_avals: of the operands of the run. Programs may differ in them, and pass the
-                same ticket on: a caller under `jax.enable_x64`, for example.
+            in_avals: of the operands of the run. They tell apart the run of one element
+                and that of a batch of one which a function takes at once.
         """
         data = np.asarray(ticket)
         if not data.size:
