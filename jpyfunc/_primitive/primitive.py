@@ -30,7 +30,7 @@ from jpyfunc._types import Array
 class PyFuncPrimitive(HostPrimitive):
     """The primitive of all calls; in a body, a call is evaluated under the body's trace."""
 
-    def evaluate(self, operands: Sequence[Array], params: dict[str, Any]) -> list[Array]:
+    def evaluate(self, operands: Sequence[Any], params: dict[str, Any]) -> list[Array]:
         return _evaluate(params["params"].body, operands, default_device())
 
     def has_rules(self, params: dict[str, Any]) -> bool:
