@@ -22,6 +22,7 @@ from jpyfunc._interpreters.batch_tracer import BatchTracer
 from jpyfunc._interpreters.by_branch import ByBranchTrace
 from jpyfunc._interpreters.subset import Subset
 from jpyfunc._runtime.transfers import put
+from jpyfunc._types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class OperandColumn:
 
     def __init__(
         self,
-        operand: Any,
+        operand: Array,
         places: np.ndarray,
         aval: ShapedArray,
         device: _compat.Device | None,
@@ -95,7 +96,7 @@ class OperandColumn:
         """Bytes that each element has for itself."""
         return 0 if self._rows is None else self._rows[0].nbytes
 
-    def element(self, row: int) -> Any:
+    def element(self, row: int) -> Array:
         # A 0-d slice must stay an array: an index gives a NumPy scalar.
         return self._shared if self._rows is None else self._rows[self._places[row], ...]
 
@@ -105,7 +106,7 @@ class OperandColumn:
             return np.broadcast_to(self._shared, (len(rows), *self._aval.shape))
         return self._rows[self._places[rows]]
 
-    def batched(self, trace: ByBranchTrace, subset: Subset) -> Any:
+    def batched(self, trace: ByBranchTrace, subset: Subset) -> Array | BatchTracer:
         if self._rows is None:
             return self._shared
         rows = self.rows(subset.pad(subset.rows))
@@ -116,7 +117,7 @@ class OperandColumn:
 class TicketColumn(OperandColumn):
     """The tickets of all elements; those of a subset are of one tape, or of none."""
 
-    def batched(self, trace: ByBranchTrace, subset: Subset) -> Any:
+    def batched(self, trace: ByBranchTrace, subset: Subset) -> Array | BatchTracer:
         return self.element(subset.rows[0])
 
 

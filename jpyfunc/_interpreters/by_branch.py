@@ -31,6 +31,7 @@ from jpyfunc._interpreters.replay_log import LogEntry, ReplayLog
 from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import SHOWN_ROWS
 from jpyfunc._runtime.context import enter_batch
+from jpyfunc._types import Array
 
 ElementFunction = Callable[[Sequence[Any]], Sequence[Any]]  # from operands to results
 
@@ -38,11 +39,11 @@ ElementFunction = Callable[[Sequence[Any]], Sequence[Any]]  # from operands to r
 class Column(Protocol):
     """One operand of a function, for all elements of a batch."""
 
-    def element(self, row: int) -> Any:
+    def element(self, row: int) -> Array:
         """The operand of one element."""
         ...
 
-    def batched(self, trace: ByBranchTrace, subset: Subset) -> Any:
+    def batched(self, trace: ByBranchTrace, subset: Subset) -> Array | BatchTracer:
         """The operand of a subset: a batch tracer, or an array that its elements share."""
         ...
 
@@ -122,7 +123,7 @@ def run_by_branch(
     runs = 0
     for root in subsets:
         trace = ByBranchTrace(names, root)
-        operands: list[Any] | None = None
+        operands: list[Array | BatchTracer] | None = None
         waiting = [Path(root)]
         while waiting:
             path = waiting.pop()
