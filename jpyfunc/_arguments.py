@@ -63,7 +63,7 @@ class Arguments:
         return Arguments(leaves, self.tree)
 
     def name_of(self, index: int) -> str:
-        """Return what errors call a leaf."""
+        """Return the name of a leaf in errors."""
         first, *rest = key_path(self.tree, index)
         kind = "keyword argument" if getattr(first, "idx", 0) else "argument"
         return f"{kind} {jax.tree_util.keystr(tuple(rest) or (first,))}"
@@ -152,12 +152,12 @@ def is_array(leaf: object) -> bool:
 
 
 def has_value(leaf: object) -> bool:
-    """Tell whether a body can be run on a leaf now, at once."""
+    """Tell whether a body can run on a leaf at once."""
     return not isinstance(leaf, Tracer) or is_tape_tracer(leaf) or is_batch_tracer(leaf)
 
 
 def static_leaf(leaf: Any) -> StaticLeaf | Float0Leaf:
-    """Return a leaf that is not an array in the form in which a body holds it."""
+    """Return a leaf that is not an array as a body stores it."""
     if is_float0(leaf):
         return Float0Leaf(np.shape(leaf))
     return StaticLeaf(hashable(leaf), type(leaf))
@@ -175,7 +175,7 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def with_arrays_traced(arguments: Arguments, function: Callable[[Arguments], T]) -> T:
-    """Call `function` on `arguments` with traced arrays, so that nothing is computed.
+    """Call `function` on `arguments` with traced arrays, so that it computes nothing.
 
     Args:
         arguments: a `jax.ShapeDtypeStruct` among them stands for an array, too.
@@ -204,7 +204,7 @@ def with_arrays_traced(arguments: Arguments, function: Callable[[Arguments], T])
 def signature_of(func: Callable[..., Any]) -> inspect.Signature | None:
     """Return the signature of a function; None for some that are written in C."""
     try:
-        # What a decorator wraps may take other arguments than what it makes.
+        # Not that of `__wrapped__`: a decorator may change the arguments.
         return inspect.signature(func, follow_wrapped=False)
     except ValueError:
         return None
