@@ -21,7 +21,7 @@ from jpyfunc._interpreters.on_device import OnDeviceTrace
 from jpyfunc._primitive.failure_report import report_of
 from jpyfunc._runtime.configuration import Config, enter_config
 from jpyfunc._runtime.context import Context
-from jpyfunc._runtime.exceptions import caller, failing, leave
+from jpyfunc._runtime.exceptions import caller, failure_text, leave
 from jpyfunc._runtime.profile import measured
 from jpyfunc._runtime.running_bodies import running_body
 from jpyfunc._staging.closure import held
@@ -74,7 +74,7 @@ class HostCall:
             with running_body():
                 results = measured(self._row, self._context, operands, self._run)
         except BaseException as error:  # noqa: BLE001 - it leaves as a text
-            text = failing(error, self._body.function.label, self._raises_at_once)
+            text = failure_text(error, self._body.function.label, self._raises_at_once)
         else:
             return (*results, report_of("")) if self._reports else results
         if not self._reports:

@@ -19,7 +19,7 @@ from jpyfunc._runtime.failures import failures, original_of, without_marker
 from jpyfunc._xla_bugs import printable, raise_without_stack
 
 
-def failing(error: BaseException, label: str, raises_at_once: bool) -> str:
+def failure_text(error: BaseException, label: str, raises_at_once: bool) -> str:
     """Register a body's failure, and make the text by which it leaves the host call.
 
     The text has the traceback of the body, from its own lines to its message, then how to
@@ -77,7 +77,7 @@ def leave(text: str, raises_at_once: bool) -> NoReturn:
     """Leave the host call by an exception that XLA makes an error of.
 
     Args:
-        text: as `failing` made it.
+        text: as `failure_text` made it.
         raises_at_once: whether JAX raises the error of such a program where it dispatches
             it, if the host call runs on the dispatching thread.
     """

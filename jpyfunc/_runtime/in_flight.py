@@ -60,7 +60,7 @@ class Flight:
 FlightT = TypeVar("FlightT", bound=Flight)
 
 
-def taken(flights: list[FlightT]) -> FlightT:
+def take_last(flights: list[FlightT]) -> FlightT:
     """Take the last flight of this thread from a list that several threads may share."""
     here = threading.get_ident()
     last = max(i for i, flight in enumerate(flights) if flight.thread == here)

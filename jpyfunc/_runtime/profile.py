@@ -16,7 +16,7 @@ import numpy as np
 from jpyfunc._frames import code_of
 from jpyfunc._runtime.context import Context, current, enter, entered, leave
 from jpyfunc._runtime.counts import Counts
-from jpyfunc._runtime.in_flight import Flight, taken
+from jpyfunc._runtime.in_flight import Flight, take_last
 from jpyfunc._runtime.profile_table import html_of, text_of
 from jpyfunc._runtime.tape_cache import tapes
 
@@ -172,7 +172,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        before = taken(self._before)
+        before = take_last(self._before)
         try:
             if error is None:
                 before.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from jpyfunc._runtime.failures import CatchBlock, failures, original_of
-from jpyfunc._runtime.in_flight import taken
+from jpyfunc._runtime.in_flight import take_last
 
 
 class raise_original:  # noqa: N801 - a context manager, named like JAX's own
@@ -52,7 +52,7 @@ class raise_original:  # noqa: N801 - a context manager, named like JAX's own
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        block = taken(self._entered)
+        block = take_last(self._entered)
         try:
             original = original_of(error) if error else _not_yet_raised(block)
         finally:
