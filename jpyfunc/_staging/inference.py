@@ -144,23 +144,23 @@ def _why_no_result(
         )
     place, what = place_of(error), str(error).split("\n", 1)[0].rstrip(".")
     declare = (
-        "Say what the body returns, and it will not be run to find out: "
+        "say what the body returns, and it will not be run to find out: "
         f"{_declaration(declared, error)}."
     )
     if isinstance(error, TypeError | IndexError) and _OF_SHAPES.search(str(error)):
         return (
             f"{start} makes an array whose shape depends on data{place}: {what}. What a "
             "compiled program gets back has a fixed shape. If the array is returned, pad "
-            "it (jnp.nonzero(x, size=8)) or mask it (jnp.where(mask, x, 0)). If it is not: "
+            "it (jnp.nonzero(x, size=8)) or mask it (jnp.where(mask, x, 0)). If it is not, "
             f"{declare}"
         )
     if isinstance(error, NEEDS_VALUE):
-        remedy = inner_jit_remedy(error) or declare
+        remedy = inner_jit_remedy(error) or declare.replace("say", "Say", 1)
         return f"{start} needs a concrete value{place}: {what}. {remedy}"
     return (
         f"{label}: {type(error).__name__}{place}: {error}\nThe body raised this on values "
         "without data, from which the shapes of its results are inferred. If it also fails "
-        f"on real data, fix the function. If not: {declare}"
+        f"on real data, fix the function. If not, {declare}"
     )
 
 
