@@ -1,8 +1,10 @@
-"""Every example in the docs runs: those of docstrings, and the code of the README."""
+"""Every example runs: those of docstrings, of the README, and of the documentation."""
 
 import doctest
 import importlib
 import inspect
+import itertools
+import linecache
 import pkgutil
 import re
 from pathlib import Path
@@ -13,7 +15,9 @@ import pytest
 import jpyfunc
 import jpyfunc.tf1
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 MODULES = ["jpyfunc"] + [
     module.name for module in pkgutil.walk_packages(jpyfunc.__path__, "jpyfunc.")
 ]
@@ -89,7 +93,7 @@ def fenced(text):
             inside = None
         elif inside is not None:
             inside[2].append(line)
-    assert inside is None, "a block of the README is not closed"
+    assert inside is None, "a fenced block is not closed"
     return blocks
 
 
@@ -102,13 +106,71 @@ def test_fenced_blocks_are_found():
     ]
 
 
-def test_readme(monkeypatch, tmp_path):
+def examples_of(page):
+    """`(line number, code, the text block below it or None)` of each Python block."""
+    blocks = fenced(page.read_text(encoding="utf-8"))
+    pairs = itertools.pairwise([*blocks, ("", 0, "")])
+    for (info, line, code), (below, _, text) in pairs:
+        if info.lower().startswith("py"):
+            assert info == "python", f"{page.name}:{line}: {info!r} would not be run"
+            yield line, code, text if below == "text" else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_page(page, monkeypatch, tmp_path, capsys):
+    """Each Python block runs, and does what a text block below it says.
+
+    That is what it prints and, as the last line, the exception or warning that it raises.
+    """
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
-    for info, line, code in fenced(README.read_text(encoding="utf-8")):
-        if not info.lower().startswith("py"):
-            continue
-        assert info == "python", f"README line {line}: a {info!r} block would not be run"
-        # The line numbers in a traceback are then those of the README.
-        source = "\n" * (line - 1) + code
-        exec(compile(source, str(README), "exec"), namespace)
+    namespace = {"__name__": "page"}
+    for line, code, expected in examples_of(page):
+        # Errors quote the line of the body: it is found where a file would be looked up.
+        linecache.cache["example.py"] = 0, None, code.splitlines(True), "example.py"
+        capsys.readouterr()
+        raised = ""
+        try:
+            exec(compile(code, "example.py", "exec"), namespace)
+        except Exception as error:
+            notes = getattr(error, "__notes__", [])
+            # JAX adds one on the frames that it left out.
+            ours = [note for note in notes if "JAX_TRACEBACK_FILTERING" not in note]
+            raised = "\n".join([f"{type(error).__name__}: {error}", *ours])
+            if not expected or f"{type(error).__name__}: " not in expected:
+                error.add_note(f"in the block at {page.name}:{line}")
+                raise
+        said = capsys.readouterr().out + raised
+        if expected is not None:
+            flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            same = doctest.OutputChecker().check_output(expected, said, flags)
+            assert same, f"{page.name}:{line}: expected\n{expected}\ngot\n{said}"
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(
+        page.read_text(encoding="utf-8") for page in DOCS.glob("reference/*.md")
+    )
+    documented = set(re.findall(r"auto\w+:: (\S+)", pages))
+    documented |= {f"jpyfunc.tf1.{name}" for name in re.findall(r"`(?:tf\.)?(\w+)`", pages)}
+    assert {f"{module.__name__}.{name}" for module, name in PUBLIC} <= documented
+
+
+def test_every_error_has_a_heading():
+    headings = re.findall(
+        r"^## (\w+)$", (DOCS / "errors.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert {
+        name
+        for module, name in PUBLIC
+        if module is jpyfunc
+        and isinstance(thing := getattr(module, name), type)
+        and issubclass(thing, Exception)
+    } <= {*headings, "PyFuncError"}
+
+
+def test_links_of_the_readme():
+    """Those of `docs` are checked by Sphinx."""
+    for link in re.findall(
+        r"\]\(([^):]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")
+    ):
+        assert (ROOT / link).exists(), link

@@ -5,7 +5,7 @@ median of the ratios of the rounds, so that a machine that slows down slows down
 
     --peers tensorflow=PYTHON   adds rows for `tf.py_function`, run by that interpreter
                                 if it can import tensorflow
-    --json FILE                 writes the rows as JSON, too
+    --json FILE                 writes the rows as JSON, too, for `docs/benchmarks/plot.py`
 """
 
 import argparse
@@ -508,16 +508,15 @@ def main() -> int:
     progress(hang_rows())
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
-    print(
+    about = (
         f"jpyfunc {jpf.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
         f"Python {platform.python_version()}, {jax.devices()[0].platform}; medians of "
-        f"{ROUNDS} interleaved rounds\n"
+        f"{ROUNDS} interleaved rounds"
     )
-    print(table(rows))
+    print(f"{about}\n\n{table(rows)}")
     if options.json:
-        options.json.write_text(
-            json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-        )
+        results = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return int(any(row.holds is False for row in rows))
 
 
