@@ -34,7 +34,7 @@ from typing import Any
 
 from jpyfunc._bodies.body import Body, put_operands, zeros
 from jpyfunc._bodies.custom_rules import RuleResiduals, apply_fwd
-from jpyfunc._bodies.linear import FlatBody
+from jpyfunc._bodies.linear import ElementBody
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._errors import TapeLostError
 from jpyfunc._interpreters.tape import Tape, run_on_tape
@@ -46,7 +46,7 @@ from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class AtTape(FlatBody):
+class AtTape(ElementBody):
     """A primal at a tape that may be cached, whose ticket is the last operand.
 
     Attributes:

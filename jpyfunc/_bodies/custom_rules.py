@@ -92,10 +92,10 @@ def apply_bwd(
     Returns:
         One cotangent per entry of `wrt`.
     """
-    bars = _with_zeros(function.out_avals, of, cotangents)
-    x_bar = jax.tree.unflatten(function.template.tree, bars)
+    bars = _with_zero_tangents(function.out_avals, of, cotangents)
+    y_bar = jax.tree.unflatten(function.template.tree, bars)
     where = f"{function.label}: bwd"
-    result = function.rule("bwd")(residuals.value, x_bar)
+    result = function.rule("bwd")(residuals.value, y_bar)
     trees = _positional(function, range(len(function.in_avals)))
     if not isinstance(result, tuple | list) or len(result) != len(trees):
         raise ResultError(
@@ -143,7 +143,7 @@ def apply_jvp(
     Returns:
         One tangent per entry of `of`.
     """
-    dots = _with_zeros(function.in_avals, wrt, tangents)
+    dots = _with_zero_tangents(function.in_avals, wrt, tangents)
     where = f"{function.label}: jvp"
     arguments = [tuple(_positional(function, values)) for values in (operands, dots)]
     result = function.rule("jvp")(*arguments)
@@ -231,7 +231,9 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _with_zeros(avals: Avals, indices: Indices, values: Sequence[Any]) -> list[Array]:
+def _with_zero_tangents(
+    avals: Avals, indices: Indices, values: Sequence[Any]
+) -> list[Array]:
     """One tangent or cotangent per aval: `values` at `indices`, and zeros elsewhere."""
     given = dict(zip(indices, values, strict=True))
     return [

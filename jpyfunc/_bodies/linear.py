@@ -39,8 +39,8 @@ from jpyfunc._runtime.tickets import is_void
 from jpyfunc._types import Array, Avals, Indices
 
 
-class FlatBody(Body):
-    """A body of one element: any kind but a `Batch`."""
+class ElementBody(Body):
+    """A body of any kind but a `Batch`, which computes one element of one."""
 
     __slots__ = ()
 
@@ -56,7 +56,7 @@ class FlatBody(Body):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class LinearBody(FlatBody):
+class LinearBody(ElementBody):
     """A linear map derived from `base` at its operands.
 
     Attributes:
@@ -156,7 +156,7 @@ class Jvp(LinearBody):
     def transpose(self, wrt: Indices, of: Indices) -> tuple[Body, Indices]:
         n = self.linear_from
         if any(i < n for i in wrt):
-            return FlatBody.transpose(self, wrt, of)
+            return ElementBody.transpose(self, wrt, of)
         tangents = [i - n for i in wrt]
         vjp = Vjp(self.base, _pick(self.wrt, tangents), _pick(self.of, of))
         return vjp, tuple(range(n))
@@ -196,7 +196,7 @@ class Vjp(LinearBody):
     def transpose(self, wrt: Indices, of: Indices) -> tuple[Body, Indices]:
         n = self.linear_from
         if any(i < n for i in wrt):
-            return FlatBody.transpose(self, wrt, of)
+            return ElementBody.transpose(self, wrt, of)
         cotangents = [i - n for i in wrt]
         jvp = Jvp(self.base, _pick(self.wrt, of), _pick(self.of, cotangents))
         return jvp, tuple(range(n))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jpyfunc._bodies.at_tape import AtTape
 from jpyfunc._bodies.body import Body, put_operands
-from jpyfunc._bodies.linear import FlatBody, Jvp
+from jpyfunc._bodies.linear import ElementBody, Jvp
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._bodies.with_tape import WithTape
 from jpyfunc._runtime.context import Context
@@ -16,7 +16,7 @@ from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Primal(FlatBody):
+class Primal(ElementBody):
     """The user's function on values, without a tape."""
 
     _function: UserFunction

@@ -11,7 +11,7 @@ import numpy as np
 from jpyfunc._bodies.at_tape import AtTape
 from jpyfunc._bodies.body import Body, put_operands
 from jpyfunc._bodies.custom_rules import RuleResiduals, apply_fwd
-from jpyfunc._bodies.linear import FlatBody, Jvp
+from jpyfunc._bodies.linear import ElementBody, Jvp
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._runtime.context import Context
@@ -22,7 +22,7 @@ from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class WithTape(FlatBody):
+class WithTape(ElementBody):
     """A primal that runs on a tape with respect to operands `wrt`, and caches the tape.
 
     Results: those of the primal, then the ticket of the tape.

@@ -110,7 +110,7 @@ class BatchTracer(BodyTracer):
     def refuse_elsewhere(self) -> NoReturn:
         """Refuse a use outside of a run: after its own, or on another thread."""
         # Its run may still be going on, waiting for the thread that fails here.
-        self.body_trace.note_refusal("an array is used on another thread")
+        self.body_trace.record_refusal("an array is used on another thread")
         raise TypeError(
             f"{self.body_trace.names.label}: an array that stands for many elements of a "
             "batch is used outside of the run of the body that made it, where it has no "

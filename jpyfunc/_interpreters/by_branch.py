@@ -244,13 +244,13 @@ class ByBranchTrace(EagerTrace):
             # A tracer that the body stores keeps this trace alive, but not these arrays.
             self._log, self._paths = ReplayLog(), []
 
-    def note_refusal(self, why: str) -> None:
+    def record_refusal(self, why: str) -> None:
         """Drop the results of this run, even if the body goes on."""
         self.refusal = why
 
     def refuse(self, why: str) -> NoReturn:
         """End a run that cannot be of many elements."""
-        self.note_refusal(why)
+        self.record_refusal(why)
         raise CannotBatch
 
     def agree(self, rows: np.ndarray) -> Any:

@@ -66,13 +66,13 @@ def runs_python(jaxpr: AnyJaxpr) -> bool:
     )
 
 
-def first_primitive(jaxpr: AnyJaxpr, is_it: Callable[[JaxprEqn], bool]) -> str | None:
-    """The name of the first primitive in a jaxpr, at any depth, whose equation `is_it`."""
+def first_primitive(jaxpr: AnyJaxpr, matches: Callable[[JaxprEqn], bool]) -> str | None:
+    """The name of the first primitive in a jaxpr, at any depth, whose equation matches."""
     for eqn in jaxpr.eqns:
-        if is_it(eqn):
+        if matches(eqn):
             return eqn.primitive.name
         for inner in jaxprs_in_params(eqn.params):
-            if name := first_primitive(inner, is_it):
+            if name := first_primitive(inner, matches):
                 return name
     return None
 

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jpyfunc._limits import REPORT_BYTES
 from jpyfunc._primitive.custom_call import emit_host_call
-from jpyfunc._runtime.exceptions import leave
+from jpyfunc._runtime.exceptions import leave_host_call
 
 REPORT_AVAL = ShapedArray((REPORT_BYTES,), np.uint8)
 
@@ -78,5 +78,5 @@ def _raise_reported(raises_at_once: bool, report: np.ndarray) -> tuple[np.ndarra
     """Raise what a report says; if that is nothing, return True."""
     text = bytes(np.asarray(report)).rstrip(b"\0").decode("utf-8", "replace")
     if text:
-        leave(text, raises_at_once)
+        leave_host_call(text, raises_at_once)
     return (np.asarray(True),)

@@ -21,7 +21,7 @@ from jpyfunc._interpreters.on_device import OnDeviceTrace
 from jpyfunc._primitive.failure_report import report_of
 from jpyfunc._runtime.configuration import Config, enter_config
 from jpyfunc._runtime.context import Context
-from jpyfunc._runtime.exceptions import caller, failure_text, leave
+from jpyfunc._runtime.exceptions import caller, failure_text, leave_host_call
 from jpyfunc._runtime.profile import measured
 from jpyfunc._runtime.running_bodies import running_body
 from jpyfunc._staging.closure import held
@@ -39,7 +39,7 @@ class HostCall:
         device: that device, as `body_device` gave it.
         reports: whether a failure is returned as a report, as `failure_report` says, and
             not raised.
-        raises_at_once: as in `leave`.
+        raises_at_once: as in `leave_host_call`.
     """
 
     __slots__ = (
@@ -78,7 +78,7 @@ class HostCall:
         else:
             return (*results, report_of("")) if self._reports else results
         if not self._reports:
-            leave(text, self._raises_at_once)
+            leave_host_call(text, self._raises_at_once)
         zeros = (np.zeros(aval.shape, aval.dtype) for aval in self._body.out_avals)
         return (*zeros, report_of(text))
 

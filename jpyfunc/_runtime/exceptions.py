@@ -28,7 +28,7 @@ def failure_text(error: BaseException, label: str, raises_at_once: bool) -> str:
     Args:
         error: what was raised.
         label: what errors call the user's function.
-        raises_at_once: as of `leave`.
+        raises_at_once: as of `leave_host_call`.
     """
     original = original_of(error) or error
     text = f"{label}:\n{_traceback(error)}"
@@ -73,7 +73,7 @@ def _traceback(error: BaseException) -> str:
     return "".join(shown.format())
 
 
-def leave(text: str, raises_at_once: bool) -> NoReturn:
+def leave_host_call(text: str, raises_at_once: bool) -> NoReturn:
     """Leave the host call by an exception that XLA makes an error of.
 
     Args:

@@ -93,7 +93,7 @@ class AbstractTrace(BodyTrace):
         """Return `value` as it is recorded, as an operand or as a result of the body."""
         if isinstance(value, AbstractTracer):
             if value.body_trace is not self:
-                self.refuse("it uses an array of another run on abstract values")
+                self.record_refusal("it uses an array of another run on abstract values")
             return ValueRef(value.number)
         found = self._constants.get(id(value))
         # An id is given away again once its array is gone, and then the reference is dead.
@@ -148,7 +148,7 @@ class AbstractTrace(BodyTrace):
             "staged=True the body is not run on abstract values."
         )
 
-    def refuse(self, why: str) -> None:
+    def record_refusal(self, why: str) -> None:
         """Set `refusal`, unless there is one.
 
         An exception alone would not do, because the body may catch it and go on.
@@ -184,12 +184,12 @@ class AbstractTrace(BodyTrace):
         outs, effects = primitive.abstract_eval(*avals, **params)
         calls = is_host_call(primitive, params)
         if effects:
-            self.refuse(f"an operation has an effect ({primitive.name})")
+            self.record_refusal(f"an operation has an effect ({primitive.name})")
         elif calls:
             # Under `vmap`, a call in a `cond` would be made for all elements, also for
             # those that take the other branch. A call of the whole body is not, because it
             # gets the predicate of its path: see `emission`.
-            self.refuse("it calls Python itself")
+            self.record_refusal("it calls Python itself")
         outs = outs if primitive.multiple_results else [outs]
         jaxpr = params.get("jaxpr")
         signature = primitive, params
@@ -272,7 +272,7 @@ class AbstractTrace(BodyTrace):
             closed = self._copied(jax.make_jaxpr(call)(*operands))
         is_pure = not calls_host(closed)
         if not is_pure:
-            self.refuse("it calls Python itself")
+            self.record_refusal("it calls Python itself")
         operands = [*closed.consts, *operands]
         size, outs = operation_count(closed), closed.out_avals
         return self._record(

@@ -57,7 +57,7 @@ class AbstractTracer(BodyTracer):
             NeedsValueError: always.
         """
         use = f"{use} of {self.aval.str_short()}"
-        self.body_trace.refuse(use)
+        self.body_trace.record_refusal(use)
         raise NeedsValueError(use)
 
     def __format__(self, spec: str) -> str:
@@ -69,7 +69,7 @@ class AbstractTracer(BodyTracer):
         # The text has no data. If it is printed that does no harm, but what else the body
         # does with it, such as a key of a dict, would differ from what it does with data.
         if not line_of(user_frame()).startswith("print("):
-            self.body_trace.refuse(f"text of {self.aval.str_short()}")
+            self.body_trace.record_refusal(f"text of {self.aval.str_short()}")
         return f"Abstract({self.aval.str_short()})"
 
 

@@ -109,7 +109,7 @@ def held(body: Any, with_globals: bool) -> Iterator[tuple[str, Any]]:
         seen[id(value)] = value
         yield path, value
         try:
-            stack.extend(parts(value, path))
+            stack.extend(held_directly(value, path))
             if with_globals and isinstance(value, types.FunctionType):
                 stack.extend(_globals(value))
         except Exception:  # noqa: BLE001 - from attributes of a user's object
@@ -186,7 +186,7 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield "a global", value
 
 
-def parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def held_directly(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield what `value` holds directly, each with a name.
 
     Args:

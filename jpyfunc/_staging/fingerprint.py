@@ -18,10 +18,10 @@ from jpyfunc._limits import (
 )
 from jpyfunc._staging.closure import (
     CONTAINERS,
+    held_directly,
     is_library,
     is_user_class,
     named_globals,
-    parts,
 )
 
 
@@ -79,8 +79,8 @@ def _look_into(value: Any) -> tuple[Hashable, list[Any]]:
     module = getattr(value, "__module__", None) or kind.__module__
     if not is_function and is_library(module):
         return ById(value), []
-    named = [*parts(value, "")]
-    names, held = tuple(name for name, _ in named), [part for _, part in named]
+    named = [*held_directly(value, "")]
+    names, held = tuple(name for name, _ in named), [item for _, item in named]
     if is_function:
         # A library's function may hold a user's, as what `jax.vmap` returns does, but its
         # global variables are the library's.
@@ -89,9 +89,9 @@ def _look_into(value: Any) -> tuple[Hashable, list[Any]]:
     if not isinstance(value, type):
         held += gc.get_referents(value)  # such as the items of a deque
     # Not by `value.__module__`: a wrapped function has that of what it wraps.
-    is_told_by_parts = (
+    is_told_by_contents = (
         is_user_class(kind)
         or is_library(kind.__module__)
         or kind in (functools.partial, types.MethodType)
     )
-    return (kind if is_told_by_parts else ById(value), names), held
+    return (kind if is_told_by_contents else ById(value), names), held
