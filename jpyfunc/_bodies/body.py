@@ -16,13 +16,14 @@ are part of the keys of JAX's caches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.core import ShapedArray
 
+from jpyfunc._bodies.custom_rules import RuleResiduals
 from jpyfunc._bodies.user_function import UserFunction
+from jpyfunc._interpreters.tape import Tape
 from jpyfunc._limits import LARGE_ARRAY_BYTES
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind, Row
@@ -197,7 +198,7 @@ class Body:
         """Return this body such that it leaves its tape, unspent, to other derivatives."""
         return self
 
-    def cached_tape(self, wrt: Indices, operands: Sequence[Array]) -> Any:
+    def cached_tape(self, wrt: Indices, operands: Sequence[Array]) -> Tape | None:
         """Look up the tape that derivatives with respect to `wrt` can be taken of.
 
         Args:
@@ -205,11 +206,11 @@ class Body:
             operands: all of them.
 
         Returns:
-            A `Tape`, or None if there is none or it has been evicted.
+            None if there is none or it has been evicted.
         """
         return None
 
-    def residuals(self, context: Context, operands: Sequence[Array]) -> Any:
+    def residuals(self, context: Context, operands: Sequence[Array]) -> RuleResiduals:
         """Look up the residuals of the forward rule, or apply it again."""
         raise NotImplementedError
 

@@ -40,7 +40,7 @@ from jpyfunc._types import Array, Avals, Indices
 
 
 class ElementBody(Body):
-    """A body of any kind but a `Batch`, which computes one element of one."""
+    """A body of one element: any kind but a `Batch`."""
 
     __slots__ = ()
 

@@ -38,10 +38,6 @@ class Primal(ElementBody):
         return "forward"
 
     @property
-    def title(self) -> str:
-        return self._function.title
-
-    @property
     def description(self) -> str:
         return self.function.name
 

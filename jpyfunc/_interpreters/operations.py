@@ -120,7 +120,6 @@ class UncachedOperation:
     __slots__ = ("call", "is_repeatable")
 
     has_rules = True
-    is_orphan = False
     is_stateful = False
     needs_x64 = False
 

@@ -65,9 +65,8 @@ class Params:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The key by which parameters are compared."""
-        kinds = (self.stateful, self.ordered, self.vmap_method, self.config)
-        return (self.body, *kinds)
+        """The fields, as a key that does not keep these parameters alive."""
+        return (self.body, self.stateful, self.ordered, self.vmap_method, self.config)
 
     @property
     def name(self) -> str:
