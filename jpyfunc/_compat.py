@@ -62,8 +62,8 @@ DEBUG_EFFECTS = (_debugging.DebugEffect, _debugging.OrderedDebugEffect)
 # A call of what `jax.custom_batching.custom_vmap` made.
 custom_vmap_p = _custom_batching.custom_vmap_p
 
-# JAX's objects for its options, by their public names. `jax.config` has their values, at
-# the cost of 40 ns more each, and not for each a context manager.
+# JAX's objects for its options, by their public names. `jax.config` has their values, too,
+# but takes 40 ns longer to read one, and has no context manager for some.
 config_states = _config.config_states
 default_device: Any = _config.default_device
 
@@ -179,7 +179,7 @@ def is_of_trace_of(value: Any, tracer: Any) -> bool:
     """Whether `value` is a tracer of the trace that `tracer` is of.
 
     Inside `jax.vjp(f, x)`, whether a value may depend on `x`: JAX leaves what does not to
-    the trace around it. It has no public question for that.
+    the trace around it. It has no public function that tells.
     """
     return getattr(value, "_trace", None) is tracer._trace
 

@@ -19,11 +19,11 @@ from jpyfunc._wrapped import PyFunc, callee_of
 def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
     """Show which paths of a function can be compiled, which call Python, and why.
 
-    This is what `py_func(func, staged=True)` would do with such arguments: a tree of the
-    function's branches, each with its line of source and the number of JAX operations
-    before it, and where the function itself would be called, with the reason. It also
-    tells why the shapes of results cannot be inferred. Nothing is compiled, and nothing
-    runs on data.
+    The result shows what `py_func(func, staged=True)` would do with such arguments: the
+    tree of the function's branches, each with its source line and the number of JAX
+    operations before it, and the places where the program would call the function itself,
+    with the reason. If the shapes of the results cannot be inferred, it says why. Nothing
+    is compiled, and nothing runs on data.
 
     Args:
         func: a function, wrapped by `py_func` (staged or not) or not wrapped.

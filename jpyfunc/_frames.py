@@ -61,7 +61,8 @@ def warn_at(frame: FrameType | None, text: str, category: type[Warning]) -> None
     """Warn at the line that a frame is executing.
 
     `warnings.warn` counts frames from here, and how many frames of libraries are in between
-    varies. The registry of the user's module makes it once per line by default.
+    varies. With the registry of the user's module, it is shown once per line by
+    default.
     """
     if frame is None:
         warnings.warn(text, category, stacklevel=1)

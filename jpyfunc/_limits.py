@@ -26,8 +26,8 @@ MAX_STAGED_OPERATIONS = 1000
 MAX_HELD_OBJECTS = 10_000
 # Containers, which are opened by functions in C: 4 ms for 20,000 lists.
 MAX_OPENED_CONTAINERS = 100_000
-# Objects by which a call inside an explored body is told from another one, and the bytes of
-# an array among them. Beyond, the call is explored again: slow, never wrong.
+# Objects that are compared to tell one call inside an explored body from another, and the
+# bytes of an array among them. Beyond, the call is explored again: slow, never wrong.
 MAX_FINGERPRINT_OBJECTS = 1000
 MAX_FINGERPRINT_BYTES = 2**16
 
@@ -98,15 +98,17 @@ SHOWN_ROWS = 6
 
 # Bytes below which XLA copies an array inline, as it does in `jax.device_put`.
 LARGE_ARRAY_BYTES = 2**16
-# Bytes by which devices tell each other what a body raised; a traceback takes some 2,000.
+# Bytes of the report that tells every device what a body raised; a traceback takes some
+# 2,000.
 REPORT_BYTES = 8192
-# Failures that are told by their markers, of programs that may still be waited for.
+# Failures that can be found by their markers, of programs that may still be waited for.
 MAX_FAILURES = 1024
 # Exceptions that are kept as objects, with the variables of the frames that they went
 # through, and so their arrays, while a block of `raise_original` is open.
 MAX_KEPT_EXCEPTIONS = 16
-# Seconds for which a body may wait itself, for a lock for example, before nobody waits for
-# it; the same of one that ran before the block began, and may have nothing to do with it.
+# Seconds after which the end of a block no longer waits for a body that is itself waiting,
+# for a lock for example; and for one that began before the block, and may have nothing to
+# do with it.
 PATIENCE = 5.0
 PATIENCE_BEFORE = 0.5
 # Seconds for which Python's end is put off for what is computed before a body begins.
@@ -115,7 +117,7 @@ PATIENCE_AT_EXIT = 60.0
 # and whose thread has ended.
 QUIET = 0.1
 # Seconds between two looks at what is waited for, at first and at last: an eager call takes
-# 20 us, and a body that takes long is not held up by who looks.
+# 20 us, and for a long body a look every 10 ms is cheap.
 SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 0.01
 # Relative error of linearity that a transposed host function may show. Sums and products
 # scale by -2 without any, but a solver that stops at an absolute tolerance does not.

@@ -1,6 +1,6 @@
-"""Workarounds for faults of XLA; `tests/test_xla_bugs.py` has a test of each bare fault.
+"""Workarounds for faults of XLA, which `tests/test_xla_bugs.py` reproduces without them.
 
-When such a test passes, which it is expected not to, its workaround may go.
+Those tests are expected to fail. Once one passes, its workaround can go.
 """
 
 from __future__ import annotations

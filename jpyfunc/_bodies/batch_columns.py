@@ -47,7 +47,7 @@ class BatchLayout:
         return math.prod(self.sizes)
 
     def places(self, stacked: Sequence[bool]) -> np.ndarray:
-        """The place of each element in an array that has some axes, raveled to one."""
+        """The place of each element in an array with some of the axes, raveled to one."""
         numbers = np.arange(self.count)
         if all(stacked):
             return numbers
@@ -133,14 +133,14 @@ class ResultColumn:
         self._places, self._is_stacked = places, is_stacked
 
     def add(self, row: int, value: np.ndarray) -> None:
-        """Take the result of one element."""
+        """Add the result of one element."""
         if self._is_stacked:
             self.array[row] = value
         else:
             self.array[self._places[row]] += value.astype(self.array.dtype)
 
     def add_rows(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Take the results of some elements."""
+        """Add the results of some elements."""
         if self._is_stacked:
             self.array[rows] = values
         elif len(self.array) == 1:

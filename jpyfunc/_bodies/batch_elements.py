@@ -1,4 +1,4 @@
-"""Runs a body for every element of a batch: by branch, or one by one.
+"""Run a body for every element of a batch: by branch, or one by one.
 
 By branch or one by one? A run by branch costs about as much as the runs of a few elements,
 however many it is of, because Python executes once and each operation is dispatched once.
@@ -104,7 +104,8 @@ def _run_base(layout: BatchLayout, operands: Sequence[Array]) -> list[Array]:
 def _evaluate_traced(layout: BatchLayout, operands: Sequence[Array]) -> list[Array]:
     """Compute a batch inside a body that is differentiated, or runs by branch itself.
 
-    Elements are sliced and stacked with operations of JAX, which that trace sees.
+    Elements are sliced and stacked with operations of JAX, which the trace of that body
+    sees.
     """
     columns = [
         (jnp.reshape(x, (places[-1] + 1, *aval.shape)), places)

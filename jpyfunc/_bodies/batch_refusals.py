@@ -1,4 +1,4 @@
-"""Remembers which calls run their batches one by one, and why.
+"""Remember which calls run their batches one by one, and why.
 
 To find out costs a run by branch whose results are dropped, so it is done once: for all
 calls of a function, for calls of one kind, or for batches of one kind and size.

@@ -1,4 +1,4 @@
-"""Detects numbers drawn from the global generators of Python and NumPy.
+"""Detect numbers drawn from the global generators of Python and NumPy.
 
 A generator was drawn from if its state has changed. `random.getstate` takes 8 us, beside
 some 800 of a run by branch, but `numpy.random.get_state` takes 25. So for NumPy, the memory
@@ -15,10 +15,11 @@ import numpy as np
 
 _bit_generator = getattr(np.random, "get_bit_generator")  # noqa: B009 - unknown to pyright
 
-# Normal numbers are drawn in pairs, and the second one is stored until the next draw, which
-# leaves the words alone. So it belongs to the state, but only `get_state` tells it. There
-# can be a new one only if words were drawn, and none to lose if there was none. This is the
-# last answer: the words, and the second number or None.
+# Normal numbers are drawn in pairs, and the second of a pair is stored for the next draw,
+# which then leaves the words alone. So the stored number belongs to the state, too, and
+# only the slow `get_state` returns it. That need not be asked while the words are the same
+# and none was stored: storing one takes a draw, which changes the words. Hence the state
+# that was seen last: the words, and the stored number or None.
 _last_known: tuple[bytes, float | None] = (b"", None)
 
 

@@ -105,8 +105,8 @@ class BodyTracer(Tracer):
     def __reduce__(self) -> Any:
         return self.exported("a pickle").__reduce__()
 
-    # An array cannot be changed, so it is its own copy; one that were made from the value
-    # would lose the gradient.
+    # An array cannot be changed, so it is its own copy. A copy of the value would lose the
+    # gradient.
     def __copy__(self) -> Any:
         return self
 

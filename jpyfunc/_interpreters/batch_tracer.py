@@ -20,7 +20,7 @@ from jpyfunc._runtime.transfers import put
 
 
 class CannotBatch(BaseException):
-    """Ends a run by branch: what the body does cannot be done for many elements at once.
+    """End a run by branch: what the body does cannot be done for many elements at once.
 
     No `Exception`, so that a body which handles its own errors does not handle this one.
     """

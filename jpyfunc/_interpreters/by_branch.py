@@ -1,4 +1,4 @@
-"""Runs a function on many elements of a batch at once, and splits them where it branches.
+"""Run a function on many elements of a batch at once, and split them where it branches.
 
 Each operation is executed on arrays with one row per element. A truth test, or a read of a
 value, needs one answer for all elements that run. Where they differ, the run goes on with
@@ -204,7 +204,7 @@ def _rows_of(result: Any, subset: Subset) -> np.ndarray:
 
 
 class ByBranchTrace(EagerTrace):
-    """Executes operations on a subset of a batch, which gets smaller where elements differ.
+    """Execute operations on a subset of a batch, which gets smaller where elements differ.
 
     Attributes:
         names: what errors call the function and the elements.

@@ -32,7 +32,7 @@ _config_numbers: dict[Config, int] = {}  # for the keys of operations; there are
 
 
 class EagerTrace(BodyTrace):
-    """Runs operations at once.
+    """Run operations at once.
 
     Attributes:
         parent: the trace below.

@@ -96,11 +96,11 @@ def is_cheap(jaxpr: AnyJaxpr) -> bool:
 
 
 def differs_in_batches(jaxpr: AnyJaxpr) -> str | None:
-    """The first primitive that does not do for many elements at once what it does for each.
+    """The first primitive whose batch differs from single runs in results, or much in cost.
 
-    Or not at about the cost: all branches of a batched `cond` are computed. Generators of
-    random numbers other than threefry draw other numbers for a batch of keys, and a
-    custom batching rule is the user's.
+    A batched `cond` computes all branches. Generators of random numbers other than threefry
+    draw other numbers for a batch of keys. A custom batching rule is the user's, and may do
+    anything.
     """
     return first_primitive(
         jaxpr,

@@ -18,8 +18,8 @@ class LruCache:
 
     A body of more distinct operations than the cache has room for would evict, in each
     call, just those that the next call begins with, and compile all of them again. So when
-    a key comes back that was evicted, the cache doubles. If keys never come back, as those
-    of functions that are made in each call, it stays as small as it was.
+    a key comes back that was evicted, the cache doubles. If keys never come back, such
+    as those of functions that are made in each call, it stays as small as it was.
 
     Args:
         size: how many entries it has room for at first.
@@ -35,7 +35,7 @@ class LruCache:
 
     def get(self, key: Any) -> Any:
         """The value for `key`, or None."""
-        # Without the lock, because it is on the way of every operation.
+        # Without the lock, because every operation comes here.
         entry = self._entries.get(key)
         if entry is None:
             return None

@@ -17,12 +17,12 @@ from jpyfunc._runtime.transfers import put
 
 
 class OnDeviceTrace(_compat.EvalTrace, BodyTrace):
-    """Runs each operation when it is bound, on one device, wherever its operands are.
+    """Run each operation when it is bound, on one device, wherever its operands are.
 
     A body may hold arrays on other devices, as global variables for example. JAX would let
     the client of such a device copy an operand, or run the operation there if the operand
     is committed. In a host call, that client may be the one whose program waits for the
-    call, so that both would wait for ever. Arrays are moved through NumPy instead.
+    call, so that both would wait forever. Arrays are moved through NumPy instead.
     """
 
     _is_transparent = True

@@ -1,4 +1,4 @@
-"""Finds the compiled operation that a bind is, by the primitive, parameters and avals.
+"""Find the compiled operation of a bind, by its primitive, parameters and avals.
 
 The cache keeps nothing of the user's alive: an operation that is made of a jaxpr is dropped
 when that jaxpr is.
@@ -49,7 +49,7 @@ _LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes")
 def operation_of(
     primitive: Primitive, operands: Sequence[Value], params: dict[str, Any], config: int
 ) -> CompiledOperation:
-    """The operation that a bind of `primitive` is.
+    """The compiled operation of a bind.
 
     Args:
         primitive: of JAX.
@@ -92,7 +92,7 @@ def bind_function(primitive: Primitive, params: dict[str, Any]) -> Function:
 
 
 def operation_of_jit(jaxpr: ClosedJaxpr, config: int) -> CompiledOperation:
-    """The operation that a call of a jitted function is; its constants come first.
+    """The compiled operation of a call of a jitted function, whose constants come first.
 
     Args:
         jaxpr: of the function, which neither runs Python nor has an effect.
@@ -114,7 +114,7 @@ def operation_of_custom(
     params: dict[str, Any],
     config: int,
 ) -> CompiledOperation:
-    """The operation that a call of a function of JAX with custom rules is.
+    """The compiled operation of a call of one of JAX's functions with custom rules.
 
     Args:
         primitive: that of `jax.custom_jvp` or `jax.custom_vjp`.

@@ -1,4 +1,4 @@
-"""The stores in which JAX keeps what a call of a function with custom rules came to know.
+"""The stores in which JAX keeps the result trees of functions with custom rules.
 
 `jax.custom_jvp` and `jax.custom_vjp` call a primitive with the function and its rules, each
 wrapped by JAX so that calling it also stores the tree of its results (and, within a
@@ -40,12 +40,12 @@ def is_available() -> bool:
 
 
 def refill(function: Any, stores: Any) -> None:
-    """Fill the stores of a wrapped function as those of the one that was called hold it."""
+    """Fill the stores of a wrapped function with what another call of it has stored."""
     function.populate_stores(stores)
 
 
 def take(function: Any) -> Filled:
-    """Empty the stores of a wrapped function; return those that were filled, and values."""
+    """Empty the stores of a wrapped function; return the filled ones with their values."""
     filled = []
     for store in function.stores:
         if store is not None:

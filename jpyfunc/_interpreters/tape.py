@@ -68,7 +68,7 @@ def run_on_tape(
 
 
 class TapeTrace(EagerTrace):
-    """Runs operations at once, and records those that depend on what it watches.
+    """Run operations at once, and record those that depend on what it watches.
 
     Attributes:
         label: what errors call the function that is run.
@@ -128,7 +128,7 @@ class TapeTrace(EagerTrace):
 
     def apply(self, operation: Operation, operands: Sequence[Value]) -> list[Array]:
         """Run an operation, and record it if it is to be differentiated."""
-        # One loop, because this is on the way of every operation.
+        # One loop, because every operation comes here.
         values, active, inputs = [], [], []
         for i, x in enumerate(operands):
             if type(x) is TapeTracer:

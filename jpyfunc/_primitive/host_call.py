@@ -104,10 +104,10 @@ class HostCall:
 
 
 def _thread_hooks() -> AbstractContextManager[None]:
-    """Follow a thread of XLA's as `threading` follows the threads that it starts.
+    """Follow a thread of XLA's in the way that `threading` follows its own threads.
 
     Debuggers, profilers and coverage see threads through `threading.settrace` and
-    `threading.setprofile`, which say nothing to a thread that Python has not started.
+    `threading.setprofile`, which do not reach threads that Python has not started.
     """
     if (threading.gettrace() or threading.getprofile()) and caller() is None:
         return _entered_thread_hooks()

@@ -73,10 +73,10 @@ NOT_CAPTURED = {
         "jax_xla_profile_version", "xla_metadata_context_manager",
     ),
     "where it is set, no program runs, so no body": ("jax_no_execution",),
-    "only who made one with `jax.make_user_context` has it": ("user_context",),
+    "only code that made one with `jax.make_user_context` sees it": ("user_context",),
 }  # fmt: skip
 
-# JAX's objects for them: to read these takes 40 ns less each than `jax.config` does.
+# JAX's objects for them: reading one takes 40 ns less than reading `jax.config`.
 OPTIONS = tuple(
     _compat.config_states[name] for name in CAPTURED if name in _compat.config_states
 )
@@ -128,7 +128,7 @@ class enter_config:  # noqa: N801 - a context manager, named like JAX's own
             manager.__exit__(None, None, None)
 
     def _managers(self) -> list[AbstractContextManager[Any]]:
-        """Context managers for what is not in force already, as a rule none."""
+        """Context managers for what is not in force already; usually none."""
         managers = []
         if current_config() != self._config:  # at half the cost of a loop
             for option, value in zip(OPTIONS, self._config, strict=True):

@@ -34,8 +34,8 @@ class Context:
     Attributes:
         device: where NumPy operands are put; None where no body of a call runs.
         counts: of the call that is measured; None if no profile is open.
-        batches: the batches that run by branch, innermost last. None is a run inside of one
-            that is not of many elements.
+        batches: the batches that run by branch, innermost last. None stands for a run
+            inside one of them that is not of many elements.
         thread: the one that entered the innermost batch. `asyncio.to_thread` takes the
             context along, and a read there would split the batch while this thread computes
             on all of it.

@@ -1,4 +1,4 @@
-"""The way of a body's exception out of the host call: the text that XLA carries."""
+"""Carry a body's exception out of the host call, as a text, which is all that XLA takes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _traceback(error: BaseException) -> str:
     """The traceback of an exception and of its causes, with the user's frames alone."""
     shown = traceback.TracebackException.from_exception(error)
     links = [shown]
-    for link in links:  # which grows
+    for link in links:  # grows by the causes of each
         link.stack[:] = [f for f in link.stack if not f.filename.startswith(_INTERNAL)]
         links.extend(each for each in (link.__cause__, link.__context__) if each)
     if isinstance(error, PyFuncError):

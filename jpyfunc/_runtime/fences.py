@@ -31,7 +31,7 @@ _device_sets: set[tuple[_compat.Device, ...]] = set()
 
 
 def add_fences(devices: Sequence[_compat.Device]) -> None:
-    """Have fences from now on on the devices of this process that a program runs over."""
+    """Add fences for the devices of this process that a program runs over."""
     if devices and not is_private(devices[0]):
         _device_sets.add(tuple(devices))
         _device_sets.update((device,) for device in devices)

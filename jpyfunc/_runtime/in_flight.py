@@ -78,7 +78,7 @@ def _pauses() -> Iterator[float]:
 _process = os.getpid()
 
 
-@atexit.register  # after JAX's own, which is imported before: so it is called before them
+@atexit.register  # later than JAX's handlers, so Python calls this one before them
 def _wait_at_exit() -> None:
     """Wait for the programs with bodies in flight, of all threads, before Python ends.
 
@@ -86,10 +86,10 @@ def _wait_at_exit() -> None:
     which aborts the process (before Python 3.14). JAX waits only for programs that have
     effects and were dispatched by the main thread.
 
-    What the main thread has dispatched is before its fences, and what other threads have
-    is known by its results. Of results that another thread has dropped nothing is known
-    until a body begins: hence `QUIET`. A daemon thread may dispatch more at any time, and
-    is not waited for.
+    Fences tell when the programs of the main thread are done, and live arrays tell it of
+    the programs of other threads. If another thread has dropped the results of a program,
+    nothing shows that it is in flight until its body begins: hence `QUIET`. A daemon thread
+    may dispatch more at any time, and is not waited for.
 
     The wait ends for bodies that themselves wait, and for whatever else may be stuck. In
     the child of a fork there are none of the parent's threads to wait for.
@@ -112,5 +112,6 @@ def _wait_at_exit() -> None:
         ):
             break
         time.sleep(pause)
-    for client in clients:  # a client waits for its threads when it is deleted: so never
+    # A client that is deleted waits for its threads, so these are never deleted.
+    for client in clients:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(client))

@@ -1,4 +1,4 @@
-"""The cache of tapes, on which calls have run that derivatives are still to be taken of.
+"""The cache of tapes, from the run of a call to its derivatives.
 
 A program carries a ticket from the call to its derivatives, which find the tape here. For
 a pure body, the cache is a matter of speed alone: a derivative that finds no tape runs the
@@ -73,7 +73,7 @@ def set_tape_limit(nbytes: int) -> int:
         The limit that was in force.
 
     Raises:
-        ValueError: `nbytes` is negative, or no integer.
+        ValueError: `nbytes` is negative, or not an integer.
 
     Example:
         >>> import jpyfunc
@@ -164,8 +164,9 @@ class TapeCache:
     def clear(self) -> None:
         """Evict all tapes, and draw names that none of them had.
 
-        A forked child does so: it has its parent's memory, and would give its own tapes the
-        names that its parent gives. Another thread of the parent may have held the lock.
+        The child of a fork must call this. It has a copy of its parent's memory, and would
+        give its tapes the same names. Also, another thread of the parent may have held the
+        lock.
         """
         # Reentrant, because freeing arrays may run finalizers that come here.
         self._lock = threading.RLock()
@@ -186,7 +187,7 @@ class TapeCache:
         self.nbytes = 0
 
     def set_limit(self, limit: int) -> int:
-        """Bound the cache by `limit` bytes; return the bound before."""
+        """Bound the cache by `limit` bytes; return the previous bound."""
         with self._lock:
             before, self.limit = self.limit, limit
             evicted = self._shrink()

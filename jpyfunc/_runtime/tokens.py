@@ -14,8 +14,8 @@ from jpyfunc import _compat
 def forget_tokens_of(is_known: Callable[[BaseException], bool]) -> None:
     """Have JAX forget the token of an ordered call whose failure is known.
 
-    An ordered call takes the token that the one before it returned, and waits for it. Of a
-    call that failed, the token fails, too. JAX 0.10 keeps such a token, so that one failure
+    An ordered call takes the token that the one before it returned, and waits for it. The
+    token of a call that failed fails, too. JAX 0.10 keeps such a token, so that one failure
     is raised by every ordered call after it, by `jax.effects_barrier` and when Python ends
     (jax-ml/jax#37587); later versions raise it once more. A failure that has been raised
     is known, and its token should be as good as one of a call that succeeded. JAX has no

@@ -50,11 +50,11 @@ def put(
 
 
 def _aligned(value: np.ndarray, copy: bool) -> np.ndarray:
-    """`value`, if large copied to where XLA takes it without a copy of its own.
+    """Align `value` if it is large, so that XLA takes it without a copy of its own.
 
-    XLA copies what does not begin at a multiple of 64 bytes, and NumPy's allocations do
-    not: from 100 kB on another thread. NumPy copies 64 MB four times as fast, because it
-    asks for huge pages.
+    XLA copies an array that does not begin at a multiple of 64 bytes, as NumPy's usually do
+    not, and a large one on another thread. NumPy copies 64 MB four times as fast as XLA,
+    because it asks for huge pages.
     """
     if value.nbytes < LARGE_ARRAY_BYTES or (value.ctypes.data % 64 == 0 and not copy):
         return value

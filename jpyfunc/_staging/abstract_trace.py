@@ -78,7 +78,7 @@ class AbstractTrace(BodyTrace):
 
     @property
     def branch(self) -> str:
-        """The branch at which this run left the one that its script was made from."""
+        """The branch at which this run left the run that its script was made from."""
         n = len(self._script)
         if n > len(self.branch_points):
             return "a branch"
@@ -96,7 +96,7 @@ class AbstractTrace(BodyTrace):
                 self.record_refusal("it uses an array of another run on abstract values")
             return ValueRef(value.number)
         found = self._constants.get(id(value))
-        # An id is given away again once its array is gone, and then the reference is dead.
+        # Python reuses the id of an array that is gone, whose reference is dead then.
         if found is not None and found[0]() is value:
             return found[1]
         return self._copied(value)

@@ -107,7 +107,7 @@ class JoinedPaths:
                 self.failure = disagreement
 
     def result(self) -> Template | InferenceError | ResultError:
-        """Return the template that holds on all paths, or the error of its absence."""
+        """Return the template that holds on all paths, or the error that says why not."""
         return (
             self.failure
             or self._template
