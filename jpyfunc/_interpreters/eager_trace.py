@@ -16,7 +16,6 @@ from jax.extend.core.primitives import cond_p, convert_element_type_p, jit_p
 from jpyfunc import _compat
 from jpyfunc._interpreters.base_trace import BodyTrace
 from jpyfunc._interpreters.host_primitive import HostPrimitive
-from jpyfunc._interpreters.jaxpr_queries import runs_python
 from jpyfunc._interpreters.on_device import OnDeviceTrace
 from jpyfunc._interpreters.operation_cache import (
     Uncacheable,
@@ -89,15 +88,14 @@ class EagerTrace(BodyTrace):
     def _call_jitted(self, jaxpr: ClosedJaxpr, operands: Sequence[Value]) -> list[Array]:
         try:
             self._check_config()
-            is_compiled = not runs_python(jaxpr)
+            operation = operation_of_jit(jaxpr, self._config_number)
         except Uncacheable:
-            is_compiled = False
-        if not is_compiled:
+            operation = None
+        if operation is None:
             # What runs Python or has an effect happens once, in whatever order of
             # derivative, so its equations are run one by one.
             with set_current_trace(self):
                 return _compat.opened(jaxpr)(*jaxpr.consts, *operands)
-        operation = operation_of_jit(jaxpr, self._config_number)
         return self.apply(operation, [*jaxpr.consts, *operands])
 
     def _check_config(self) -> None:

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun, set_current_tr
 
 from jpyfunc import _compat
 from jpyfunc._interpreters import rule_stores
-from jpyfunc._interpreters.jaxpr_queries import has_rules, is_stateful
+from jpyfunc._interpreters.jaxpr_queries import has_rules, is_stateful, runs_python
 from jpyfunc._interpreters.lru_cache import LruCache
 from jpyfunc._interpreters.operations import (
     CompiledOperation,
@@ -31,7 +31,7 @@ from jpyfunc._types import Array, Value
 
 
 class Uncacheable(Exception):  # noqa: N818 - it is no error
-    """A parameter that is a function or holds one, and so may be new in every call."""
+    """A bind that may be another in every call, or that is not to be one operation."""
 
 
 class _CustomOperation(NamedTuple):
@@ -95,12 +95,17 @@ def operation_of_jit(jaxpr: ClosedJaxpr, config: int) -> CompiledOperation:
     """The compiled operation of a call of a jitted function, whose constants come first.
 
     Args:
-        jaxpr: of the function, which neither runs Python nor has an effect.
+        jaxpr: of the function.
         config: as in `operation_of`.
+
+    Raises:
+        Uncacheable: it runs Python, or has an effect.
     """
     key = (config, id(jaxpr))
     operation = _operations.get(key)
     if operation is None:
+        if runs_python(jaxpr):
+            raise Uncacheable
         avals = [*map(jax.typeof, jaxpr.consts), *jaxpr.in_avals]
         operation = CompiledOperation(_compat.opened(jaxpr), avals, has_rules(jaxpr))
         _operations.put(key, operation, [jaxpr], operation.orphan)
