@@ -1,5 +1,6 @@
 """CONTRIBUTING's three stories are what calls really go through."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -74,11 +75,17 @@ STORIES = {
 }
 
 
-@pytest.fixture(scope="module", params=STORIES)
+@functools.cache
+def traced(name: str) -> list[tuple[str, str, list[str]]]:
+    """Each module and function that the call of a story goes through, and its callers."""
+    out = run_program(f"STORY = {name!r}\n{TRACED}", limit=120)
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(params=STORIES)
 def story(request):
     """What a story tells, and what the call went through."""
-    out = run_program(f"STORY = {request.param!r}\n{TRACED}", limit=120)
-    return rows_below(STORIES[request.param]), json.loads(out.splitlines()[-1])
+    return rows_below(STORIES[request.param]), traced(request.param)
 
 
 def test_functions_are_met_in_the_order_told(story):
@@ -119,8 +126,5 @@ def test_calls_go_down(story):
 
 
 def test_every_module_that_is_asked_is_met():
-    met = set()
-    for name in STORIES:
-        out = run_program(f"STORY = {name!r}\n{TRACED}", limit=120)
-        met |= {module for module, _, _ in json.loads(out.splitlines()[-1])}
+    met = {module for name in STORIES for module, _, _ in traced(name)}
     assert {module for (module,) in rows_below("Asked along the way")} <= met
