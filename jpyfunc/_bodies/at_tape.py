@@ -32,10 +32,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jpyfunc._bodies.body import Body, put_operands, zeros
+from jpyfunc._bodies.body import Body, DerivedBody, put_operands, zeros
 from jpyfunc._bodies.custom_rules import RuleResiduals, apply_fwd
 from jpyfunc._bodies.linear import ElementBody
-from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._errors import TapeLostError
 from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._runtime.context import Context
@@ -46,7 +45,7 @@ from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class AtTape(ElementBody):
+class AtTape(DerivedBody, ElementBody):
     """A primal at a tape that may be cached, whose ticket is the last operand.
 
     Attributes:
@@ -71,10 +70,6 @@ class AtTape(ElementBody):
     @property
     def out_avals(self) -> Avals:
         return self.base.out_avals
-
-    @property
-    def function(self) -> UserFunction:
-        return self.base.function
 
     @property
     def kind(self) -> Kind:

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 
 from jpyfunc._bodies.batch_columns import BatchLayout
 from jpyfunc._bodies.batch_elements import evaluate_batch
-from jpyfunc._bodies.body import Body
-from jpyfunc._bodies.user_function import UserFunction
+from jpyfunc._bodies.body import Body, DerivedBody
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
 from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Batch(Body):
+class Batch(DerivedBody):
     """`base` for each element of a batch, in one host call.
 
     Attributes:
@@ -48,10 +47,6 @@ class Batch(Body):
         return _stacked(self.base.out_avals, self.stacked_out, self.size)
 
     @property
-    def function(self) -> UserFunction:
-        return self.base.function
-
-    @property
     def kind(self) -> Kind:
         return self.base.kind
 
@@ -71,14 +66,6 @@ class Batch(Body):
     def has_tape(self) -> bool:
         return self.base.has_tape
 
-    @property
-    def ticket_index(self) -> int | None:
-        return self.base.ticket_index
-
-    @property
-    def is_repeatable(self) -> bool:
-        return self.base.is_repeatable
-
     def check_differentiable(self) -> None:
         self.base.check_differentiable()
 
@@ -95,9 +82,6 @@ class Batch(Body):
             [*zip(*(level.stacked_out for level in levels), strict=True)],
         )
         return evaluate_batch(layout, self.out_avals, self.by_branch, context, operands)
-
-    def spend_tape(self, ticket: Array) -> None:
-        self.base.spend_tape(ticket)
 
     def with_tape(self, wrt: Indices) -> Body:
         base = self.base.with_tape(wrt)

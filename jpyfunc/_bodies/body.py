@@ -1,7 +1,7 @@
 """Base class of bodies: what a call computes on the host.
 
 A body maps flat operands to flat results. A `Primal` is the user's function; every other
-kind is derived from a `base`. They are closed under transformations: the JVP, the transpose
+kind is a `DerivedBody`. They are closed under transformations: the JVP, the transpose
 and the batch of a body of any kind are bodies. In whatever order transformations come, the
 bodies stay small, because
 
@@ -216,6 +216,33 @@ class Body:
 
     def spend_tape(self, ticket: Array) -> None:
         """Record that a derivative has been taken of the tapes of one or more tickets."""
+
+
+class DerivedBody(Body):
+    """A body that is derived from another one, whose function and tape it has.
+
+    Attributes:
+        base: what it is derived from.
+    """
+
+    __slots__ = ()
+
+    base: Body
+
+    @property
+    def function(self) -> UserFunction:
+        return self.base.function
+
+    @property
+    def ticket_index(self) -> int | None:
+        return self.base.ticket_index
+
+    @property
+    def is_repeatable(self) -> bool:
+        return self.base.is_repeatable
+
+    def spend_tape(self, ticket: Array) -> None:
+        self.base.spend_tape(ticket)
 
 
 def others(body: Body, wrt: Indices) -> Indices:

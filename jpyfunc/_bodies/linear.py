@@ -18,6 +18,7 @@ from typing import Any
 
 from jpyfunc._bodies.body import (
     Body,
+    DerivedBody,
     others,
     put_large_operands,
     put_operands,
@@ -30,7 +31,6 @@ from jpyfunc._bodies.custom_rules import (
     with_zeros,
 )
 from jpyfunc._bodies.transpose import transpose_of_operations
-from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._errors import no_rule, no_second_order, no_transpose
 from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._runtime.context import Context
@@ -56,7 +56,7 @@ class ElementBody(Body):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class LinearBody(ElementBody):
+class LinearBody(DerivedBody, ElementBody):
     """A linear map derived from `base` at its operands.
 
     Attributes:
@@ -70,10 +70,6 @@ class LinearBody(ElementBody):
     of: Indices
 
     @property
-    def function(self) -> UserFunction:
-        return self.base.function
-
-    @property
     def description(self) -> str:
         return f"{type(self).__name__.lower()} of {self.base.description}"
 
@@ -81,19 +77,8 @@ class LinearBody(ElementBody):
     def linear_from(self) -> int:
         return len(self.base.in_avals)
 
-    @property
-    def ticket_index(self) -> int | None:
-        return self.base.ticket_index
-
-    @property
-    def is_repeatable(self) -> bool:
-        return self.base.is_repeatable
-
     def sharing_tape(self) -> Body:
         return dataclasses.replace(self, base=self.base.sharing_tape())
-
-    def spend_tape(self, ticket: Array) -> None:
-        self.base.spend_tape(ticket)
 
     def widen(self, size: int, batched: tuple[bool, ...]) -> Body:
         every = (True,) * len(self.base.in_avals)

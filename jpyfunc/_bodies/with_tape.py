@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from jpyfunc._bodies.at_tape import AtTape
-from jpyfunc._bodies.body import Body, put_operands
+from jpyfunc._bodies.body import Body, DerivedBody, put_operands
 from jpyfunc._bodies.custom_rules import RuleResiduals, apply_fwd
 from jpyfunc._bodies.linear import ElementBody, Jvp
-from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
@@ -22,7 +21,7 @@ from jpyfunc._types import Array, Avals, Indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class WithTape(ElementBody):
+class WithTape(DerivedBody, ElementBody):
     """A primal that runs on a tape with respect to operands `wrt`, and caches the tape.
 
     Results: those of the primal, then the ticket of the tape.
@@ -45,10 +44,6 @@ class WithTape(ElementBody):
     @property
     def out_avals(self) -> Avals:
         return (*self.base.out_avals, ticket_aval(self.batch_shape))
-
-    @property
-    def function(self) -> UserFunction:
-        return self.base.function
 
     @property
     def kind(self) -> Kind:
