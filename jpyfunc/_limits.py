@@ -1,7 +1,8 @@
 """Every tunable number, with the measurement or the argument that set it.
 
-Where neither a measurement nor an argument is named, the number is a choice. Times are of one core of a current x86 server. A number that changes what is computed, and
-not only how fast or in how much memory, is not here: it is no tuning.
+Where neither is named, the number is a choice. Times are of one core of a current x86
+server. A number that changes what is computed, and not only how fast or in how much memory,
+is not here: it is no tuning.
 """
 
 # --- Abstract runs: what a body returns, and what of it is compiled (`_staging`).
@@ -100,7 +101,7 @@ SHOWN_ROWS = 6
 
 # --- Programs and failures (`_runtime`, `_primitive`).
 
-# Bytes below which an array is small: XLA copies it where it is called, without a thread.
+# Bytes below which XLA copies an array inline.
 LARGE_ARRAY_BYTES = 2**16
 # Bytes of the report that tells every device what a body raised. One line of a body and
 # the hint take some 470; of a longer text, the beginning and the end are kept.

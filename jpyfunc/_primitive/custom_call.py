@@ -64,6 +64,14 @@ def emit_host_call(
     return results, token
 
 
+def raises_at_once(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether JAX raises the error of a host call where the program is dispatched.
+
+    It does for programs of a CPU, if the call is made on the thread that dispatches them.
+    """
+    return ctx.module_context.platforms[0] == "cpu"
+
+
 def _emit_call(
     ctx: mlir.LoweringRuleContext,
     function: HostFunction,

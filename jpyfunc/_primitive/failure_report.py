@@ -22,7 +22,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jpyfunc._limits import REPORT_BYTES
-from jpyfunc._primitive.custom_call import emit_host_call
+from jpyfunc._primitive.custom_call import emit_host_call, raises_at_once
 from jpyfunc._runtime.exceptions import leave_host_call
 
 REPORT_AVAL = ShapedArray((REPORT_BYTES,), np.uint8)
@@ -68,8 +68,7 @@ def _raise_reported_abstract_eval(report: ShapedArray) -> ShapedArray:
 def _raise_reported_lowering(
     ctx: mlir.LoweringRuleContext, report: ir.Value
 ) -> list[ir.Value]:
-    is_cpu = ctx.module_context.platforms[0] == "cpu"
-    function = functools.partial(_raise_reported, is_cpu)
+    function = functools.partial(_raise_reported, raises_at_once(ctx))
     results, _ = emit_host_call(ctx, function, None, [report], has_side_effect=True)
     return results
 

@@ -14,9 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError
-from jpyfunc._primitive.custom_call import emit_host_call
+from jpyfunc._primitive.custom_call import emit_host_call, raises_at_once
 from jpyfunc._primitive.effects import ORDERED
-from jpyfunc._primitive.failure_report import REPORT_AVAL, raise_on_every_device
+from jpyfunc._primitive.failure_report import (
+    REPORT_AVAL,
+    raise_on_every_device,
+)
 from jpyfunc._primitive.host_call import HostCall
 from jpyfunc._primitive.primitive import Params
 from jpyfunc._runtime.clients import body_device
@@ -57,7 +60,7 @@ def _py_func_lowering(
             params.config,
             body_device(ctx),
             reports=replicated is not None,
-            raises_at_once=ctx.module_context.platforms[0] == "cpu",
+            raises_at_once=raises_at_once(ctx),
         ),
         token,
         operands,
