@@ -60,7 +60,7 @@ def as_declared(
         made = f", of a {describe(value)} arrays" if parts else ""
         raise ResultError(
             f"{where()}: expected shape {shape}, got {tuple(array.shape)}{made}. "
-            "Return an array of that shape, or declare what is returned in Tout."
+            "Return an array of that shape, or declare in Tout what the body returns."
         )
     if dtype is None:
         return jnp.asarray(value if weak else array)
@@ -68,7 +68,7 @@ def as_declared(
         return array
     if not can_cast(array, weak, dtype):
         remedy = "" if is_key_dtype(dtype) else f" with .astype({dtype_source(dtype)})"
-        got = f"{array.dtype}, which casting of the same kind does not convert"
+        got = f"{array.dtype}, which NumPy's same_kind casting does not allow"
         if type(value) in (int, float, complex, bool):
             remedy, got = "", f"a Python {type(value).__name__}"
         raise ResultError(
@@ -276,8 +276,8 @@ def _why_not_array(value: Any, role: Role) -> str:
         )
     if dataclasses.is_dataclass(value):
         return (
-            f"expected an array, got the dataclass {describe(value)}, which JAX does not "
-            "take apart. Decorate it with jax.tree_util.register_dataclass."
+            f"expected an array, got the dataclass {describe(value)}, which is no pytree. "
+            "Decorate it with jax.tree_util.register_dataclass."
         )
     got = f"expected an array of numbers or booleans, got {describe(value)}. "
     if inspect.iscoroutine(value):

@@ -145,16 +145,16 @@ def _flatten(result: Any, label: str) -> tuple[list[Any], Any]:
         return jax.tree.flatten(result)
     except ValueError as error:
         raise ResultError(
-            f"{label}: JAX does not take its result apart: {why_no_pytree(error)}."
+            f"{label}: JAX cannot flatten its result: {why_no_pytree(error)}."
         ) from error
 
 
 def why_no_pytree(error: ValueError) -> str:
-    """Say why JAX does not flatten a pytree, and what to write instead."""
+    """Say why JAX cannot flatten a pytree, and what to write instead."""
     if "dictionary keys" in str(error):
         return (
-            "the keys of a dict are not of one kind, and have no order. Use only strings, "
-            "or only integers"
+            "the keys of a dict are of types that cannot be sorted together. Use only "
+            "strings, or only integers"
         )
     return str(error).rstrip(".")
 
@@ -333,7 +333,7 @@ def _match(tree: Any, result: Any, path: str, label: str) -> list[Any]:
             # result with others would silently become another object.
             expected, got = _static_differences(tree, result, top)
         elif not same and type(result).__name__ == kind[0].__name__:
-            got = f"one of another class {kind[0].__name__}, such as one defined again"
+            got = f"another class named {kind[0].__name__}, as if it were defined again"
     if not same:
         raise _structure_error(label, path, expected, got)
     return [
@@ -386,8 +386,8 @@ def _keys(kind: Any) -> list[Any]:
 
 
 def _structure_error(label: str, path: str, expected: str, got: str) -> ResultError:
-    inferred = ", or leave Tout out, to infer it" if expected == "nothing" else ""
+    inferred = ", or leave Tout out to have it inferred" if expected == "nothing" else ""
     return ResultError(
-        f"{label}: result{path}: expected {expected}, got {got}. Return the "
-        f"one, or declare the other in Tout{inferred}."
+        f"{label}: result{path}: expected {expected}, got {got}. Return what Tout "
+        f"declares, or declare in Tout what the body returns{inferred}."
     )

@@ -205,7 +205,7 @@ REFUSED = [
     refused((1.0, 2.0), Pair(F32, F32), "expected Pair, got tuple of 2"),
     refused(np.ones(3), [], "expected nothing, got array"),
     refused(1.0, None, "expected nothing, got float. Return"),
-    refused(1.0, [], "or leave Tout out, to infer it"),
+    refused(1.0, [], "or leave Tout out to have it inferred"),
     refused((1.0, 2.0), (F32, None), "result[1]: expected nothing"),
     refused(300, Struct((), jnp.uint8), "300 does not fit in uint8"),
     refused(-1, Struct((), jnp.uint8), "-1 does not fit in uint8"),
@@ -257,7 +257,7 @@ UNSORTED = sparse.BCOO((SPARSE.data, SPARSE.indices), shape=(2,))
 REFUSED += [
     refused((x for x in (1.0, 2.0)), F32, "got generator. Return list(...) of it."),
     refused(map(abs, [1.0]), F32, "got map. Return list(...) of it."),
-    refused({1: 1.0, "a": 2.0}, {"a": F32}, "the keys of a dict are not of one kind, and"),
+    refused({1: 1.0, "a": 2.0}, {"a": F32}, "keys of a dict are of types that cannot be sorted"),
     refused(
         Scaled(1.0, "s"), Scaled(F32), "Scaled with unit='m', got Scaled with unit='s'"
     ),
@@ -266,13 +266,13 @@ REFUSED += [
     refused((1.0, None), (F32, Unit()), "result[1]: expected Unit, got None"),
     refused((1.0, Unit()), (F32, None), "result[1]: expected nothing, got Unit"),
     refused(
-        SECOND(1.0, 2.0), Pair(F32, F32), "expected Pair, got one of another class Pair"
+        SECOND(1.0, 2.0), Pair(F32, F32), "expected Pair, got another class named Pair"
     ),
     refused(
         UNSORTED,
         SPARSE,
         "expected BCOO with indices_sorted=True, unique_indices=True, got BCOO with "
-        "indices_sorted=False, unique_indices=False. Return the one, or declare the other",
+        "indices_sorted=False, unique_indices=False. Return what Tout declares, or",
     ),
     refused(SPARSE, Struct((2,), jnp.float32), "numbers or booleans, got BCOO. Return"),
     refused(equinox.nn.Identity(), equinox.nn.Lambda(F32), "expected Lambda, got Identity"),
@@ -302,8 +302,8 @@ def test_a_coroutine_is_refused(transform):
 
 def test_refused_dtype_says_what_to_write():
     message = (
-        "py_func 'body': result[1]: expected int32, got float32, which casting of the "
-        "same kind does not convert. Convert it in the body with .astype(jnp.int32), or "
+        "py_func 'body': result[1]: expected int32, got float32, which NumPy's same_kind "
+        "casting does not allow. Convert it in the body with .astype(jnp.int32), or "
         "declare jnp.float32 in Tout."
     )
     g = py_func(lambda x: (x, x), Tout=(F32, jnp.int32), name="body")
