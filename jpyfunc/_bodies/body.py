@@ -72,10 +72,17 @@ class Body:
         """A description of the computation, for programs that are printed."""
         raise NotImplementedError
 
-    # --- Computation.
+    # --- Computation. A host call goes inwards through three methods:
+    #
+    # - `evaluate` is the whole call. When it has succeeded, its tapes are spent.
+    # - `run` is the run of one element, or of the subset of a batch that runs by branch: it
+    #   is timed, and skipped if a predicate says that nothing needs it. `Batch` overrides
+    #   it, to call the `run` of its base until all elements are done.
+    # - `compute` is what a kind of body computes, and nothing else. A derived body calls
+    #   that of its base directly, as part of its own run.
 
     def evaluate(self, context: Context, operands: Sequence[Array]) -> list[Array]:
-        """Compute the results of a call.
+        """Compute the results of a host call, and mark its tapes as spent.
 
         Args:
             context: the current one.
@@ -91,10 +98,7 @@ class Body:
         return results
 
     def run(self, context: Context, operands: Sequence[Array]) -> list[Array]:
-        """Compute the results if they are needed, and time it.
-
-        They are for one element, or for the subset of a batch that runs by branch.
-        """
+        """Compute the results of one run if they are needed, and time it."""
         return context.timed(self.title, self._compute_if_needed, context, operands)
 
     def _compute_if_needed(
