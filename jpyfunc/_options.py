@@ -40,7 +40,7 @@ class Options:
     vmap_method: str | None = None
     staged: bool | int = False
 
-    def over(self, inner: Options) -> Options:
+    def completed_with(self, inner: Options) -> Options:
         """Return these options, with those of `inner` where none is given here."""
         given = {
             field.name: value

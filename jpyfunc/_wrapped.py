@@ -271,7 +271,7 @@ def with_changes(wrapped: PyFunc[P, T], **changes: Any) -> PyFunc[P, T]:
 def wrap(kind: Kind, func: Callable[P, Any], options: Options) -> PyFunc[P, Any]:
     """Wrap a function, once: what `py_func` returned is taken for what it wraps."""
     if isinstance(func, PyFunc) and kind == "py_func" == func._callee.kind:
-        return PyFunc(kind, func.__wrapped__, options.over(func._callee.options))
+        return PyFunc(kind, func.__wrapped__, options.completed_with(func._callee.options))
     return PyFunc(kind, func, options)
 
 

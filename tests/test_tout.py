@@ -257,7 +257,9 @@ UNSORTED = sparse.BCOO((SPARSE.data, SPARSE.indices), shape=(2,))
 REFUSED += [
     refused((x for x in (1.0, 2.0)), F32, "got generator. Return list(...) of it."),
     refused(map(abs, [1.0]), F32, "got map. Return list(...) of it."),
-    refused({1: 1.0, "a": 2.0}, {"a": F32}, "keys of a dict are of types that cannot be sorted"),
+    refused(
+        {1: 1.0, "a": 2.0}, {"a": F32}, "keys of a dict are of types that cannot be sorted"
+    ),
     refused(
         Scaled(1.0, "s"), Scaled(F32), "Scaled with unit='m', got Scaled with unit='s'"
     ),

@@ -89,7 +89,7 @@ class FailureRegistry:
         self._process = os.urandom(4).hex()  # texts go from one process to others
         self._numbers = itertools.count()
         self._marked: OrderedDict[str, Failure] = OrderedDict()
-        self._intact: deque[BaseException] = deque()
+        self._with_frames: deque[BaseException] = deque()  # not yet cleared, oldest first
         self._keepers = 0
         self.last_here: dict[int, Failure] = {}
         self.blocks: list[CatchBlock] = []
@@ -102,7 +102,7 @@ class FailureRegistry:
         with self._lock:
             self._keepers -= 1
             if not self._keepers:
-                self._intact.clear()
+                self._with_frames.clear()
                 self.last_here.clear()
                 for failure in self._marked.values():
                     failure.original = None
@@ -117,9 +117,9 @@ class FailureRegistry:
             self._register(name, failure)
             if self._keepers:
                 failure.original = error
-                self._intact.append(error)
-                if len(self._intact) > MAX_KEPT_EXCEPTIONS:
-                    oldest = self._intact.popleft()
+                self._with_frames.append(error)
+                if len(self._with_frames) > MAX_KEPT_EXCEPTIONS:
+                    oldest = self._with_frames.popleft()
         while oldest is not None:
             traceback.clear_frames(oldest.__traceback__)
             oldest = oldest.__cause__ or oldest.__context__

@@ -19,7 +19,7 @@ from jpyfunc._limits import (
     SHORTEST_PAUSE,
 )
 from jpyfunc._runtime.fences import Fence, fenced_clients, fences
-from jpyfunc._runtime.running_bodies import IdleTimes, numbers
+from jpyfunc._runtime.running_bodies import IdleTimes, start_numbers
 
 
 class Flight:
@@ -31,7 +31,7 @@ class Flight:
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self._number = next(numbers)
+        self._number = next(start_numbers)
         self._before = fences()
 
     def has_dispatched_all(self) -> bool:

@@ -9,7 +9,7 @@ import time
 
 # By thread, the clock of its CPU time, and the number, of the body that runs there.
 _running: dict[int, tuple[int, int]] = {}
-numbers = itertools.count()  # of bodies and blocks, in the order in which they began
+start_numbers = itertools.count()  # of bodies and blocks, in the order in which they began
 
 # On Windows threads have no clock, and each body counts as one that waits.
 _clock_of = getattr(time, "pthread_getcpuclockid", lambda thread: 0)
@@ -24,7 +24,7 @@ class running_body:  # noqa: N801 - a context manager
         self._thread = threading.get_ident()
         self._is_outermost = self._thread not in _running
         if self._is_outermost:
-            _running[self._thread] = (_clock_of(self._thread), next(numbers))
+            _running[self._thread] = (_clock_of(self._thread), next(start_numbers))
 
     def __exit__(self, *exc_info: object) -> None:
         if self._is_outermost:
