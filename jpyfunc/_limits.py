@@ -97,7 +97,7 @@ MAX_LOG_BYTES = 2**28
 REFUSAL_CACHE_SIZE = 256
 # Rows that an array is unpacked into at once, and that are shown of one which is printed.
 MAX_UNSTACKED_ROWS = 32
-SHOWN_ROWS = 6
+SHOWN_ELEMENTS = 6
 
 # --- Programs and failures (`_runtime`, `_primitive`).
 

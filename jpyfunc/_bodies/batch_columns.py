@@ -96,20 +96,20 @@ class OperandColumn:
         """Bytes that each element has for itself."""
         return 0 if self._rows is None else self._rows[0].nbytes
 
-    def element(self, row: int) -> Array:
+    def element(self, number: int) -> Array:
         # A 0-d slice must stay an array: an index gives a NumPy scalar.
-        return self._shared if self._rows is None else self._rows[self._places[row], ...]
+        return self._shared if self._rows is None else self._rows[self._places[number], ...]
 
-    def rows(self, rows: np.ndarray) -> np.ndarray:
+    def rows(self, elements: np.ndarray) -> np.ndarray:
         """The rows of some elements."""
         if self._rows is None:
-            return np.broadcast_to(self._shared, (len(rows), *self._aval.shape))
-        return self._rows[self._places[rows]]
+            return np.broadcast_to(self._shared, (len(elements), *self._aval.shape))
+        return self._rows[self._places[elements]]
 
     def batched(self, trace: ByBranchTrace, subset: Subset) -> Array | BatchTracer:
         if self._rows is None:
             return self._shared
-        rows = self.rows(subset.pad(subset.rows))
+        rows = self.rows(subset.pad(subset.elements))
         aval = ShapedArray(rows.shape, rows.dtype, self._aval.weak_type)
         return BatchTracer(trace, subset, put(rows, aval, self._device))
 
@@ -118,7 +118,7 @@ class TicketColumn(OperandColumn):
     """The tickets of all elements; those of a subset are of one tape, or of none."""
 
     def batched(self, trace: ByBranchTrace, subset: Subset) -> Array | BatchTracer:
-        return self.element(subset.rows[0])
+        return self.element(subset.elements[0])
 
 
 class ResultColumn:
@@ -132,18 +132,18 @@ class ResultColumn:
         self.array = np.zeros((places[-1] + 1, *aval.shape), accumulator)
         self._places, self._is_stacked = places, is_stacked
 
-    def add(self, row: int, value: np.ndarray) -> None:
+    def add(self, number: int, value: np.ndarray) -> None:
         """Add the result of one element."""
         if self._is_stacked:
-            self.array[row] = value
+            self.array[number] = value
         else:
-            self.array[self._places[row]] += value.astype(self.array.dtype)
+            self.array[self._places[number]] += value.astype(self.array.dtype)
 
-    def add_rows(self, rows: np.ndarray, values: np.ndarray) -> None:
+    def add_rows(self, elements: np.ndarray, values: np.ndarray) -> None:
         """Add the results of some elements."""
         if self._is_stacked:
-            self.array[rows] = values
+            self.array[elements] = values
         elif len(self.array) == 1:
             self.array[0] += values.sum(0, dtype=self.array.dtype)
         else:
-            np.add.at(self.array, self._places[rows], values.astype(self.array.dtype))
+            np.add.at(self.array, self._places[elements], values.astype(self.array.dtype))

@@ -117,8 +117,8 @@ def _evaluate_traced(layout: BatchLayout, operands: Sequence[Array]) -> list[Arr
         )
     ]
     elements = [
-        _run_base(layout, [column[int(places[row])] for column, places in columns])
-        for row in range(layout.count)
+        _run_base(layout, [column[int(places[i])] for column, places in columns])
+        for i in range(layout.count)
     ]
     results = []
     for values, stacked, aval in zip(
@@ -171,14 +171,14 @@ class BatchElements:
             for stacked, aval in zip(layout.stacked_out, layout.base.out_avals, strict=True)
         ]
 
-    def run_each(self, rows: np.ndarray) -> None:
+    def run_each(self, elements: np.ndarray) -> None:
         """Run those of some elements that are not done, one by one."""
-        for row in rows[~self.is_done[rows]].tolist():
-            values = run_alone(self._function, self.columns, row, self._names)
+        for i in elements[~self.is_done[elements]].tolist():
+            values = run_alone(self._function, self.columns, i, self._names)
             arrays = [np.asarray(value) for value in values]
             for result, array in zip(self.results, arrays, strict=True):
-                result.add(row, array)
-            self.is_done[row] = True
+                result.add(i, array)
+            self.is_done[i] = True
 
     def run_by_branch(self) -> None:
         """Run all elements, by branch unless there is a reason against it."""
@@ -203,7 +203,7 @@ class BatchElements:
         context.count(one_by_one=refusal.why)
         # An exception here is the user's own, which an attempt by branch has hidden, and no
         # reason to run one by one from now on.
-        self.run_each(np.sort(np.concatenate([subset.rows for subset in subsets])))
+        self.run_each(np.sort(np.concatenate([subset.elements for subset in subsets])))
         if not drawn:
             scope = Scope.SIZE if refusal.is_of_paths else Scope.KIND
             remember_refusal(self.layout, scope, refusal.why)
@@ -222,15 +222,15 @@ class BatchElements:
         context = self._context
         counted = context.counted_elements()
 
-        def collect(rows: np.ndarray, results: list[np.ndarray]) -> None:
+        def collect(elements: np.ndarray, results: list[np.ndarray]) -> None:
             nonlocal counted
             if self.layout.base.has_tape:
                 # The ticket of the run, which all elements share, and their numbers in it.
-                results[-1] = tickets_of_rows(results[-1][0], len(rows))
+                results[-1] = tickets_of_rows(results[-1][0], len(elements))
             for column, values in zip(self.results, results, strict=True):
-                column.add_rows(rows, values)
-            self.is_done[rows] = True
-            context.count(elements=len(rows) - 1)
+                column.add_rows(elements, values)
+            self.is_done[elements] = True
+            context.count(elements=len(elements) - 1)
             counted = context.counted_elements()
 
         refusal = run_by_branch(
@@ -268,7 +268,7 @@ class BatchElements:
         """The subsets to begin with, whose operands and results take a bounded memory."""
         size = max(1, MAX_BATCH_BYTES // max(1, self._bytes_per_element))
         for root in self._roots():
-            count = len(root.rows)
+            count = len(root.elements)
             if count <= size:
                 yield root
             else:
@@ -286,19 +286,21 @@ class BatchElements:
             return
         tickets = self.columns[ticket].rows(every)
         evicted = []
-        for rows in rows_by_tape(tickets):
-            first = tickets[rows[0]]
+        for elements in rows_by_tape(tickets):
+            first = tickets[elements[0]]
             if is_void(first):  # no branch ran: results stay zero
                 continue
             is_cached, subset = tapes.subset_of(first, in_avals)
             if not is_cached:
-                evicted.append(rows)
+                evicted.append(elements)
                 continue
-            index = elements_of(tickets[rows])
-            yield Subset(rows, subset, index, max(nbytes, subset.nbytes if subset else 0))
+            index = elements_of(tickets[elements])
+            yield Subset(
+                elements, subset, index, max(nbytes, subset.nbytes if subset else 0)
+            )
         if evicted:
-            rows = np.concatenate(evicted)
-            yield Subset(rows, None, rows, nbytes)
+            elements = np.concatenate(evicted)
+            yield Subset(elements, None, elements, nbytes)
 
 
 def _warn_of_draws(function: UserFunction, generator: str) -> None:

@@ -26,7 +26,7 @@ from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._interpreters.tape import Tape
 from jpyfunc._limits import LARGE_ARRAY_BYTES
 from jpyfunc._runtime.context import Context
-from jpyfunc._runtime.profile import Kind, Row
+from jpyfunc._runtime.profile import Kind, ProfileRow
 from jpyfunc._runtime.transfers import put
 from jpyfunc._types import Array, Avals, Indices
 
@@ -63,7 +63,7 @@ class Body:
         return name if kind == "forward" else f"{name} ({kind})"
 
     @property
-    def row(self) -> Row:
+    def profile_row(self) -> ProfileRow:
         """The row of a profile in which calls of it are counted."""
         return self.function.title, self.function.callable, self.kind
 

@@ -14,7 +14,7 @@ from jax.extend.core import set_current_trace
 from jpyfunc import _compat
 from jpyfunc._interpreters.base_tracer import BodyTracer, UnreadValue
 from jpyfunc._interpreters.subset import Subset
-from jpyfunc._limits import MAX_UNSTACKED_ROWS, SHOWN_ROWS
+from jpyfunc._limits import MAX_UNSTACKED_ROWS, SHOWN_ELEMENTS
 from jpyfunc._runtime.context import running_batch, running_batches
 from jpyfunc._runtime.transfers import put
 
@@ -100,7 +100,7 @@ class BatchTracer(BodyTracer):
         if batch is None:
             self.refuse_elsewhere()
         rows = data_of(self.padded_rows(batch.subset))
-        return batch, rows[: len(batch.subset.rows)]
+        return batch, rows[: len(batch.subset.elements)]
 
     @property
     def is_running(self) -> bool:
@@ -131,10 +131,12 @@ class BatchTracer(BodyTracer):
             subset = batch.subset
         rows = data_of(self.padded_rows(subset))
         shown = [
-            f"{self.body_trace.names.index(row)}: {value!s}"
-            for row, value in zip(subset.rows[:SHOWN_ROWS].tolist(), rows, strict=False)
+            f"{self.body_trace.names.index(element)}: {value!s}"
+            for element, value in zip(
+                subset.elements[:SHOWN_ELEMENTS].tolist(), rows, strict=False
+            )
         ]
-        more = len(subset.rows) - len(shown)
+        more = len(subset.elements) - len(shown)
         shown += [f"{more} more"] if more > 0 else []
         return f"Batched({self.aval.str_short()}, {{{', '.join(shown)}}})"
 

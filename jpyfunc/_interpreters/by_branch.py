@@ -29,7 +29,7 @@ from jpyfunc._interpreters.operations import (
 )
 from jpyfunc._interpreters.replay_log import LogEntry, ReplayLog
 from jpyfunc._interpreters.subset import Subset
-from jpyfunc._limits import SHOWN_ROWS
+from jpyfunc._limits import SHOWN_ELEMENTS
 from jpyfunc._runtime.context import enter_batch
 from jpyfunc._types import Array
 
@@ -39,7 +39,7 @@ ElementFunction = Callable[[Sequence[Any]], Sequence[Any]]  # from operands to r
 class Column(Protocol):
     """One operand of a function, for all elements of a batch."""
 
-    def element(self, row: int) -> Array:
+    def element(self, number: int) -> Array:
         """The operand of one element."""
         ...
 
@@ -60,19 +60,20 @@ class ElementNames:
     label: str
     sizes: tuple[int, ...]
 
-    def index(self, row: int) -> int | tuple[int, ...]:
+    def index(self, element: int) -> int | tuple[int, ...]:
         """The index of an element: a number, or a tuple if the batch has several axes."""
         if len(self.sizes) == 1:
-            return row
-        return tuple(int(i) for i in np.unravel_index(row, self.sizes))
+            return element
+        return tuple(int(i) for i in np.unravel_index(element, self.sizes))
 
-    def add_note(self, error: BaseException, rows: Sequence[int]) -> None:
+    def add_note(self, error: BaseException, elements: Sequence[int]) -> None:
         """Add to an error which elements ran."""
-        shown = ", ".join(str(self.index(row)) for row in rows[:SHOWN_ROWS])
-        more = ", ..." if len(rows) > SHOWN_ROWS else ""
+        shown = ", ".join(str(self.index(i)) for i in elements[:SHOWN_ELEMENTS])
+        more = ", ..." if len(elements) > SHOWN_ELEMENTS else ""
+        plural = "s" if len(elements) > 1 else ""
         error.add_note(
-            f"{self.label} ran on element{'s' if len(rows) > 1 else ''} {shown}{more} of a "
-            f"batch of {' x '.join(map(str, self.sizes))}."
+            f"{self.label} ran on element{plural} {shown}{more} of a batch of "
+            f"{' x '.join(map(str, self.sizes))}."
         )
 
 
@@ -114,8 +115,8 @@ def run_by_branch(
         subsets: the elements; those of one subset begin together.
         names: what errors call them.
         max_paths: how often the function may run; it stops once it knows of more paths.
-        collect: is given the results of each path: the rows of its elements, and for each
-            result an array with one row per element.
+        collect: is given the results of each path: the numbers of its elements, and for
+            each result an array with one row per element.
 
     Returns:
         None, or why the elements that were not collected are to be run one by one.
@@ -128,8 +129,10 @@ def run_by_branch(
         while waiting:
             path = waiting.pop()
             if _runs_alone(path.subset, root):
-                results = run_alone(function, columns, int(path.subset.rows[0]), names)
-                collect(path.subset.rows, [np.asarray(result)[None] for result in results])
+                results = run_alone(function, columns, int(path.subset.elements[0]), names)
+                collect(
+                    path.subset.elements, [np.asarray(result)[None] for result in results]
+                )
             else:
                 if operands is None:
                     operands = [column.batched(trace, root) for column in columns]
@@ -137,12 +140,12 @@ def run_by_branch(
                 if isinstance(outcome, Refusal):
                     return outcome
                 rows, split = outcome
-                collect(trace.subset.rows, rows)
+                collect(trace.subset.elements, rows)
                 waiting += split
             runs += 1
             paths = runs + len(waiting)
             if paths > max_paths:
-                count = sum(len(subset.rows) for subset in subsets)
+                count = sum(len(subset.elements) for subset in subsets)
                 why = f"{paths} paths or more for {count} elements"
                 why = f"reads or branches tell elements apart: {why}"
                 return Refusal(why, is_of_paths=True)
@@ -157,18 +160,18 @@ def _runs_alone(subset: Subset, root: Subset) -> bool:
     unless its arrays are so large that they are not padded: alone it is no slower then.
     """
     if subset is root:
-        return len(subset.rows) == 1 and subset.parent is None
+        return len(subset.elements) == 1 and subset.parent is None
     return subset.length == 1
 
 
 def run_alone(
-    function: ElementFunction, columns: Sequence[Column], row: int, names: ElementNames
+    function: ElementFunction, columns: Sequence[Column], element: int, names: ElementNames
 ) -> Sequence[Any]:
     """The results of a function for one element."""
     try:
-        return function([column.element(row) for column in columns])
+        return function([column.element(element) for column in columns])
     except BaseException as error:
-        names.add_note(error, [row])
+        names.add_note(error, [element])
         raise
 
 
@@ -188,7 +191,7 @@ def _run_path(
     except (CannotBatch, Exception) as error:  # noqa: BLE001 - raised again one by one
         return Refusal(trace.refusal or first_line(error))
     except BaseException as error:
-        trace.names.add_note(error, trace.subset.rows.tolist())
+        trace.names.add_note(error, trace.subset.elements.tolist())
         raise
     # The body may have caught `CannotBatch`; what it returned then is not its result.
     return Refusal(trace.refusal) if trace.refusal else (rows, split)
@@ -196,7 +199,7 @@ def _run_path(
 
 def _rows_of(result: Any, subset: Subset) -> np.ndarray:
     """A result as an array with a row for each element of `subset`."""
-    count = len(subset.rows)
+    count = len(subset.elements)
     if isinstance(result, BatchTracer):
         return np.asarray(result.padded_rows(subset))[:count]
     array = np.asarray(result)

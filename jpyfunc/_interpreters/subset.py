@@ -33,27 +33,27 @@ class Subset:
     """Elements of a batch that run together.
 
     Attributes:
-        rows: the numbers of the elements in the batch.
+        elements: their numbers in the batch.
         nbytes: bytes of one element in the largest array so far.
         length: the length of arrays of these elements, padding included.
         parent: the subset that it was taken from, or None.
         index: the places of its elements in `parent`.
     """
 
-    __slots__ = ("index", "length", "nbytes", "parent", "rows")
+    __slots__ = ("elements", "index", "length", "nbytes", "parent")
 
     def __init__(
-        self, rows: np.ndarray, parent: Subset | None, index: np.ndarray, nbytes: int
+        self, elements: np.ndarray, parent: Subset | None, index: np.ndarray, nbytes: int
     ) -> None:
-        self.rows = rows
+        self.elements = elements
         self.nbytes = nbytes
-        self.length = padded_length(len(rows), nbytes)
+        self.length = padded_length(len(elements), nbytes)
         self.parent = parent
         self.index = index
 
     def take(self, index: np.ndarray) -> Subset:
         """The subset of the elements at these places."""
-        return Subset(self.rows[index], self, index, self.nbytes)
+        return Subset(self.elements[index], self, index, self.nbytes)
 
     def with_arrays_of(self, nbytes: int) -> Subset:
         """The same elements, once an array takes `nbytes` for each.
@@ -63,14 +63,14 @@ class Subset:
             size would be padded too much.
         """
         if nbytes > self.nbytes:
-            if padded_length(len(self.rows), nbytes) != self.length:
-                return Subset(self.rows, self, np.arange(len(self.rows)), nbytes)
+            if padded_length(len(self.elements), nbytes) != self.length:
+                return Subset(self.elements, self, np.arange(len(self.elements)), nbytes)
             self.nbytes = nbytes
         return self
 
     def places_in(self, ancestor: Subset) -> np.ndarray | None:
         """The places of its elements in `ancestor`, or None if it was not taken from it."""
-        index, subset = np.arange(len(self.rows)), self
+        index, subset = np.arange(len(self.elements)), self
         while subset is not ancestor:
             if subset.parent is None:
                 return None

@@ -47,9 +47,9 @@ class HostCall:
         "_config",
         "_context",
         "_on_device",
+        "_profile_row",
         "_raises_at_once",
         "_reports",
-        "_row",
     )
 
     def __init__(
@@ -63,7 +63,7 @@ class HostCall:
         self._body = body
         self._config = config
         self._context = Context(device)
-        self._row = body.row
+        self._profile_row = body.profile_row
         self._reports = reports
         self._raises_at_once = raises_at_once
         # Operations then miss JAX's fast path, some 60 us each, so only where needed.
@@ -72,7 +72,7 @@ class HostCall:
     def __call__(self, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
             with running_body():
-                results = measured(self._row, self._context, operands, self._run)
+                results = measured(self._profile_row, self._context, operands, self._run)
         except BaseException as error:  # noqa: BLE001 - it leaves as a text
             text = failure_text(error, self._body.function.label, self._raises_at_once)
         else:

@@ -133,7 +133,7 @@ def _evaluate(
     body: Body, operands: Sequence[Array], device: _compat.Device, **changes: Any
 ) -> list[Array]:
     context = dataclasses.replace(current(), device=device, **changes)
-    return measured(body.row, context, operands, body.evaluate)
+    return measured(body.profile_row, context, operands, body.evaluate)
 
 
 def _as_declared(result: jax.Array, aval: ShapedArray) -> jax.Array:

@@ -53,7 +53,7 @@ class Context:
     def elements(self) -> int:
         """The number of batch elements that a run in this context is of."""
         batch = self.batches[-1] if self.batches else None
-        return 1 if batch is None else len(batch.subset.rows)
+        return 1 if batch is None else len(batch.subset.elements)
 
     def count(self, **amounts: float | str) -> None:
         """Add to the counts of the call that is measured, if one is."""

@@ -31,11 +31,11 @@ _opening = threading.Lock()
 
 # The row of a table that calls are counted in: the name of a function, the function itself,
 # and what of it is computed.
-Row = tuple[str, Callable[..., Any], Kind]
+ProfileRow = tuple[str, Callable[..., Any], Kind]
 
 
 def measured(
-    row: Row,
+    row: ProfileRow,
     context: Context,
     operands: Sequence[Any],
     execute: Callable[[Context, Sequence[Any]], Results],
@@ -168,7 +168,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -184,7 +184,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
                     with contextlib.suppress(AssertionError, ValueError):
                         jax.monitoring.unregister_event_duration_listener(_count_compiling)
 
-    def add(self, row: Row, counts: Counts) -> None:
+    def add(self, row: ProfileRow, counts: Counts) -> None:
         """Add the counts of a call to a row."""
         name, func, kind = row
         key = (name, _source(func))

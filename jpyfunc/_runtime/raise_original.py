@@ -48,7 +48,7 @@ class raise_original:  # noqa: N801 - a context manager, named like JAX's own
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
