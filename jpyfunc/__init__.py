@@ -11,6 +11,7 @@ from jpyfunc._explain import explain as explain
 from jpyfunc._py_func import numpy_func as numpy_func
 from jpyfunc._py_func import py_func as py_func
 from jpyfunc._runtime.profile import profile as profile
+from jpyfunc._runtime.progress import progress as progress
 from jpyfunc._runtime.raise_original import raise_original as raise_original
 from jpyfunc._runtime.tape_cache import set_tape_limit as set_tape_limit
 from jpyfunc._runtime.tape_cache import tape_bytes as tape_bytes

@@ -121,6 +121,8 @@ PATIENCE_AT_EXIT = 60.0
 # Seconds without a body after which none is to come of a program whose results are dropped
 # and whose thread has ended.
 QUIET = 0.1
+# Seconds that a batch runs before it shows a bar, and from one look at it to the next.
+BAR_DELAY, BAR_INTERVAL = 0.5, 0.1
 # Seconds between two looks at what is waited for, at first and at last: an eager call takes
 # 20 us, and for a long body a look every 10 ms is cheap.
 SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 0.01

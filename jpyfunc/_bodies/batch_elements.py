@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +56,7 @@ from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import MAX_BATCH_BYTES, MAX_ELEMENT_BYTES
 from jpyfunc._runtime.configuration import is_debugging
 from jpyfunc._runtime.context import Context, current
+from jpyfunc._runtime.progress import counted
 from jpyfunc._runtime.tape_cache import tapes
 from jpyfunc._runtime.tickets import (
     elements_of,
@@ -86,14 +88,23 @@ def evaluate_batch(
     if any(isinstance(x, Tracer) for x in operands):
         return _evaluate_traced(layout, operands)
     elements = BatchElements(layout, operands, context)
-    if by_branch and layout.count > 1 and not isinstance(layout.base, Transpose):
-        elements.run_by_branch()
-    else:
-        elements.run_each(np.arange(layout.count))
+    with _counted(layout, elements.count_done):
+        if by_branch and layout.count > 1 and not isinstance(layout.base, Transpose):
+            elements.run_by_branch()
+        else:
+            elements.run_each(np.arange(layout.count))
     return [
         result.array.reshape(aval.shape).astype(aval.dtype, copy=False)
         for result, aval in zip(elements.results, out_avals, strict=True)
     ]
+
+
+def _counted(
+    layout: BatchLayout, done: Callable[[], int]
+) -> AbstractContextManager[object]:
+    """A block in which a batch runs, and `progress` shows it."""
+    base = layout.base
+    return counted(base.title, base.function.callable, layout.count, done)
 
 
 def _run_base(layout: BatchLayout, operands: Sequence[Array]) -> list[Array]:
@@ -116,10 +127,11 @@ def _evaluate_traced(layout: BatchLayout, operands: Sequence[Array]) -> list[Arr
             strict=True,
         )
     ]
-    elements = [
-        _run_base(layout, [column[int(places[i])] for column, places in columns])
-        for i in range(layout.count)
-    ]
+    elements: list[list[Array]] = []
+    with _counted(layout, lambda: len(elements)):
+        for i in range(layout.count):
+            operands = [column[int(places[i])] for column, places in columns]
+            elements.append(_run_base(layout, operands))
     results = []
     for values, stacked, aval in zip(
         zip(*elements, strict=True), layout.stacked_out, layout.base.out_avals, strict=True
@@ -171,7 +183,11 @@ class BatchElements:
             for stacked, aval in zip(layout.stacked_out, layout.base.out_avals, strict=True)
         ]
 
-    def run_each(self, elements: np.ndarray) -> None:
+    def count_done(self) -> int:
+        """The number of elements that are done."""
+        return int(np.count_nonzero(self.is_done))
+
+    def run_each(self, rows: np.ndarray) -> None:
         """Run those of some elements that are not done, one by one."""
         for i in elements[~self.is_done[elements]].tolist():
             values = run_alone(self._function, self.columns, i, self._names)
