@@ -279,12 +279,16 @@ class Linearization:
     def vjp(self, given: Indices, targets: Indices, sums: Indices) -> CompiledOperation:
         """From residuals and cotangents to the cotangents of the operands `active`.
 
+        Take y = f(u, v, u) with `active` (0, 1, 2). There are two results, the cotangents
+        of u and of v. Operands 0 and 2 are one value, whose cotangents add up, so `targets`
+        is (0, 1, 0). If v is an operand of later operations, too, it has a cotangent
+        already, which is added to result 1: `sums` is (1,), and it is the last operand.
+
         Args:
             given: positions in `of` of the cotangents that are given; the others are zero.
-            targets: which result the cotangent of each of `active` is added to: the same
-                for operands that are one value.
-            sums: the results to which a cotangent is added that is given last, one for
-                each: what other operations contribute.
+            targets: for each of `active`, the result to which its cotangent is added.
+            sums: the results to which a cotangent is added that the operation takes, last
+                of its operands and one for each.
         """
         key = (given, targets, sums)
         operation = self._vjps.get(key)

@@ -127,6 +127,7 @@ def is_alike(a: Any, b: Any) -> bool:
         return is_alike((a.signature, a.operands), (b.signature, b.operands))
     if _compat.is_jaxpr(a):
         return is_alike(_content(a), _content(b))
+    # Two of one type that differ as objects: each run has made its own, as said above.
     is_function = callable(a) or hasattr(a, "call_wrapped")
     if is_function or type(a).__eq__ is object.__eq__:
         return True
