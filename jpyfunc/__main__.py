@@ -105,7 +105,7 @@ def measure_costs() -> dict[str, float]:
     f = py_func(log_huber, Tout=scalar)
     x, m = jnp.float32(3), jnp.float32(2)
     return {
-        "crossing": _median(jax.jit(identity), x),
+        "round_trip": _median(jax.jit(identity), x),
         "forward": _median(jax.jit(f), x, m),
         "gradient": _median(jax.jit(jax.grad(f)), x, m),
     }
@@ -178,7 +178,7 @@ def to_text(report: dict[str, Any], marks: tuple[str, str]) -> str:
     if report["ok"]:
         lines += ["", "median of a jitted call, in microseconds"]
         titles = {
-            "crossing": "one host round trip (identity of a scalar)",
+            "round_trip": "one host round trip (identity of a scalar)",
             "forward": "f, forward",
             "gradient": "f, gradient",
         }

@@ -77,7 +77,7 @@ def test_json():
     assert set(found["versions"]) == {"jpyfunc", "jax", "jaxlib", "numpy", "python"}
     assert len(found["devices"]) == 1
     costs = found["median_microseconds"]
-    assert set(costs) == {"crossing", "forward", "gradient"}
+    assert set(costs) == {"round_trip", "forward", "gradient"}
     assert all(cost > 0 for cost in costs.values())
 
 

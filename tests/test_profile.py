@@ -49,7 +49,7 @@ def test_counts_every_run_of_the_body(transform):
     row = prof.as_dict()["body"]["forward"]
     assert row["calls"] == row["elements"] == 5
     assert row["exceptions"] == 0
-    assert row["crossing_seconds"] >= 0
+    assert row["overhead_seconds"] >= 0
 
 
 double = py_func(lambda x: 2 * x, Tout=SCALAR, name="cube")
@@ -169,7 +169,7 @@ def test_time_in_the_body_is_apart_from_the_round_trip(transform):
         f(1.0).block_until_ready()
     row = prof.as_dict()["slow"]["forward"]
     assert row["body_seconds"] >= 0.02
-    assert row["crossing_seconds"] >= 0
+    assert row["overhead_seconds"] >= 0
 
 
 def test_functions_of_one_name_are_apart():
@@ -360,7 +360,7 @@ def test_as_dict_is_a_copy():
         "elements",
         "runs",
         "body_seconds",
-        "crossing_seconds",
+        "overhead_seconds",
         "bytes_in",
         "bytes_out",
         "exceptions",
@@ -456,7 +456,7 @@ def test_time_spent_compiling():
             jax.block_until_ready(batch(jnp.ones((3, width))))
         (row,) = (row["forward"] for row in prof.as_dict().values())
         assert other.as_dict() == prof.as_dict()
-        assert row["compile_seconds"] <= row["body_seconds"] + row["crossing_seconds"]
+        assert row["compile_seconds"] <= row["body_seconds"] + row["overhead_seconds"]
         spent.append(row["compile_seconds"])
     assert spent[0] > 0
     assert spent[1] == 0
@@ -471,7 +471,7 @@ def test_prints_as_an_aligned_table():
         jax.jit(jax.value_and_grad(cube))(1.0)
     header, *rows = str(prof).splitlines()
     assert header.split() == [
-        *("function", "kind", "calls", "elements", "runs", "body", "crossing"),
+        *("function", "kind", "calls", "elements", "runs", "body", "overhead"),
         *("in", "out", "exceptions", "from", "tape", "reran", "compiling", "tapes"),
     ]
     assert len({len(line) for line in (header, *rows)}) == 1

@@ -36,7 +36,7 @@ REPLACED = {
     r"\b(the|its|both|which) sides\b|\b(each|every|one|other) side\b(?! effect)": "branch",
     r"\bdecisions?\b": "branch point",
     r"\bways\b": "paths",
-    r"\bcrosses\b|\bcrossings?\b(?![`\"_])": "host round trip",
+    r"\bcrosses\b|crossing": "host round trip, overhead",
     r"\bas ever\b": "as usual",
     r"\bwithout a word\b": "silently",
     r"\b(push|pull)\(|\bdef (push|pull)\b": "jvp, vjp",

@@ -13,7 +13,7 @@ class Counts:
     elements: int = 0
     runs: int = 0
     body_seconds: float = 0.0
-    crossing_seconds: float = 0.0
+    overhead_seconds: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
     exceptions: int = 0

@@ -66,7 +66,7 @@ def measured(
         counts.exceptions = 1
         raise
     finally:
-        counts.crossing_seconds = time.perf_counter() - begin - counts.body_seconds
+        counts.overhead_seconds = time.perf_counter() - begin - counts.body_seconds
         for each in profiles:
             each.add(row, counts)
 
@@ -111,7 +111,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
       elements, and for a derivative that finds a cached tape it does not run.
     - `body_seconds`: time in the body, calls to other functions included; for a
       derivative, time to apply the JVP or the VJP.
-    - `crossing_seconds`: the rest of the host round trip: converting operands and results,
+    - `overhead_seconds`: the rest of the host round trip: converting operands and results,
       splitting and stacking batches, entering the caller's JAX configuration. What XLA
       does before it reaches Python, some 10 us, is not included.
     - `bytes_in`, `bytes_out`: sizes of the operands and of the results.
@@ -127,7 +127,7 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     - `tape_bytes`: what the tapes of the function hold now, those of calls outside the
       block included; in the row `forward` only. See `set_tape_limit`.
 
-    Eager calls count, although they make no round trip: their `crossing` is the check and
+    Eager calls count, although they make no round trip: their `overhead` is the check and
     the conversion of the results, and JAX may still be computing when the body returns.
 
     A call counts in every block, on any thread, that was open when the call began. Leaving

@@ -9,7 +9,7 @@ from typing import Any
 CountsByKind = dict[str, dict[str, dict[str, Any]]]  # by function, kind and column
 
 _HEADER = (
-    "function", "kind", "calls", "elements", "runs", "body", "crossing", "in", "out",
+    "function", "kind", "calls", "elements", "runs", "body", "overhead", "in", "out",
     "exceptions", "from tape", "reran", "compiling", "tapes"
 )  # fmt: skip
 
@@ -55,7 +55,7 @@ def _rows(counts: CountsByKind) -> list[list[str]]:
             f"{row['elements']:,}",
             f"{row['runs']:,}",
             _seconds(row["body_seconds"]),
-            _seconds(row["crossing_seconds"]),
+            _seconds(row["overhead_seconds"]),
             _bytes(row["bytes_in"]),
             _bytes(row["bytes_out"]),
             f"{row['exceptions']:,}",
