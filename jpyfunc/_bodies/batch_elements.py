@@ -187,7 +187,7 @@ class BatchElements:
         """The number of elements that are done."""
         return int(np.count_nonzero(self.is_done))
 
-    def run_each(self, rows: np.ndarray) -> None:
+    def run_each(self, elements: np.ndarray) -> None:
         """Run those of some elements that are not done, one by one."""
         for i in elements[~self.is_done[elements]].tolist():
             values = run_alone(self._function, self.columns, i, self._names)
