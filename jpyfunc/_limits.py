@@ -93,7 +93,7 @@ MAX_ELEMENT_BYTES = 2**17
 MAX_LOOPED_BYTES = 3 * 2**10
 # Bytes of results in the log of a run, for the elements that leave it at a split.
 MAX_LOG_BYTES = 2**28
-# Functions, kinds of calls and sizes of batches that are known not to run by branch.
+# Functions, signatures of calls and sizes of batches that are known not to run by branch.
 REFUSAL_CACHE_SIZE = 256
 # Rows that an array is unpacked into at once, and that are shown of one which is printed.
 MAX_UNSTACKED_ROWS = 32

@@ -221,7 +221,7 @@ class BatchElements:
         # reason to run one by one from now on.
         self.run_each(np.sort(np.concatenate([subset.elements for subset in subsets])))
         if not drawn:
-            scope = Scope.SIZE if refusal.is_of_paths else Scope.KIND
+            scope = Scope.SIZE if refusal.is_of_paths else Scope.SIGNATURE
             remember_refusal(self.layout, scope, refusal.why)
         elif drawn_since(before):  # or else another thread drew
             remember_refusal(self.layout, Scope.FUNCTION, refusal.why)

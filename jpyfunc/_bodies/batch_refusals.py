@@ -1,7 +1,7 @@
 """Remember which calls run their batches one by one, and why.
 
 To find out costs a run by branch whose results are dropped, so it is done once: for all
-calls of a function, for calls of one kind, or for batches of one kind and size.
+calls of a function, for those with one signature, or for those of one size, too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Scope(enum.IntEnum):
     """The calls that a refusal holds for, as an index into their keys."""
 
     FUNCTION = 0  # all of the function
-    KIND = 1  # with operands of the same shapes and dtypes, and the same derivative
-    SIZE = 2  # of the same kind, batches whose sizes round up to the same power of two
+    SIGNATURE = 1  # with operands of the same shapes and dtypes, and the same derivative
+    SIZE = 2  # of these, batches whose sizes round up to the same power of two
 
 
 _refusals: LruCache = LruCache(REFUSAL_CACHE_SIZE)
@@ -43,6 +43,6 @@ def _keys(layout: BatchLayout) -> tuple[list[Any], Any]:
     function = layout.base.function.callable
     # A bound method is a new object each time that it is looked up; its function is not.
     function = getattr(function, "__func__", function)
-    kind = (id(function), layout.base.title, layout.base.in_avals)
+    signature = (id(function), layout.base.title, layout.base.in_avals)
     size = (layout.count - 1).bit_length()
-    return [id(function), kind, (*kind, size)], function
+    return [id(function), signature, (*signature, size)], function
