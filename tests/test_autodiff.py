@@ -81,7 +81,7 @@ EVERY = [(case, derivative) for case in SHAPES for derivative in DERIVATIVES] + 
 
 
 @pytest.mark.parametrize("case", [*CASES, CUSTOM_VJP], ids=repr)
-def test_the_plain_answer_is_that_of_the_body(case: Case):
+def test_plain_functions_agree_with_their_bodies(case: Case):
     assert_close(case.body(*case.args), case.plain(*case.args))
 
 
@@ -143,7 +143,7 @@ def test_custom_vjp_in_the_body_differentiated_twice():
         assert_close(got, plain)
 
 
-def test_one_value_as_several_results(transform):
+def test_a_value_returned_several_times(transform):
     def body(x):
         y = jnp.sin(x)
         return y, x, y, y
@@ -155,7 +155,7 @@ def test_one_value_as_several_results(transform):
     )
 
 
-def test_integer_and_bool_operands_and_results_beside_float_ones(transform):
+def test_integers_and_bools_mixed_with_floats(transform):
     def body(x, n, flag):
         return (x**n if flag else x), n + 1, x > 0
 

@@ -357,7 +357,7 @@ def changes_a_sign():
     ("make", "of_second"),
     [(counts_in_numpy, 2), (counts_in_a_vector, 2), (changes_a_sign, -1)],
 )
-def test_a_run_computes_with_what_it_finds(make, of_second, transform):
+def test_a_run_uses_what_the_body_holds_then(make, of_second, transform):
     """It does not use the results of an earlier run if what the body holds has changed."""
     got = transform(jax.vmap(by_branch(make())))(xs)
     assert_close(got, jnp.where(xs > 2, xs, of_second * xs))
@@ -388,7 +388,7 @@ def test_a_body_that_returns_an_array_of_other_elements(transform):
     assert_close(got, jnp.where(xs > 2, xs * 2, xs))
 
 
-def test_what_is_compiled_is_bounded_however_sizes_change():
+def test_compiled_programs_are_bounded_however_sizes_change():
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else 0
@@ -457,7 +457,7 @@ def test_a_read_warns_and_raises_as_for_one_element(transform):
         jax.block_until_ready(refused(xs))
 
 
-def test_what_is_read_everywhere_runs_one_by_one_and_is_not_tried_again():
+def test_a_body_that_reads_every_element_is_not_tried_by_branch_again():
     shown = []
 
     def body(x):
@@ -647,7 +647,7 @@ def test_custom_rules_may_branch(transform):
         assert_close(got, factor * slope)
 
 
-def test_an_array_that_a_body_holds_for_its_next_run(transform):
+def test_an_array_that_a_body_saves_for_its_next_run(transform):
     held = []
 
     def body(x):
@@ -698,7 +698,7 @@ def test_draws_are_made_for_each_element(draw, transform):
     assert len({*first.ravel().tolist(), *again.ravel().tolist()}) == 12
 
 
-def test_draws_of_another_thread(transform):
+def test_draws_on_another_thread(transform):
     """Such a batch runs one by one, without a warning, and the next one by branch again."""
     waiting = [threading.Thread(target=random.random)]
 
@@ -716,7 +716,7 @@ def test_draws_of_another_thread(transform):
         assert ran == runs
 
 
-def test_draws_of_a_generator_that_the_user_put_in_place():
+def test_draws_from_a_generator_that_the_user_installed():
     def draws(x):
         return x * np.random.random()
 
@@ -731,7 +731,7 @@ def test_draws_of_a_generator_that_the_user_put_in_place():
     assert len({*got.tolist()}) == 3
 
 
-def test_draws_of_a_body_that_is_differentiated(transform):
+def test_draws_in_a_differentiated_body(transform):
     def draws(x, w):
         return x * w * random.random()
 
@@ -767,7 +767,7 @@ def test_draws_where_a_derivative_runs_the_body_again():
     assert got == 15
 
 
-def test_draws_of_a_leaf_of_a_staged_body():
+def test_draws_in_a_leaf_of_a_staged_body():
     def draws(x):
         return x * 2 if x < 0 else float(x) * random.random()
 
@@ -818,7 +818,7 @@ def test_arrays_of_a_batch_cannot_be_used_when_its_run_is_over(use, take, transf
 
 
 @pytest.mark.parametrize("take", [lambda f: f, jax.grad], ids=["forward", "grad"])
-def test_a_body_that_replaces_an_array_that_it_held(take, transform):
+def test_a_body_that_replaces_an_array_it_holds(take, transform):
     class Layer:
         def __call__(self, x):
             self.last = x * x
@@ -941,7 +941,7 @@ def draws(keys):
 
 @pytest.mark.parametrize("shape", [(20,), (4, 5), (1000,)])
 def test_random_numbers_have_the_same_bits_however_many_there_are(shape, transform):
-    """A few are drawn in a loop over the keys, many at once."""
+    """Few are drawn in a loop over the keys, many in one operation."""
     keys = jax.random.split(jax.random.key(1), shape)
     body, of_all = lambda key: draws(swapped(key)), lambda key: draws(swapped_in_all(key))
     types = jax.eval_shape(of_all, jax.random.key(0))

@@ -310,7 +310,7 @@ def forward_only():
          "defvjp or defjvp.*custom_jvp.*py_func.*stop_gradient"),
     ],
 )  # fmt: skip
-def test_what_has_no_rule_says_what_to_write(f, take, words, transform):
+def test_a_missing_rule_says_what_to_write(f, take, words, transform):
     with pytest.raises(NotDifferentiableError, match=f"numpy_func 'sin' .*{words}"):
         transform(take(f()))(1.0)
 
@@ -349,7 +349,7 @@ def test_errors_about_bad_rules_say_what_is_wrong(rules, words, transform):
         )
 
 
-def test_a_rule_that_raises_and_rules_that_are_none(transform):
+def test_a_rule_that_raises_and_rules_that_are_no_functions(transform):
     f = bad(bwd=lambda x, g: 1 / 0)
     with pytest.raises(ZeroDivisionError), jpf.raise_original():
         jax.block_until_ready(transform(jax.grad(lambda x: f(x).sum()))(jnp.ones(3)))
@@ -743,7 +743,7 @@ def test_objects_of_unknown_size_are_bounded_in_number(kind, least, most, spent,
         jpf.set_tape_limit(before)
 
 
-def test_a_residual_that_a_rule_writes_to_again_is_what_it_was(transform):
+def test_a_residual_that_a_rule_writes_to_again_keeps_its_value(transform):
     """All iterations of a loop use one buffer, and the pullbacks run after the last."""
     buffer = np.zeros((), np.float32)
 

@@ -169,7 +169,7 @@ def test_every_error_has_a_heading():
 
 
 def test_links_of_the_readme():
-    """Those of `docs` are checked by Sphinx."""
+    """Sphinx checks the links of `docs`."""
     for link in re.findall(
         r"\]\(([^):]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")
     ):

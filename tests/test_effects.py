@@ -86,7 +86,7 @@ def test_ordered_calls_run_in_program_order(recorder, transform):
 
 
 def test_an_eager_ordered_call_waits_for_those_before_it():
-    """Although its body does not read their results."""
+    """It waits although its body does not read their results."""
     order = []
 
     def slow(x):
@@ -334,7 +334,7 @@ def test_what_jax_forbids_is_refused_by_name(options, recorder, transform):
 
 
 def test_a_stateful_call_in_batched_control_flow_is_refused(recorder, transform):
-    """Batched, both branches would run."""
+    """Under `vmap`, both branches would run."""
     f = recorder.body(stateful=True)
     xs = jnp.array([1.0, -1.0])
     words = r"is called inside .* under vmap.*jax\.lax\.map, or make the call pure"
@@ -411,8 +411,8 @@ def test_a_call_without_results_that_is_refused_says_what_to_write(make, want, t
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_what_batching_a_loop_costs(monkeypatch):
-    """Nothing where no call is stateful; else looks until nothing new is batched."""
+def test_how_often_a_batched_loop_is_searched(monkeypatch):
+    """Not at all if no call is stateful; otherwise until nothing new is batched."""
     looked = []
     batched = loops._batched
 

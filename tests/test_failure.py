@@ -313,7 +313,7 @@ def test_the_text_has_the_users_lines_and_says_how_to_catch_the_exception():
         assert text.rstrip().splitlines()[-1].startswith("To catch the original")
 
 
-def test_errors_of_our_own_are_short():
+def test_our_own_errors_are_short():
     f = jax.jit(py_func(lambda x: "text", Tout=f32))
     with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as info:
         jax.block_until_ready(f(1.0))
@@ -438,7 +438,7 @@ def test_python_ends_while_pure_calls_are_in_flight(devices, end):
     assert run_on(devices, program).count("begin") >= 8
 
 
-def test_python_does_not_wait_for_a_body_that_waits_for_ever():
+def test_python_does_not_wait_for_a_body_that_waits_forever():
     program = """
     from jpyfunc._runtime import in_flight
     in_flight.PATIENCE = 0.5

@@ -202,7 +202,7 @@ def test_weak_types_are_those_of_plain_jax(transform):
             assert (y.dtype, y.weak_type) == (plain.dtype, plain.weak_type)
 
 
-def test_streams_that_a_body_or_another_thread_put_there_stay(monkeypatch):
+def test_streams_installed_by_a_body_or_another_thread_stay(monkeypatch):
     """A stream that was put there while shapes are inferred stays."""
     streams = io.StringIO(), io.StringIO(), lambda: None
 
@@ -404,7 +404,7 @@ def test_a_body_that_always_raises():
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_body_that_returns_nothing_and_reads_is_told_so():
+def test_a_body_that_reads_and_returns_nothing_is_told_to_declare_that():
     def shows(x):
         print(float(x))
 
@@ -429,7 +429,7 @@ def test_a_declared_dtype_is_checked_in_every_branch():
         jax.jit(py_func(body, Tout=jnp.float32))(1.0)
 
 
-def test_a_body_that_tells_another_shape_at_run_time_is_caught():
+def test_a_body_that_returns_another_shape_at_run_time_is_caught():
     shapes = iter([(2,), (3,)])
     f = jax.jit(py_func(lambda x: jnp.zeros(next(shapes))))
     with pytest.raises(
@@ -541,7 +541,7 @@ def test_streams_are_restored_whichever_thread_ends_first(leaves_first, replaces
     assert own.getvalue() == ("to its own\n" if replaces else "")
 
 
-def test_a_stream_that_was_put_in_place_while_tracing_stays(monkeypatch):
+def test_a_stream_installed_while_tracing_stays(monkeypatch):
     own = io.StringIO()
 
     def body(x):
@@ -563,7 +563,7 @@ def test_tracing_works_after_inference_failed():
     assert jax.grad(f)(2.0) == 3
 
 
-def test_a_stream_that_a_body_held_is_heard_afterwards(capsys):
+def test_a_stream_that_a_body_holds_prints_again_afterwards(capsys):
     held = []
 
     def body(x):
@@ -597,8 +597,8 @@ def test_a_body_may_wait_for_a_thread_that_infers():
         lambda x, n: x if n > 0 else "nothing",
     ],
 )
-def test_a_python_number_that_is_no_traced_value_keeps_it(body):
-    """A size, an axis or an index is known where shapes are inferred."""
+def test_a_python_number_that_is_not_traced_has_its_value(body):
+    """Sizes, axes and indices are known while shapes are inferred."""
     x = jnp.arange(6.0).reshape(2, 3)
     check_same(jax.jit(lambda x: py_func(body, [x, 1]))(x), body(x, 1))
     check_same(jax.jit(lambda x: py_func(body)(x, n=1))(x), body(x, 1))
@@ -643,7 +643,7 @@ NESTINGS = {
 @pytest.mark.parametrize("is_local", [False, True], ids=["global", "local"])
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_nested_calls_are_explored_once(nesting, is_local):
-    """Not once for each path through all of their callers."""
+    """They are not explored once for each path through their callers."""
     runs = itertools.count()
 
     def halved(x):

@@ -90,7 +90,7 @@ def is_private(name: object) -> bool:
 
 @functools.cache
 def own_private_names() -> set[str]:
-    """Those that the package defines itself, and that JAX's traces and tracers have not."""
+    """Return private names that the package defines, and JAX's own traces do not have."""
     names = {path.stem for path in MODULES} | {path.parent.name for path in MODULES}
     for node in (node for tree in TREES.values() for node in ast.walk(tree)):
         match node:
@@ -167,7 +167,7 @@ def test_names_of_modules_and_classes_are_unique():
 
 @each_module
 def test_tunable_numbers_are_in_limits(path):
-    """With what they were measured by; no other module has a numeric constant."""
+    """No other module has a numeric constant."""
     numbers = []
     for node in TREES[path].body:
         match node:

@@ -79,7 +79,7 @@ def test_dropped_functions_are_collected():
     assert int(out) == 0
 
 
-def test_bodies_go_with_the_programs_that_call_them():
+def test_bodies_are_freed_with_the_programs_that_call_them():
     out = run_program(
         """
         import functools, gc, weakref, jax, jax.numpy as jnp, numpy as np

@@ -38,7 +38,7 @@ def test_text():
     check_text(done.stdout.decode("utf-8"), "✓")
 
 
-def test_text_where_marks_have_no_encoding(monkeypatch, capsys):
+def test_text_where_check_marks_cannot_be_encoded(monkeypatch, capsys):
     written = io.BytesIO()
     stdout = io.TextIOWrapper(written, "ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", stdout)
@@ -88,7 +88,7 @@ def test_refuses_other_options():
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_wrong_number_is_exit_status_1_with_the_reason(options, monkeypatch, capsys):
+def test_a_wrong_number_exits_with_status_1_and_the_reason(options, monkeypatch, capsys):
     monkeypatch.setattr(report, "log_huber", lambda x, m: x**2)
     assert report.main(options) == 1
     out = capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_a_wrong_number_is_exit_status_1_with_the_reason(options, monkeypatch, c
         assert "3 of 7 checks passed." in out
 
 
-def test_an_exception_is_exit_status_1_with_the_reason(monkeypatch, capsys):
+def test_an_exception_exits_with_status_1_and_the_reason(monkeypatch, capsys):
     def broken(x, m):
         if x > 2:
             raise ArithmeticError("out of range")
@@ -124,7 +124,7 @@ def with_shape(py_func):
     return lambda func, inp=None, Tout=None: py_func(func, inp, scalar)
 
 
-def test_json_of_what_is_no_number(monkeypatch, capsys):
+def test_json_of_nan(monkeypatch, capsys):
     monkeypatch.setattr(report, "log_huber", lambda x, m: x * float("nan"))
     assert report.main(["--json"]) == 1
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)

@@ -60,7 +60,7 @@ def kernel_environment(monkeypatch, tmp_path):
     return environment
 
 
-def test_all_are_here():
+def test_all_are_listed():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_log_huber",
         "02_debugging",

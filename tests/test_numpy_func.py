@@ -40,7 +40,7 @@ def test_call_forms(transform, form):
     np.testing.assert_array_equal(transform(FORMS[form])(V), [2, 0, 1])
 
 
-def test_it_is_like_its_function():
+def test_it_looks_like_its_function():
     assert ranks.__name__ == "ranks"
     assert ranks.__doc__.startswith("Rank x.\n")
     assert ranks == numpy_func(ranks.__wrapped__, Tout=Struct((3,), jnp.float32))

@@ -91,7 +91,7 @@ def test_operations_that_never_come_back_do_not_let_the_cache_grow(monkeypatch):
     assert len(known._entries) == 8
 
 
-def test_nothing_is_planted_on_functions_of_jax():
+def test_jaxs_functions_get_no_attributes():
     def attributes():
         functions = [f for f in vars(jax.nn).values() if callable(f)]
         functions += [f.fun for f in functions if hasattr(f, "fun")]
@@ -164,7 +164,7 @@ def test_parameters_and_configurations_that_python_calls_equal(transform):
             assert transform(jax.grad(f))(jnp.float32(0.5)) == want
 
 
-def test_a_rule_of_jaxs_own_with_other_static_arguments():
+def test_jaxs_own_rules_with_other_static_arguments():
     """The axis is not a parameter of the bind: JAX's function closes over it."""
     x = jnp.arange(6.0).reshape(2, 3) / 5
 
@@ -255,8 +255,8 @@ def test_functions_made_again_in_each_run_are_released():
     assert out.split() == ["0", "64"]
 
 
-def test_what_a_body_leaves_goes_with_it():
-    """Although there is room for its tapes."""
+def test_what_a_body_caches_is_freed_with_it():
+    """Even while there is room for its tapes."""
     out = run_program(
         LIVES
         + """
@@ -378,7 +378,7 @@ def test_primitives_with_rules_of_the_users_are_known():
 
 @pytest.mark.parametrize("tracer", [TapeTracer, BatchTracer, AbstractTracer])
 def test_a_tracer_hides_no_method_of_arrays(tracer):
-    """A body would call ours in its place."""
+    """A body would call our method in its place."""
     hooks = {name for name in vars(BodyTracer) if not hasattr(Tracer, name)}
     own = {name for name in vars(tracer) if not name.startswith("_")} - {"aval"}
     array = jnp.ones(())

@@ -116,7 +116,7 @@ def test_bytes_of_operands_and_results(transform):
     assert row["bytes_out"] == 2 * 5 + 4
 
 
-def test_exceptions_are_counted_and_pass(transform):
+def test_exceptions_are_counted_and_propagate(transform):
     @py_func(Tout=SCALAR)
     def picky(x):
         if x < 0:
@@ -157,7 +157,7 @@ def test_an_exception_leaves_the_block_and_ends_it():
     assert counts(prof, "calls") == {"forward": 1}
 
 
-def test_time_in_the_body_is_apart_from_the_round_trip(transform):
+def test_time_in_the_body_is_not_overhead(transform):
     @py_func(Tout=SCALAR)
     def slow(x):
         time.sleep(0.02)
@@ -172,7 +172,7 @@ def test_time_in_the_body_is_apart_from_the_round_trip(transform):
     assert row["overhead_seconds"] >= 0
 
 
-def test_functions_of_one_name_are_apart():
+def test_functions_of_one_name_have_rows_of_their_own():
     def make_a():
         return py_func(lambda x: x, Tout=SCALAR, name="step")
 
@@ -208,7 +208,7 @@ def test_callables_of_every_kind():
     assert list(prof.as_dict()) == ["Scale", "method", "sin", "cos", "abs", "exp"]
 
 
-def test_names_of_arguments_are_free():
+def test_arguments_may_have_any_name():
     f = py_func(lambda name, func, args, kwargs: name, Tout=SCALAR, name="f")
     with profile() as prof:
         f(name=1.0, func=2.0, args=3.0, kwargs=4.0)

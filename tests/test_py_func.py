@@ -102,7 +102,7 @@ def test_no_arguments(transform):
     assert transform(py_func(lambda: 5.0, Tout=jnp.float32))() == 5
 
 
-def test_a_wrapped_function_is_like_its_own():
+def test_it_looks_like_the_function_that_it_wraps():
     for g in (py_func(scale), py_func(Tout=jnp.float32)(scale)):
         assert g.__name__ == "scale"
         assert g.__doc__.startswith("Scale x.\n")
@@ -681,7 +681,7 @@ def test_pickles_by_name_and_by_value(tmp_path):
     assert done.stdout.strip() == "[2.0, 3.0, 5.0, 2.0, 4.0, 3.0]", done.stderr
 
 
-def test_a_dtype_in_the_place_of_the_arguments():
+def test_a_dtype_in_place_of_the_arguments():
     for tout in (jnp.float32, jax.ShapeDtypeStruct((), jnp.float32)):
         with pytest.raises(TypeError, match=r"declares results; write py_func\(func, Tout"):
             py_func(lambda x: x, tout)
@@ -696,7 +696,7 @@ def test_the_error_about_a_dataclass_says_to_register_it(transform):
         jax.block_until_ready(transform(py_func(lambda x: Point(x), Tout=jnp.float32))(1.0))
 
 
-def test_advice_names_no_type_that_is_off():
+def test_advice_names_no_disabled_type():
     with pytest.raises(ResultError, match=r"declare jnp\.float32 in Tout"):
         py_func(lambda x: 1.5, [1.0], jnp.int32)
 

@@ -69,7 +69,7 @@ def test_a_custom_vjp_is_preserved(transform):
     assert_close(transform(jax.grad(f))(0.7), jax.grad(CUSTOM_VJP.body)(0.7))
 
 
-def test_operations_before_a_branch_stand_once():
+def test_operations_before_a_branch_are_in_the_program_once():
     def body(x):
         y = jnp.sin(jnp.cos(x))
         if y > 0:
@@ -123,7 +123,7 @@ def newton(a):
 
 
 @pytest.mark.parametrize("take", [lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))])
-def test_what_is_beyond_the_budget_calls_the_body(take, transform):
+def test_paths_beyond_the_limit_call_the_body(take, transform):
     f = staged(newton, staged=4)
     assert calls_of(f, 1.0) == 1
     program = transform(take(f))
@@ -191,7 +191,7 @@ def test_leaves_in_both_branches_and_in_scans(transform):
         assert sorted(ran) == [(1.0, -1.0), (3.0, 1.5)]
 
 
-def test_a_body_that_does_something_else_when_it_is_run_again_is_called(transform):
+def test_a_body_that_differs_when_run_again_is_called(transform):
     """Abstract runs of it would describe several different bodies."""
     runs = []
 
@@ -233,7 +233,7 @@ TESTS_OF_TRUTH = {
 
 
 @pytest.mark.parametrize("test", TESTS_OF_TRUTH)
-def test_truth_tests_mean_what_they_mean_in_python(test):
+def test_truth_tests_mean_the_same_as_in_python(test):
     body = TESTS_OF_TRUTH[test]
     f = staged(body)
     assert not calls_of(f, 1.0)
@@ -281,7 +281,7 @@ def _nodes(node):
             yield from _nodes(node[branch])
 
 
-def test_a_read_that_the_body_catches_is_no_branch(transform):
+def test_a_failed_read_that_the_body_catches_is_not_a_branch(transform):
     def body(x):
         try:
             return x * float(x)
@@ -335,7 +335,7 @@ USES_OF_A_BUFFER = {
 
 @pytest.mark.parametrize("ndim", [0, 1])
 @pytest.mark.parametrize("use", USES_OF_A_BUFFER)
-def test_a_numpy_array_that_is_written_to_counts_as_what_it_held(use, ndim, transform):
+def test_a_numpy_array_written_to_later_keeps_its_values(use, ndim, transform):
     def body(x):
         weights = np.zeros((3,) * ndim, np.float32)
         total = 0.0
@@ -360,7 +360,7 @@ def aligned(value):
 
 
 @pytest.mark.parametrize("options", [{"staged": True}, {}], ids=str)
-def test_a_numpy_array_that_is_returned_or_given_counts_as_what_it_held(options):
+def test_a_numpy_array_returned_or_passed_on_keeps_its_values(options):
     buffers = []
 
     def body(x, given):
@@ -396,7 +396,7 @@ OTHER_EACH_TIME = {
 
 
 @pytest.mark.parametrize("what", OTHER_EACH_TIME)
-def test_a_body_that_does_something_else_in_each_run_is_called(what):
+def test_a_body_that_differs_in_each_run_is_called(what):
     counter = itertools.count()
 
     def body(x):
@@ -407,7 +407,7 @@ def test_a_body_that_does_something_else_in_each_run_is_called(what):
     assert reasons == ["it does something else when it runs again"]
 
 
-def test_what_is_new_in_each_run_and_the_same_is_staged(transform):
+def test_objects_made_again_in_each_run_are_staged(transform):
     def body(x):
         x = x * jax.nn.relu(x) + jax.jit(lambda y: jnp.where(y > 9, jnp.nan, y))(x)
         x = x + jax.random.normal(jax.random.key(3), (3,)) * np.arange(3)
@@ -442,7 +442,7 @@ def test_constants_that_a_body_caches_are_arrays(options):
     assert all(type(table(n)) is type(jnp.ones(1)) for n in (10, 999, 1000))
 
 
-def test_constants_are_known_and_do_not_stand_in_the_program():
+def test_constants_have_values_and_are_not_in_the_program():
     def body(x):
         mask = jnp.arange(1_000_000) % 3 == 0
         shared = mask * 2.0
@@ -459,7 +459,7 @@ def test_constants_are_known_and_do_not_stand_in_the_program():
 
 
 @pytest.mark.parametrize("options", [{}, {"staged": True}], ids=str)
-def test_an_array_that_is_left_behind_says_what_to_do(options):
+def test_an_abstract_array_left_behind_says_what_to_do(options):
     held = []
 
     def body(x):

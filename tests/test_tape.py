@@ -95,7 +95,7 @@ def test_a_body_sees_values(derivative, tape_limit, capsys):
     assert set(capsys.readouterr().out.split("\n")) == {"2.5", ""}
 
 
-def test_what_an_array_says_of_itself():
+def test_attributes_of_an_array():
     said = []
 
     def body(x):
@@ -495,7 +495,7 @@ def plain(name):
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_gradients_of_what_jax_offers_a_body(body):
+def test_gradients_of_jaxs_features_in_a_body(body):
     """Run each twice, so that operations are new and then cached."""
     orders = ["grad"] if body == "shard_map" else ORDERS  # the others take JAX long
 
@@ -513,7 +513,7 @@ def test_gradients_of_what_jax_offers_a_body(body):
     "body",
     ["relu", "softplus", "custom_jvp", "custom_vjp", "vmap_of_custom", "rule_of_its_own"],
 )
-def test_custom_rules_where_jax_has_no_stores_that_we_know(body, monkeypatch):
+def test_custom_rules_where_jax_lacks_the_stores(body, monkeypatch):
     """Their tapes are not cached then, and a second derivative runs the body again."""
 
     def fail(*_):
@@ -740,7 +740,7 @@ def test_parameters_of_one_primitive_in_another_order(transform):
     np.testing.assert_allclose(got, 1 + 2 * 0.5 * 2 + 10 * (2 + 2 * 0.5), rtol=1e-6)
 
 
-def test_what_a_function_that_jax_traced_once_holds_of_an_earlier_run(transform):
+def test_a_traced_function_that_holds_an_array_of_an_earlier_run(transform):
     """Plain JAX raises UnexpectedTracerError in the second call."""
     held = {}
 

@@ -128,7 +128,7 @@ def test_a_while_loop_forward_runs_once_per_iteration(counted, runs, transform):
 
 
 def test_checkpoint_runs_it_twice_and_caches_one_tape(counted, runs, transform):
-    """That is what checkpoint asks for; the first pass leaves no tape."""
+    """Checkpoint asks for that; the first pass leaves no tape."""
     f = transform(jax.value_and_grad(jax.checkpoint(counted)))
     with profile() as prof:
         value, slope = jax.block_until_ready(f(1.5))
@@ -335,7 +335,7 @@ RESIDUALS = """
 """
 
 
-def test_a_ticket_of_another_process_is_none_of_ours(tmp_path):
+def test_a_ticket_of_another_process_finds_no_tape(tmp_path):
     """Residuals are saved here and loaded there, where runs have the same numbers."""
     path = tmp_path / "residuals"
     save = RESIDUALS.replace("X", "3.0").replace("A)", "5.0)")
@@ -546,7 +546,7 @@ def test_a_tape_larger_than_the_limit_is_not_cached(runs):
     assert len(runs) == 2
 
 
-def test_an_exception_half_way_leaves_no_tape_and_nothing_broken(transform):
+def test_an_exception_halfway_leaves_no_tape_and_nothing_broken(transform):
     def body(x):
         y = jnp.sin(x)
         if x > 1:
@@ -561,7 +561,7 @@ def test_an_exception_half_way_leaves_no_tape_and_nothing_broken(transform):
 
 
 def test_a_training_loop_does_not_grow():
-    """In steps that leave scalars, arrays and objects for the derivative."""
+    """The steps leave scalars, arrays and objects for the derivative."""
     out = run_program(
         """
         from programs import resident
@@ -630,7 +630,7 @@ def test_memory_stays_under_the_limit():
 
 
 def test_an_evicted_tape_leaves_nothing_behind():
-    """Not even its name, as the function lives on and may run for days."""
+    """Not even its name: the function lives on, and may run for days."""
     f = py_func(lambda x: jnp.sin(x), Tout=f32)
     forward = jax.jit(lambda x: jax.vjp(f, x)[1])
 

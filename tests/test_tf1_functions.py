@@ -205,7 +205,7 @@ def test_called_at_once_and_as_a_node(name, args, options, want):
             assert graph.get_operation_by_name("node").outputs[0] in jax.tree.leaves(made)
 
 
-def test_by_their_place_or_their_names_as_in_tensorflow():
+def test_arguments_by_position_or_name_as_in_tensorflow():
     with tf.Graph().as_default():
         x = tf.placeholder(tf.float32, [2, 3])
         assert tf.identity(x, "by_place").name == "by_place:0"
@@ -238,7 +238,7 @@ def test_derivatives_that_stop():
     assert jax.grad(lambda x: tf.stop_gradient(x) * x)(3.0) == 3.0
 
 
-def test_what_depends_on_data_is_for_a_body():
+def test_shapes_that_depend_on_data_need_a_body():
     assert tf.where([False, True, True]).tolist() == [[1], [2]]
     with tf.Graph().as_default(), tf.Session() as sess:
         x = tf.placeholder(tf.float32, [3])
@@ -275,7 +275,7 @@ def test_sizes_that_do_not_fit(call, text):
         call()
 
 
-def test_a_name_that_is_not_there_says_what_is():
+def test_a_missing_name_says_what_there_is():
     with pytest.raises(AttributeError, match=r"'train'.*tf\.numpy.*tf\.lift"):
         _ = tf.train
     assert not hasattr(tf, "Variable")

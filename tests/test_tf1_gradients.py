@@ -253,7 +253,7 @@ def test_through_control_flow_and_custom_rules(sess):
     close(sess.run([slope, bend], {x: 0.8}), want, rtol=1e-4)
 
 
-def test_names_and_what_is_no_tensor(sess):
+def test_names_and_what_is_refused(sess):
     x = tf.placeholder(jnp.float32, name="x")
     y = tf.numpy.sin(x)
     assert tf.gradients(y, x)[0].name == "gradients/sin_grad:0"

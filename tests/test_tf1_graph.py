@@ -248,7 +248,7 @@ class TestLift:
         assert len(tf.numpy.linalg.qr(any_shape)) == 2
         assert (any_shape > 1).dtype == jnp.bool_
 
-    def test_errors_come_when_building_where_shapes_are_known(self, graph):
+    def test_errors_are_raised_while_building_where_shapes_are_known(self, graph):
         x = tf.placeholder(F32, [4, 3], name="x")
         with pytest.raises(TypeError) as error:
             x @ x
@@ -270,7 +270,7 @@ class TestLift:
 
 
 class TestNumpy:
-    def test_a_sample_of_all_of_it(self, sess):
+    def test_a_sample_of_its_functions(self, sess):
         a = np.array([[2.0, 1.0], [1.0, 3.0]], np.float32)
         x = tf.placeholder(F32, [2, 2])
 
@@ -301,7 +301,7 @@ def fails(x):
 
 class TestPyFunc:
     def test_nodes_leave_the_function_as_it_is(self, sess):
-        """One that pickles by its name, too."""
+        """Even a function that is pickled by its name."""
         x = tf.placeholder(F32, [])
         nodes = [fails(x) for _ in range(2)]
         for node in nodes:
@@ -391,7 +391,7 @@ class TestPyFunc:
         y = jpf.numpy_func(body, [x], jax.ShapeDtypeStruct((3,), F32))
         same(sess.run(y, {x: [3, 1, 2]}), [1, 2, 3])
 
-    def test_the_body_runs_on_no_tensor(self, sess):
+    def test_the_body_gets_arrays_not_tensors(self, sess):
         kinds = []
 
         def body(x):
@@ -410,7 +410,7 @@ class TestPyFunc:
 
 
 class TestShapes:
-    def test_what_is_said_is_merged(self, graph):
+    def test_set_shape_merges(self, graph):
         x = tf.placeholder(F32, name="x")
         assert x.get_shape() is None
         x.set_shape(None)
@@ -447,7 +447,7 @@ class TestShapes:
             sess.run(y, {x: [[1, 2, 3]]})
 
     @pytest.mark.parametrize("tout", [tf.float32, [tf.float32, tf.int32]])
-    def test_of_what_numpy_returns(self, sess, tout):
+    def test_of_numpy_results(self, sess, tout):
         def body(x):
             x = np.array(x)
             ranks = np.argsort(x)
@@ -468,7 +468,7 @@ class TestShapes:
         got = sess.run(results, {x: [3, 1, 2]})
         same(got, [[1, 2, 3], [1, 2, 0]][: len(got)])
 
-    def test_of_what_numpy_returns_is_checked(self, sess):
+    def test_of_numpy_results_is_checked(self, sess):
         x = tf.placeholder(F32)
         y = tf.py_func(np.sort, [x], F32)
         y.set_shape([3])
@@ -476,7 +476,7 @@ class TestShapes:
             sess.run(y, {x: [2, 1]})
         same(sess.run(y, {x: [3, 2, 1]}), [1, 2, 3])
 
-    def test_a_body_that_fails_without_data_says_it_too(self, sess):
+    def test_a_body_that_fails_without_data_says_to_set_the_shape(self, sess):
         def body(x):
             if not isinstance(x, np.ndarray):
                 raise AttributeError("no array")

@@ -97,7 +97,7 @@ class TestFetches:
         other = jax.random.key(4)
         assert sess.run(draw, {key: other}) == jax.random.normal(other)
 
-    def test_operation_runs_and_gives_none(self, sess):
+    def test_an_operation_runs_and_gives_none(self, sess):
         seen = []
         pure = jpf.py_func(
             lambda x: (seen.append(float(x)), x)[1], [tf.constant(2.0)], SCALAR
@@ -111,7 +111,7 @@ class TestFetches:
         assert seen == [2.0, 3.0, 3.0]
 
     @pytest.mark.parametrize("fetch", [None, 3, np.ones(2), [None]])
-    def test_no_tensor(self, sess, fetch):
+    def test_what_is_not_a_tensor_is_refused(self, sess, fetch):
         with pytest.raises(TypeError, match="expected a graph tensor or operation"):
             sess.run(fetch)
 
@@ -217,7 +217,7 @@ class TestFeeds:
         with pytest.raises(ValueError, match="expected each tensor once"):
             sess.run(y, {x: 1.0, "x:0": 2.0, m: 0.0})
 
-    def test_what_is_no_key(self, sess):
+    def test_what_is_not_a_key_is_refused(self, sess):
         x = tf.placeholder(jnp.float32)
         with pytest.raises(TypeError, match="feed_dict key 3: expected a graph tensor"):
             sess.run(x, {3: 1.0})
@@ -237,7 +237,7 @@ class TestWhatRuns:
 
     @pytest.mark.parametrize("kind", ["node", "lifted"])
     @pytest.mark.parametrize("ordered", [False, True])
-    def test_stateful_runs_once_whatever_is_derived(self, sess, kind, ordered):
+    def test_stateful_runs_once_whatever_is_differentiated(self, sess, kind, ordered):
         seen = []
 
         @jpf.py_func(Tout=SCALAR, stateful=True, ordered=ordered)
@@ -265,7 +265,7 @@ class TestWhatRuns:
     @pytest.mark.parametrize("kind", ["node", "lifted"])
     @pytest.mark.parametrize("path", [(0, 0), (1, 1), (0, 1), (1, 1, 1), (0, 1, 0)])
     def test_stateful_of_two_tensors_runs_once_for_any_derivative(self, sess, kind, path):
-        """Also the one that is not differentiated is among the residuals."""
+        """The tensor that is not differentiated is among the residuals, too."""
         seen = []
 
         def plain(x, m):
@@ -382,7 +382,7 @@ class TestFailure:
         else:
             pytest.skip("the runtime never ran the body on a thread of its own")
 
-    def test_one_that_any_value_meets_with_tout_incomplete(self, sess):
+    def test_a_body_that_always_raises_with_tout_incomplete(self, sess):
         def fail(x):
             raise KeyError("lost")
 

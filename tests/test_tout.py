@@ -347,7 +347,7 @@ class Shapely(equinox.Module):
         return x
 
 
-def test_a_callable_pytree_declares_what_is_like_it(transform):
+def test_a_callable_pytree_declares_results_like_itself(transform):
     def scale(m, x):
         return type(m)(m.w * x)
 
@@ -388,7 +388,7 @@ class Fussy(equinox.Module):
         return f"Fussy({self.w.mean()})"
 
 
-def test_a_pytree_as_tout_need_not_take_what_is_no_array(transform):
+def test_a_pytree_as_tout_may_refuse_leaves_other_than_arrays(transform):
     f = py_func(lambda x: Fussy(x), Tout=Fussy(F32))
     assert transform(f)(2.0).w == 2
     assert "Fussy" in f.__doc__
@@ -407,7 +407,7 @@ def test_refused_shapes(shape):
         py_func(lambda x: x, Tout={"y": Declared()}, name="f")
 
 
-def test_a_tout_of_other_parameters_is_told_so(transform):
+def test_a_tout_with_other_parameters_is_told_so(transform):
     def body(x, *, scale):
         return x * scale
 
@@ -425,7 +425,7 @@ def test_a_tout_of_other_parameters_is_told_so(transform):
         transform(f)(1.0, 2.0)
 
 
-def test_what_tout_raises_is_said_to_be_of_tout(transform):
+def test_an_exception_of_tout_says_so(transform):
     f = py_func(lambda x: x, Tout=lambda x: x.sum(), name="f")
     with pytest.raises(AttributeError, match="sum") as caught:
         transform(f)(X)
@@ -486,7 +486,7 @@ f32 = jnp.float32
         (lambda x: np.array(3.0, ">f4"), f32, 3.0),
     ],
 )  # fmt: skip
-def test_results_as_jax_and_tensorflow_take_them(body, tout, want, transform):
+def test_results_that_jax_and_tensorflow_accept(body, tout, want, transform):
     exact = jax.tree.map(
         lambda leaf: leaf if hasattr(leaf, "shape") else jax.ShapeDtypeStruct((), leaf),
         tout,

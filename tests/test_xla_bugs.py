@@ -72,7 +72,7 @@ def raised(text):
 
 @pytest.mark.xfail(raises=AssertionError, reason="printable")
 @pytest.mark.parametrize("text", [r"'before \0 after'", r"'before \udc80 after'"])
-def test_a_text_that_is_no_utf8_or_has_a_zero_byte(text):
+def test_a_text_that_is_not_utf8_or_has_a_null_byte(text):
     assert "after" in raised(text)
 
 
