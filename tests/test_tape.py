@@ -565,6 +565,22 @@ def test_the_derivative_of_a_value_that_a_rule_computed(rule):
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd, jax.hessian])
+def test_numbers_as_arguments_of_a_call_in_a_jitted_function(derivative, transform):
+    """They are literals of its jaxpr, and no arrays."""
+
+    def inner(x, flag, count, factor, weights):
+        return factor * x**count * weights.sum() if flag else x
+
+    def of(inner):
+        numbers = True, 3, 0.5, np.arange(3, dtype=np.float32)
+        return lambda x: jax.jit(lambda x: inner(x, *numbers))(x)
+
+    got = transform(derivative(py_func(of(py_func(inner, Tout=f32)), Tout=f32)))(2.0)
+    want = derivative(lambda x: 1.5 * x**3)(2.0)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_an_empty_batch_of_a_py_func_in_a_body(transform):
     def body(x):
         return jax.vmap(inner_func)(jnp.zeros((0,)) * x).sum() + x

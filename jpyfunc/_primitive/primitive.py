@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Effect
 
@@ -31,7 +32,15 @@ class PyFuncPrimitive(HostPrimitive):
     """The primitive of all calls; in a body, a call is evaluated under the body's trace."""
 
     def evaluate(self, operands: Sequence[Any], params: dict[str, Any]) -> list[Array]:
-        return _evaluate(params["params"].body, operands, default_device())
+        body, device = params["params"].body, default_device()
+        # A jaxpr that is run equation by equation has literals, which are Python numbers.
+        arrays = [
+            x
+            if isinstance(x, jax.Array | np.ndarray)
+            else put(np.asarray(x, aval.dtype), aval, device)
+            for x, aval in zip(operands, body.in_avals, strict=True)
+        ]
+        return _evaluate(body, arrays, device)
 
     def has_rules(self, params: dict[str, Any]) -> bool:
         return params["params"].body.function.rules is not None
