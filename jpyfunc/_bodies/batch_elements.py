@@ -62,7 +62,7 @@ from jpyfunc._runtime.tickets import (
     elements_of,
     is_void,
     rows_by_tape,
-    tickets_of_rows,
+    tickets_of_run,
 )
 from jpyfunc._types import Array, Avals
 
@@ -242,7 +242,7 @@ class BatchElements:
             nonlocal counted
             if self.layout.base.has_tape:
                 # The ticket of the run, which all elements share, and their numbers in it.
-                results[-1] = tickets_of_rows(results[-1][0], len(elements))
+                results[-1] = tickets_of_run(results[-1][0], len(elements))
             for column, values in zip(self.results, results, strict=True):
                 column.add_rows(elements, values)
             self.is_done[elements] = True

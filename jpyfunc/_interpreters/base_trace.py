@@ -23,9 +23,9 @@ class BodyTrace(_compat.KeyedTrace):
     every run, and its entries pile up in one bucket that is searched linearly.
 
     `jax.extend.core.get_opaque_trace_state` compares the same reference. Libraries that
-    forbid changing in one trace what was made in another (flax, haiku) build on it, so it
-    alone gets the reference of this very trace; or that of no trace, if a class has
-    `_is_transparent`, because its values are ordinary arrays.
+    forbid changing in one trace what was made in another (flax, haiku) build on it. So it
+    alone gets a reference to the trace itself or, in a class with `_is_transparent`, whose
+    values are ordinary arrays, what it gets where nothing is traced.
     """
 
     _is_transparent = False

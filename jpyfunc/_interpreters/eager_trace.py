@@ -1,7 +1,7 @@
 """Base of the traces that run a body on values: each operation is run when it is bound.
 
-An operation is compiled when it is met first, and found again by its primitive, parameters
-and avals. What becomes of its operands and results is what the traces differ in.
+An operation is compiled when it is first met, and found again by its primitive, parameters
+and avals. The traces differ in what becomes of its operands and results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class EagerTrace(BodyTrace):
 
     Attributes:
         parent: the trace below.
-        move: what an array is put through before an operation takes it, or None.
+        move: moves an array to the device of an `OnDeviceTrace` below; None without one.
     """
 
     def __init__(self, parent: Trace) -> None:
@@ -53,7 +53,7 @@ class EagerTrace(BodyTrace):
     def apply_uncacheable(
         self, operation: UncachedOperation, operands: Sequence[Value]
     ) -> list[Array]:
-        """Run a bind that may be another in every call."""
+        """Run a bind that may do something else in every call."""
         return self.apply(operation, operands)
 
     def apply_function(

@@ -31,7 +31,7 @@ from jpyfunc._types import Array, Value
 
 
 class Uncacheable(Exception):  # noqa: N818 - it is no error
-    """A bind that may be another in every call, or that is not to be one operation."""
+    """A bind that may do something else in every call, or that is not one operation."""
 
 
 class _CustomOperation(NamedTuple):
@@ -58,7 +58,7 @@ def operation_of(
         config: a number for the JAX configuration in force.
 
     Raises:
-        Uncacheable: it may be another in every call.
+        Uncacheable: it may do something else in every call.
     """
     owners: list[Any] = []
     key = (
@@ -182,9 +182,9 @@ def _signature(x: Any) -> tuple[Any, ...]:
 def _key(value: Any, owners: list[Any]) -> Any:
     """The part of a key for a parameter of a bind.
 
-    Only objects that compare by all that they do may be in a key: numbers, dtypes, and what
-    the classes of JAX and NumPy make that is no function and no array. A jaxpr is known by
-    its id, for as long as it lives.
+    Two objects in a key that are equal must do the same. That holds of numbers, of dtypes,
+    and of what JAX and NumPy make other than functions and arrays. A jaxpr is identified
+    by its id, for as long as it lives.
 
     Args:
         value: the parameter.
@@ -193,20 +193,20 @@ def _key(value: Any, owners: list[Any]) -> Any:
     Raises:
         Uncacheable: it contains something else.
     """
-    kind = type(value)
-    if kind is float:
+    cls = type(value)
+    if cls is float:
         return value.hex()  # 0.0 equals -0.0
-    if kind in _ATOMS:
-        return (kind, value)  # 1 equals True
+    if cls in _ATOMS:
+        return (cls, value)  # 1 equals True
     if isinstance(value, tuple):
-        return (kind, *[_key(item, owners) for item in value])
+        return (cls, *[_key(item, owners) for item in value])
     if _compat.is_jaxpr(value):
         owners.append(value)
         return id(value)
     if isinstance(value, types.FunctionType):
         known = value.__module__.partition(".")[0] in _LIBRARIES and not value.__closure__
     else:
-        module = getattr(kind, "__module__", "").partition(".")[0]
+        module = getattr(cls, "__module__", "").partition(".")[0]
         known = isinstance(value, enum.Enum | type) or (
             module in _LIBRARIES
             and not callable(value)

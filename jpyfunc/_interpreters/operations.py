@@ -32,7 +32,7 @@ class CompiledOperation:
         call: the function, which can be traced.
         run: the same, compiled.
         avals: of its operands.
-        is_stateful: whether running it again would be another execution of something.
+        is_stateful: whether it contains a stateful call, which must not run again.
         needs_x64: whether operands have 64 bits while these are disabled, as a body may
             leave them: such a function cannot be traced.
         is_orphan: whether no later call can be this operation, so that only tapes hold it.
@@ -95,7 +95,7 @@ class CompiledOperation:
             linearization.forget()
 
     def forget(self) -> None:
-        """Drop what was compiled: some megabytes, beside which arrays may be nothing."""
+        """Drop what was compiled: some megabytes, where arrays may have a few bytes."""
         self.run = _compiled(self.call)
         self.batches.clear()
 
@@ -107,7 +107,7 @@ def _compiled(call: Function) -> Function:
 
 
 class UncachedOperation:
-    """A function that may be another in every call.
+    """A function that may do something else in every call.
 
     It is not compiled, and linearized again at the values of each call: custom rules in it
     are the user's Python, which may look at values and at the world.

@@ -9,8 +9,8 @@ A log is a list of entries (operation, operands, results), one for each operatio
 split, in order. The k-th operation of the later run takes the results of entry k if it is
 the same operation on the same operands, and if all operations before it were replayed, too.
 These results are then right whatever else the body does, because operations in a log are
-pure. In particular, the body need not be deterministic: where it does something else than
-in the earlier run, the log ends, and operations are executed from there on.
+pure. In particular, the body need not be deterministic: where it departs from the earlier
+run, the log ends, and operations are executed from there on.
 
 When is an operand the same?
 

@@ -1,8 +1,8 @@
 """Reverse sweeps through the entries of a tape, each compiled as one program.
 
-An entry at a time, a sweep takes one call of XLA for each, some 10 us, and Python as much
-again. As one program it takes a single call, but XLA compiles for up to a second, and it is
-another program for every sequence of operations: a loop whose length depends on the data
+Entry by entry, a sweep takes a call of XLA for each, some 10 us, and as much again in
+Python. As one program it takes a single call. But XLA compiles that for up to a second, and
+every sequence of operations is another program: a loop whose length depends on the data
 would compile in every run. So a sweep is compiled only
 
 - of at most `MAX_SWEEP_ENTRIES` entries, for which XLA takes a second;

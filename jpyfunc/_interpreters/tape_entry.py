@@ -15,8 +15,9 @@ Apply = Callable[[Operation, Sequence[Value]], list[Array]]
 class TapeEntry:
     """An operation of a run, with what its derivatives need.
 
-    Values that depend on what the tape watches have a slot each, a number, by which a
-    derivative is a list: the tangent or cotangent of each slot, or None if it is zero.
+    Each value that depends on what the tape watches has a slot, which is a number. While a
+    derivative is computed, a list has the tangent or cotangent of each slot, or None for
+    zero.
 
     Attributes:
         linear: the operation, linearized.

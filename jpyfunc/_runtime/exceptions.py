@@ -109,7 +109,7 @@ def _is_ours(module: str) -> bool:
 
 
 def _raise_instead(interrupt: BaseException, frame: FrameType) -> None:
-    """Have an interrupt raised in the place of JAX's error about a call in `frame`.
+    """Raise an interrupt in place of JAX's error about a call in `frame`.
 
     JAX raises its error in C++, and an interrupt that is pending by then would be raised
     only after that error has passed each `except KeyboardInterrupt`. But Python tells a

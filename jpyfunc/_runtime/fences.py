@@ -52,7 +52,7 @@ def fenced_clients() -> list[_compat.Client]:
 def _fence(devices: tuple[_compat.Device, ...]) -> Fence:
     with contextlib.ExitStack() as stack:
         for refusal in _REFUSALS:
-            if refusal.value:  # the user refuses it for programs of their own
+            if refusal.value:  # the user means their own programs
                 stack.enter_context(refusal(False))
         program, operand = _compiled_fence(devices)
         return program(operand)

@@ -33,7 +33,7 @@ from jpyfunc._limits import (
     SPENT_STATEFUL_SHARE,
 )
 from jpyfunc._runtime.context import running_batch
-from jpyfunc._runtime.tickets import name_of, names_of, ticket_of, tickets_of_rows
+from jpyfunc._runtime.tickets import name_of, names_of, ticket_of, tickets_of_run
 from jpyfunc._types import Array, Avals
 
 
@@ -225,7 +225,7 @@ class TapeCache:
         ticket = ticket_of(name)
         if not batch_shape:
             return ticket
-        tickets = tickets_of_rows(ticket, math.prod(batch_shape))
+        tickets = tickets_of_run(ticket, math.prod(batch_shape))
         return tickets.reshape(*batch_shape, *ticket.shape)
 
     def lookup(self, ticket: Array, in_avals: Avals) -> AnyTape | None:
@@ -242,7 +242,7 @@ class TapeCache:
         first = data.reshape(-1, 4)[0]
         # A batch that is taken at once has one tape, of all elements in their order.
         if data.ndim > 1:
-            own = tickets_of_rows(first, data.size // 4)
+            own = tickets_of_run(first, data.size // 4)
             if (data.reshape(-1, 4) != own).any():
                 return None
         tape = self._find(name_of(first), in_avals)

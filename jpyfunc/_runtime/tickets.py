@@ -19,7 +19,7 @@ TICKET = ShapedArray((4,), np.uint32)
 
 
 def ticket_aval(batch_shape: tuple[int, ...]) -> ShapedArray:
-    """The aval of the tickets of a batch that one run is of; `()` is a single ticket."""
+    """The aval of a run's tickets: one, or those of a batch that the function takes."""
     return TICKET.update(shape=(*batch_shape, *TICKET.shape)) if batch_shape else TICKET
 
 
@@ -39,13 +39,13 @@ def names_of(tickets: np.ndarray) -> set[bytes]:
 
 
 def rows_by_tape(tickets: np.ndarray) -> list[np.ndarray]:
-    """The rows of the tickets of each tape, among tickets of any number of tapes."""
+    """For each tape, the rows in which `tickets` has a ticket of it."""
     _, labels = np.unique(_names(tickets), return_inverse=True)
     return [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
 
 
 def elements_of(tickets: np.ndarray) -> np.ndarray:
-    """The numbers of the elements of tickets in the runs that their tapes are of."""
+    """For each ticket, the number of its element in the run that the tape is of."""
     return tickets[:, 3].astype(np.intp)
 
 
@@ -54,8 +54,8 @@ def _names(tickets: np.ndarray) -> np.ndarray:
     return words.view("V12").ravel()
 
 
-def tickets_of_rows(ticket: np.ndarray, count: int) -> np.ndarray:
-    """The tickets of the elements of a run of `count`, whose first ticket is given."""
+def tickets_of_run(ticket: np.ndarray, count: int) -> np.ndarray:
+    """The tickets of a run of `count` elements, the first of which has `ticket`."""
     tickets = np.tile(ticket, (count, 1))
     tickets[:, 3] = np.arange(count)
     return tickets
