@@ -20,6 +20,7 @@ from jax.core import ShapedArray, Tracer
 
 from jpyfunc._bodies.user_function import Float0Leaf, StaticLeaf
 from jpyfunc._conversion import ARGUMENT, native, refuse_mask
+from jpyfunc._errors import see
 from jpyfunc._hashable import hashable
 from jpyfunc._interpreters.batch_tracer import is_batch_tracer
 from jpyfunc._interpreters.tape_tracer import is_tape_tracer, value_if_over
@@ -51,6 +52,7 @@ class Arguments:
         except ValueError as error:
             raise TypeError(
                 f"{label}: JAX cannot flatten its arguments: {why_no_pytree(error)}."
+                + see("A dict whose keys have no order")
             ) from error
         return cls([*map(value_if_over, leaves)], tree)
 
@@ -112,13 +114,14 @@ class Arguments:
             raise TypeError(
                 f"{where()}: {leaf!r} does not fit in JAX's default integer; pass an "
                 "array of a wider dtype, or enable 64-bit types."
+                + see("An integer that does not fit")
             ) from error
         except TypeError as error:
             dtype = getattr(leaf, "dtype", None)
             raise TypeError(
                 f"{where()}: expected an array of numbers or booleans, got "
                 f"{type(leaf).__name__} of dtype {dtype}; convert it, or give it to the "
-                "body with functools.partial."
+                "body with functools.partial." + see("Not an array")
             ) from error
 
     def structs(self) -> Arguments:

@@ -34,6 +34,7 @@ from jpyfunc._errors import (
     add_inner_jit_remedy,
     not_differentiable,
     refuse_partial,
+    see,
 )
 from jpyfunc._hashable import ById, unwrapped
 from jpyfunc._interpreters.eager_trace import runs_now
@@ -362,7 +363,7 @@ def _call_tout(callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 f"{callee.label}: Tout is called with the arguments of the function, "
                 f"and {problem}: expected the parameters {expected}, got "
                 f"{signature_of(tout)}. Write a Tout that takes them, such as "
-                "Tout=lambda *args: args[0]."
+                "Tout=lambda *args: args[0]." + see("Arguments that do not match")
             ) from None
         error.add_note(
             f"{callee.label}: this was raised by Tout, which is called with a "
@@ -381,7 +382,7 @@ def _refuse_misfit(callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]
     if problem:
         raise TypeError(
             f"{callee.label}: {problem}; call it with the arguments of "
-            f"{signature_of(callee.function)}."
+            f"{signature_of(callee.function)}." + see("Arguments that do not match")
         )
 
 

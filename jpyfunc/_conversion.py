@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpyfunc._errors import ResultError
+from jpyfunc._errors import ResultError, see
 from jpyfunc._types import Array
 
 
@@ -21,17 +21,28 @@ class Role:
 
     Attributes:
         error: the class of the error.
+        heading: the one of the documentation.
         verb: what the user does with the value.
         alternative: what else the user may do.
     """
 
     error: type[Exception]
+    heading: str
     verb: str
     alternative: str = ""
 
+    def refusal(self, text: str) -> Exception:
+        """Return the error of such a value."""
+        return self.error(text + see(self.heading))
 
-RESULT = Role(ResultError, "Return", ", or declare the structure of the result in Tout")
-ARGUMENT = Role(TypeError, "Pass")
+
+RESULT = Role(
+    ResultError,
+    "A result that is not an array",
+    "Return",
+    ", or declare the structure of the result in Tout",
+)
+ARGUMENT = Role(TypeError, "Not an array", "Pass")
 
 
 _COMMON = (np.ndarray, np.generic, bool, int, float, complex)
@@ -61,6 +72,7 @@ def as_declared(
         raise ResultError(
             f"{where()}: expected shape {shape}, got {tuple(array.shape)}{made}. "
             "Return an array of that shape, or declare in Tout what the body returns."
+            + see("A result that Tout does not declare")
         )
     if dtype is None:
         return jnp.asarray(value if weak else array)
@@ -74,11 +86,13 @@ def as_declared(
         raise ResultError(
             f"{where()}: expected {dtype}, got {got}. Convert it in the body{remedy}, "
             f"or declare {_available_source(array.dtype)} in Tout."
+            + see("A dtype that does not convert")
         )
     # Of JAX's arrays this would wait for the data; they wrap, as they do anywhere in JAX.
     for number in out_of_range(array, dtype) if isinstance(array, np.ndarray) else ():
         raise ResultError(
             f"{where()}: {number} does not fit in {dtype}. Declare a wider dtype in Tout."
+            + see("A number that does not fit")
         )
     return cast(array, dtype)
 
@@ -113,7 +127,7 @@ def as_array(
     elif isinstance(value, list | tuple):
         array, weak = _stack(value, where, role)
     elif isinstance(value, jax.Ref):
-        raise role.error(
+        raise role.refusal(
             f"{where()}: expected an array, got a jax.Ref, valid only inside the body. "
             f"{role.verb} what it holds: ref[...]."
         )
@@ -122,7 +136,7 @@ def as_array(
     elif hasattr(value, "__array__"):
         array = np.asarray(value)
     if array is None or (kind_of(array.dtype) is None and not is_key_dtype(array.dtype)):
-        raise role.error(f"{where()}: {_why_not_array(value, role)}")
+        raise role.refusal(f"{where()}: {_why_not_array(value, role)}")
     return native(array), weak
 
 
@@ -133,7 +147,7 @@ def refuse_mask(value: Any, where: Callable[[], str], role: Role) -> None:
         Exception: it is one; of the class that the role says.
     """
     if isinstance(value, np.ma.MaskedArray):
-        raise role.error(
+        raise role.refusal(
             f"{where()}: expected an array, got a masked array, which JAX does not "
             f"support. {role.verb} x.filled(value), or np.ma.getdata(x) and "
             "np.ma.getmaskarray(x)."
@@ -250,7 +264,7 @@ def _stack(
     try:
         return stack(value), weak
     except (TypeError, ValueError) as error:
-        raise role.error(
+        raise role.refusal(
             f"{where()}: expected an array, got a {type(value).__name__} that does not "
             f"form one ({error}). {role.verb} arrays of one shape{role.alternative}."
         ) from error

@@ -43,6 +43,15 @@ class GradientCutWarning(UserWarning):
     """
 
 
+def see(heading: str) -> str:
+    """Return the last line of an error: where its cause and its remedy are shown.
+
+    Args:
+        heading: one of `docs/errors.md`.
+    """
+    return f'\nSee "{heading}" in docs/errors.md.'
+
+
 def not_differentiable(label: str) -> NotDifferentiableError:
     """Return the error of a `numpy_func` without rules that a tangent reaches."""
     return NotDifferentiableError(
@@ -50,6 +59,7 @@ def not_differentiable(label: str) -> NotDifferentiableError:
         "does in NumPy. Define its derivative with defvjp or defjvp, write jax.custom_jvp "
         "around its call, or write the body with jax.numpy and use py_func. If it has no "
         "derivative, wrap its arguments in jax.lax.stop_gradient."
+        + see("A numpy_func without rules")
     )
 
 
@@ -59,6 +69,7 @@ def no_second_order(label: str) -> NotDifferentiableError:
         f"{label} is differentiated twice, and its rules, which run on the host, give its "
         "first derivative only. For higher orders write jax.custom_jvp or jax.custom_vjp "
         "around its call, with rules in jax.numpy that may call it again."
+        + see("A rule that is differentiated")
     )
 
 
@@ -73,6 +84,7 @@ def no_rule(label: str, method: str) -> NotDifferentiableError:
     return NotDifferentiableError(
         f"{label} is differentiated in {modes[method]} mode, for which it has no rule. "
         f"Define one with {method}, or differentiate it in the other mode."
+        + see("No rule for this mode")
     )
 
 
@@ -87,7 +99,7 @@ def no_transpose(label: str) -> NotDifferentiableError:
     return NotDifferentiableError(
         f"{label} {_TRANSPOSED}, and has no rule for that. If it is linear, define one "
         "with defvjp, whose bwd is its transpose; else write jax.custom_vjp around its "
-        "call, instead of jax.custom_jvp."
+        "call, instead of jax.custom_jvp." + see("A call that is transposed")
     )
 
 
@@ -97,7 +109,7 @@ def not_linear(label: str, why: str, detail: str = "") -> NotDifferentiableError
         f"{label} {_TRANSPOSED}, so it has to be linear, and {why}"
         f"{f' ({detail})' if detail else ''}. Write jax.custom_vjp around its call, "
         "instead of jax.custom_jvp, or jax.custom_derivatives.linear_call with the "
-        "function and its transpose."
+        "function and its transpose." + see("A transposed function that is not linear")
     )
 
 
@@ -113,6 +125,7 @@ def refuse_partial(arrays: Iterable[object], label: str) -> None:
                 f"{label} is called eagerly on {jax.typeof(x).str_short()}, which is "
                 "sharded over several processes, and this one does not have all of its "
                 "values. Call it under jax.jit."
+                + see("Under shard_map and over several processes")
             )
 
 
@@ -132,7 +145,7 @@ def inner_jit_remedy(error: BaseException) -> str:
     return (
         f"This is inside {found[1]}, which jax.jit traces, so it gets no values, whoever "
         "calls it. Leave jax.jit off it, or compile the program outside: @jax.jit goes "
-        "above @py_func, not below."
+        "above @py_func, not below." + see("No values inside jit")
     )
 
 

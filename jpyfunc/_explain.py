@@ -10,6 +10,7 @@ from typing import Any
 
 from jpyfunc._arguments import Arguments
 from jpyfunc._calling import branch_tree
+from jpyfunc._errors import see
 from jpyfunc._py_func import py_func
 from jpyfunc._staging.branch_tree import BranchNode, BranchTree, Fallback
 from jpyfunc._staging.equations import BranchPoint
@@ -52,7 +53,7 @@ def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     if not callable(func):
         raise TypeError(
             f"explain: expected a function, got {type(func).__name__}; write "
-            "explain(func, *args)."
+            "explain(func, *args)." + see("Not a plain function")
         )
     wrapped = func if isinstance(func, PyFunc) else py_func(func)
     callee = callee_of(wrapped)

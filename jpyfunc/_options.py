@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 from jpyfunc._bodies.user_function import CustomRules
+from jpyfunc._errors import see
 from jpyfunc._hashable import hashable, unwrapped
 from jpyfunc._limits import MAX_ABSTRACT_RUNS
 from jpyfunc._primitive.batching import BATCHERS
@@ -129,14 +130,14 @@ def check_options(kind: Kind, func: Callable[..., Any], options: Options) -> Cal
     if method is not None and method not in BATCHERS:
         raise ValueError(
             f"{label}: expected vmap_method to be one of "
-            f"{', '.join(map(repr, BATCHERS))}, got {method!r}."
+            f"{', '.join(map(repr, BATCHERS))}, got {method!r}." + see("An invalid option")
         )
     for option in ("stateful", "ordered"):
         value = getattr(options, option)
         if not isinstance(value, bool):
             raise TypeError(
                 f"{label}: expected {option} to be True or False, got {value!r}; "
-                f"write {option}=True."
+                f"write {option}=True." + see("An invalid option")
             )
     tout = options.Tout
     has_function = is_function(tout)
@@ -183,14 +184,14 @@ def _check_name(kind: Kind, name: object) -> None:
     if not isinstance(name, str) or not name:
         raise TypeError(
             f"{kind}: expected name to be a non-empty string, got {name!r}; write "
-            "name='solver', for example, or leave it out."
+            "name='solver', for example, or leave it out." + see("An invalid option")
         )
     try:
         name.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{kind}: expected name to be text, got {name!r}, which UTF-8 cannot encode "
-            f"({error.reason}); write another."
+            f"({error.reason}); write another." + see("An invalid option")
         ) from None
 
 
@@ -200,6 +201,7 @@ def _max_runs(label: str, staged: object) -> int:
         raise ValueError(
             f"{label}: expected staged to be True, False or a number of "
             f"runs on abstract values, got {staged!r}; write staged=True."
+            + see("An invalid option")
         )
     return MAX_ABSTRACT_RUNS if staged is True else int(staged)
 
@@ -208,7 +210,7 @@ def not_staged(label: str, what: str) -> ValueError:
     """Return the error of a function that cannot be staged."""
     return ValueError(
         f"{label}: staged compiles pure functions, one element at a time, and this one "
-        f"{what}. Leave out one of the two."
+        f"{what}. Leave out one of the two." + see("Options that contradict each other")
     )
 
 
@@ -217,5 +219,5 @@ def not_by_branch(label: str, what: str) -> ValueError:
     return ValueError(
         f"{label}: vmap_method='by_branch' runs a pure function of JAX arrays on many "
         f"elements at once, and this one {what}. Leave vmap_method out, or write "
-        "'sequential'."
+        "'sequential'." + see("Options that contradict each other")
     )

@@ -10,6 +10,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jpyfunc._arguments import is_array
+from jpyfunc._errors import see
 from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._options import INFERRED, Kind, Options
 from jpyfunc._tout import is_dtype
@@ -349,6 +350,7 @@ def _dispatch(kind: Kind, func: Any, inp: Any, options: Options) -> Any:
         if inp is not None:
             raise TypeError(
                 f"{kind}: inp is given without func; write {kind}(func, inp, Tout)."
+                + see("Arguments that do not match")
             )
         return lambda func: _dispatch(kind, func, None, options)
     _check_func(kind, func)
@@ -363,10 +365,12 @@ def _dispatch(kind: Kind, func: Any, inp: Any, options: Options) -> Any:
         raise TypeError(
             f"{kind} {wrapped.__name__!r}: expected inp to be arguments, got {inp!r}, "
             f"which declares results; write {kind}(func, Tout=...)."
+            + see("Arguments that do not match")
         )
     raise TypeError(
         f"{kind} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
         f"or a single array, got {type(inp).__name__}; write inp=[...]."
+        + see("Arguments that do not match")
     )
 
 
@@ -376,11 +380,13 @@ def _check_func(kind: Kind, func: object) -> None:
         raise TypeError(
             f"{kind}: expected func to be a function, got a {type(func).__name__}; write "
             f"@{type(func).__name__} above @{kind}, not below."
+            + see("Not a plain function")
         )
     if not callable(func) or is_dtype(func):
         raise TypeError(
             f"{kind}: expected func to be a Python function, got {func!r}; write "
             f"{kind}(func, inp, Tout), or @{kind}(Tout=...) to decorate."
+            + see("Not a plain function")
         )
     if inspect.iscoroutinefunction(func):
         what, remedy = "an async function", "lambda *args: asyncio.run(func(*args))"
@@ -390,5 +396,5 @@ def _check_func(kind: Kind, func: object) -> None:
         return
     raise TypeError(
         f"{kind}: expected func to be a function that returns arrays, got {what}, "
-        f"{func!r}; write {remedy}."
+        f"{func!r}; write {remedy}." + see("Not a plain function")
     )

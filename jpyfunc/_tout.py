@@ -20,7 +20,7 @@ from jpyfunc._conversion import (
     is_weak,
     kind_of,
 )
-from jpyfunc._errors import ResultError
+from jpyfunc._errors import ResultError, see
 
 Shape = tuple[int, ...]
 
@@ -146,6 +146,7 @@ def _flatten(result: Any, label: str) -> tuple[list[Any], Any]:
     except ValueError as error:
         raise ResultError(
             f"{label}: JAX cannot flatten its result: {why_no_pytree(error)}."
+            + see("A dict whose keys have no order")
         ) from error
 
 
@@ -230,6 +231,7 @@ def _parse_leaf(leaf: Any, where: str) -> Leaf:
         raise TypeError(
             f"{where}: expected a dtype such as jnp.float32, or something with .shape "
             f"and .dtype such as jax.ShapeDtypeStruct((3,), jnp.float32), got {leaf!r}."
+            + see("An invalid option")
         )
     return Leaf(
         _parse_shape(leaf.shape, where), _parse_dtype(leaf.dtype, where), is_weak(leaf)
@@ -248,7 +250,7 @@ def _parse_shape(shape: Any, where: str) -> Shape:
             raise TypeError(
                 f"{where}: expected a shape of integers that are 0 or more, got {shape!r}; "
                 "write jax.ShapeDtypeStruct((3,), jnp.float32), for example, or a dtype, "
-                "if the shape is to be inferred."
+                "if the shape is to be inferred." + see("An invalid option")
             )
     return sizes
 
@@ -263,6 +265,7 @@ def _parse_dtype(dtype: Any, where: str) -> Any:
         raise TypeError(
             f"{where}: expected a dtype that JAX has arrays of, got {dtype}; "
             "write jnp.float32, jnp.int32 or jnp.bool_, for example."
+            + see("An invalid option")
         )
     return dtype
 
@@ -281,7 +284,7 @@ def check_x64(template: Template, label: str) -> None:
             raise ValueError(
                 f"{label}: {template.path(i)} is declared {leaf.dtype}, which needs 64-bit "
                 f"types, and jax_enable_x64 is off; declare {dtype_source(available)} in "
-                "Tout, or call it under jax.enable_x64(True)."
+                "Tout, or call it under jax.enable_x64(True)." + see("64-bit results")
             )
 
 
@@ -390,4 +393,5 @@ def _structure_error(label: str, path: str, expected: str, got: str) -> ResultEr
     return ResultError(
         f"{label}: result{path}: expected {expected}, got {got}. Return what Tout "
         f"declares, or declare in Tout what the body returns{inferred}."
+        + see("A result that Tout does not declare")
     )

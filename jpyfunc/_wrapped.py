@@ -15,6 +15,7 @@ from jpyfunc import _compat
 from jpyfunc._arguments import Arguments
 from jpyfunc._bodies.user_function import CustomRules
 from jpyfunc._calling import call
+from jpyfunc._errors import see
 from jpyfunc._frames import is_called_from
 from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._hashable import hashable
@@ -239,12 +240,14 @@ class PyFunc(Generic[P, T_co]):
                 f"{label}: {method} is for functions wrapped by numpy_func. JAX "
                 "differentiates the operations of a py_func; to define another derivative, "
                 "write jax.custom_jvp or jax.custom_vjp in its body or around it."
+                + see("Derivative rules for a py_func")
             )
         for rule in rules:
             if not callable(rule):
                 raise TypeError(
                     f"{label}: {method}: expected a function, got {rule!r}; write "
                     f"{method}({'fwd, bwd' if method == 'defvjp' else 'jvp'})."
+                    + see("Not a plain function")
                 )
 
     def _define(self, **rules: Any) -> None:

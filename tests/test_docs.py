@@ -1,5 +1,6 @@
 """Every example runs: those of docstrings, of the README, and of the documentation."""
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -14,6 +15,7 @@ import pytest
 
 import jpyfunc
 import jpyfunc.tf1
+from jpyfunc import _conversion
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -155,10 +157,64 @@ def test_every_public_name_is_in_the_reference():
     assert {f"{module.__name__}.{name}" for module, name in PUBLIC} <= documented
 
 
-def test_every_error_has_a_heading():
-    headings = re.findall(
-        r"^## (\w+)$", (DOCS / "errors.md").read_text("utf-8"), re.MULTILINE
-    )
+ERRORS = (DOCS / "errors.md").read_text(encoding="utf-8")
+# Headings with what stands below them, without those that have headings below them.
+CAUSES = {
+    lines.partition("\n")[0]: lines
+    for section in re.split(r"^## ", ERRORS, flags=re.MULTILINE)[1:]
+    for lines in re.split(r"^### ", section, flags=re.MULTILINE)[
+        1 if "\n### " in section else 0 :
+    ]
+}
+# Functions that make an error or warning whose last line does not name a heading.
+WITHOUT_HEADING = {
+    ("base_tracer", "__bool__"),  # as arrays raise it
+    ("base_tracer", "__index__"),  # as arrays raise it
+    ("abstract_tracer", "concrete"),  # an InferenceError is raised in its place
+    ("inference", "no_result"),  # `_why_no_result` names it
+    ("exceptions", "leave_host_call"),  # `failure_text` names it
+    ("_frames", "warn_at"),  # its callers name it
+    ("_frames", "warn_at_function"),  # its callers name it
+}
+
+
+def errors_made(module):
+    """`(function, source)` of each expression that makes an error or a warning."""
+    source = inspect.getsource(module)
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                if re.search(r"(Error|[Ww]arn(ing)?|warn_at(_function)?)$", name):
+                    yield function.name, ast.get_source_segment(source, node)
+
+
+def test_every_error_names_its_heading():
+    """In its last line, which `see` makes; and each heading is of some error."""
+    named = {role.heading for role in (_conversion.RESULT, _conversion.ARGUMENT)}
+    for name in MODULES:
+        if name.startswith("jpyfunc.tf1"):
+            continue
+        module = importlib.import_module(name)
+        named |= set(re.findall(r'\bsee\(\s*"(.+?)"', inspect.getsource(module)))
+        for function, code in errors_made(module):
+            known = (name.rpartition(".")[2], function) in WITHOUT_HEADING
+            assert ("see(" in code) != known, f"{name}.{function}: {code}"
+    assert named == set(CAUSES)
+
+
+@pytest.mark.parametrize("heading", CAUSES)
+def test_a_quoted_error_names_the_heading_that_it_is_under(heading):
+    quoted = re.findall(r'See\s+"(.+?)"\s+in\s+docs/errors.md', CAUSES[heading])
+    # No program shows what a future version of JAX may do.
+    known = heading == "A version of JAX that is not supported"
+    assert set(quoted) == (set() if known else {heading})
+
+
+def test_every_class_of_errors_has_a_heading():
+    headings = re.findall(r"^## (\w+)$", ERRORS, re.MULTILINE)
     assert {
         name
         for module, name in PUBLIC

@@ -35,7 +35,7 @@ from typing import Any
 from jpyfunc._bodies.body import Body, DerivedBody, put_operands, zeros
 from jpyfunc._bodies.custom_rules import RuleResiduals, apply_fwd
 from jpyfunc._bodies.linear import ElementBody
-from jpyfunc._errors import TapeLostError
+from jpyfunc._errors import TapeLostError, see
 from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
@@ -135,5 +135,5 @@ class AtTape(DerivedBody, ElementBody):
             raise TapeLostError(
                 f"{self.function.label} is stateful, and its tape has been evicted; "
                 "re-running it would differentiate a different execution. Raise the limit "
-                "of what tapes hold: jpyfunc.set_tape_limit(nbytes)."
+                "of what tapes hold: jpyfunc.set_tape_limit(nbytes)." + see("Tape evicted")
             )

@@ -45,6 +45,7 @@ from jpyfunc._bodies.body import zeros
 from jpyfunc._bodies.linear import Transpose
 from jpyfunc._bodies.random_draws import drawn_since, generator_states
 from jpyfunc._bodies.user_function import UserFunction
+from jpyfunc._errors import see
 from jpyfunc._frames import warn_at_function
 from jpyfunc._interpreters.by_branch import (
     ElementNames,
@@ -325,6 +326,7 @@ def _warn_of_draws(function: UserFunction, generator: str) -> None:
         f"{function.label} ran under vmap on many elements at once and drew numbers from "
         f"{generator}, so all elements would have had the same. It runs once for each "
         "element instead, now and from now on. If draws are to differ, say so with "
-        "stateful=True, or draw with jax.random and a key for each element.",
+        "stateful=True, or draw with jax.random and a key for each element."
+        + see("Random draws in a batch"),
         UserWarning,
     )

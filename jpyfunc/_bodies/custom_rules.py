@@ -17,7 +17,7 @@ from jax.core import ShapedArray
 
 from jpyfunc._bodies.user_function import UserFunction, read_only
 from jpyfunc._conversion import as_array, can_cast, cast
-from jpyfunc._errors import ResultError, not_linear
+from jpyfunc._errors import ResultError, not_linear, see
 from jpyfunc._limits import LINEARITY_TOLERANCE
 from jpyfunc._types import Array, Avals, Indices
 
@@ -53,6 +53,7 @@ def apply_fwd(
         raise ResultError(
             f"{function.label}: expected its fwd to return a pair (result, residuals), got "
             f"{_description(result)}. Write return result, residuals."
+            + see("A rule that returns something else")
         )
     values = function.template.check(result[0], f"{function.label}: fwd")
     return values, RuleResiduals(_owned(result[1]))
@@ -101,7 +102,7 @@ def apply_bwd(
         raise ResultError(
             f"{where}: expected a tuple of {len(trees)} cotangents, one per argument, got "
             f"{_description(result)}. Return ({', '.join('g' * len(trees))},), with None "
-            "for an argument that needs none."
+            "for an argument that needs none." + see("A rule that returns something else")
         )
     found: dict[int, Any] = {}
     for number, (numbers, cotangent) in enumerate(zip(trees, result, strict=True)):
@@ -113,6 +114,7 @@ def apply_bwd(
             raise ResultError(
                 f"{where}: expected result[{number}] to have the structure of the "
                 f"argument, {expected}, got {tree}. Write None for a leaf that needs none."
+                + see("A rule that returns something else")
             )
         found |= {
             place: leaf
@@ -150,7 +152,7 @@ def apply_jvp(
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise ResultError(
             f"{where}: expected a pair (result, tangent), got {_description(result)}. "
-            "Write return result, tangent."
+            "Write return result, tangent." + see("A rule that returns something else")
         )
     leaves = function.template.match(result[1], f"{where}: tangent")
     avals = function.out_avals
@@ -256,7 +258,7 @@ def _checked(value: Any, aval: ShapedArray, where: str) -> np.ndarray:
         raise ResultError(
             f"{where}: expected {aval.dtype}{list(aval.shape)}, got "
             f"{array.dtype}{list(array.shape)}. Return one of the shape and kind of what "
-            "it is the derivative of, or None."
+            "it is the derivative of, or None." + see("A rule that returns something else")
         )
     return np.asarray(cast(array, aval.dtype))
 

@@ -12,6 +12,7 @@ from jax.core import ShapedArray
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
+from jpyfunc._errors import see
 from jpyfunc._interpreters.base_tracer import BodyTracer, UnreadValue
 from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import MAX_UNSTACKED_ROWS, SHOWN_ELEMENTS
@@ -65,7 +66,7 @@ class BatchTracer(BodyTracer):
                     f"{self.body_trace.names.label}: an array of other elements of the "
                     "batch is used, which the body stored in an earlier run. Pass it as an "
                     "argument, or run the body once per element: "
-                    'vmap_method="sequential".'
+                    'vmap_method="sequential".' + see("An array kept from a batch")
                 )
             self._taken = (subset, rows_of(self.value, subset.pad(index)))
         return self._taken[1]
@@ -116,6 +117,7 @@ class BatchTracer(BodyTracer):
             "batch is used outside of the run of the body that made it, where it has no "
             "single value. Return it from the body, which gives an array of all elements, "
             'or run the body once per element: vmap_method="sequential".'
+            + see("An array kept from a batch")
         )
 
     def __iter__(self) -> Iterator[Any]:

@@ -25,7 +25,7 @@ from jax.extend.core import Primitive, set_current_trace
 from jax.extend.core.primitives import stop_gradient_p
 
 from jpyfunc import _compat
-from jpyfunc._errors import NotDifferentiableError, UnsupportedError
+from jpyfunc._errors import NotDifferentiableError, UnsupportedError, see
 from jpyfunc._interpreters import rule_stores
 from jpyfunc._interpreters.batch_tracer import is_batch_tracer
 from jpyfunc._interpreters.eager_trace import EagerTrace, run
@@ -124,6 +124,7 @@ class TapeTrace(EagerTrace):
                 f"{self.label} uses an array that {trace.label} kept from a run that is "
                 "over, as an attribute, a global variable or one of a function that JAX "
                 "traced then. Keep jax.lax.stop_gradient(x), or pass it as an argument."
+                + see("An array kept from an earlier run")
             )
 
     def apply(self, operation: Operation, operands: Sequence[Value]) -> list[Array]:
@@ -373,6 +374,7 @@ class Tape:
                     f"{self._label}: its derivative is differentiated again, and a call in "
                     "it that is stateful, in jax.lax.scan, cond or while_loop, would have "
                     "to run once more. Call it outside of these, or make it pure."
+                    + see("A stateful call in a loop of a body, differentiated twice")
                 )
             values = list(entry.values)
             for i, slot in zip(linear.active, entry.inputs, strict=True):
@@ -390,7 +392,7 @@ class Tape:
             raise NotDifferentiableError(
                 f"{self._label}: a result depends on nothing that is differentiated, "
                 f"although its value was read{self._reads[0]}, so its gradient would "
-                f"silently be zero. {REMEDIES}"
+                f"silently be zero. {REMEDIES}" + see("A result that is detached")
             )
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from jpyfunc._errors import GradientCutWarning, NotDifferentiableError
+from jpyfunc._errors import GradientCutWarning, NotDifferentiableError, see
 from jpyfunc._frames import line_of, place_of_frame, user_frame, warn_at
 from jpyfunc._interpreters.base_tracer import BodyTracer
 from jpyfunc._interpreters.operations import aval_of
@@ -86,7 +86,7 @@ class TapeTracer(BodyTracer):
                 f"{trace.label} is differentiated, and {use} reads a value that its "
                 f"gradient flows through{trace.reads[-1]}: what is computed from the "
                 "Python number has no gradient. If that is intended, write "
-                "jax.lax.stop_gradient(x) there.",
+                "jax.lax.stop_gradient(x) there." + see("GradientCutWarning"),
                 GradientCutWarning,
             )
         return self.array
@@ -99,5 +99,6 @@ class TapeTracer(BodyTracer):
                 f"{trace.label} is differentiated, and an array that its gradient flows "
                 f"through is converted to {to}{place_of_frame(frame)}\n"
                 f"    {line_of(frame)}\nwhich would lose the gradient. {REMEDIES}"
+                + see("An array is converted to NumPy")
             )
         return self.array

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jpyfunc._bodies.batch import Batch
 from jpyfunc._bodies.body import Body
-from jpyfunc._errors import UnsupportedError
+from jpyfunc._errors import UnsupportedError, see
 from jpyfunc._primitive.primitive import Params, bind
 from jpyfunc._types import Array
 
@@ -37,7 +37,7 @@ def _py_func_batching(
         raise UnsupportedError(
             f"{params.name} has ordered=True and cannot be used under vmap, "
             "which defines no order of its elements. Drop ordered=True, or loop over the "
-            "elements with jax.lax.map or jax.lax.scan."
+            "elements with jax.lax.map or jax.lax.scan." + see("An ordered call under vmap")
         )
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     batched = tuple(d is not None for d in dims)

@@ -6,6 +6,8 @@ import dataclasses
 
 from jax.extend.core import Effect
 
+from jpyfunc._errors import see
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StatefulEffect(Effect):
@@ -35,7 +37,8 @@ class StatefulEffect(Effect):
         return (
             f"{self.name} is stateful (stateful=True, ordered=True or no results) and must "
             "run once, but jax.checkpoint would run it again for the gradient; call it "
-            f"outside jax.checkpoint, or {self.remedy}"
+            f"outside jax.checkpoint, or {self.remedy}."
+            + see("A stateful call under checkpoint")
         )
 
     __str__ = __repr__

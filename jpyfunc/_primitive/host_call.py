@@ -16,7 +16,7 @@ from jax.extend.core import set_current_trace
 from jpyfunc import _compat
 from jpyfunc._bodies.body import Body
 from jpyfunc._bodies.user_function import UserFunction
-from jpyfunc._errors import UnsupportedError
+from jpyfunc._errors import UnsupportedError, see
 from jpyfunc._interpreters.on_device import OnDeviceTrace
 from jpyfunc._primitive.failure_report import report_of
 from jpyfunc._runtime.configuration import Config, enter_config
@@ -99,7 +99,7 @@ class HostCall:
             f"{self._body.function.label}: a program that calls it cannot be "
             "pickled or serialized, because its body is a Python function of this "
             "process and not part of the program. Save what the body computes, or the "
-            "source, and compile again where it is loaded."
+            "source, and compile again where it is loaded." + see("Export and pickling")
         )
 
 
@@ -150,6 +150,7 @@ def _holds_array_elsewhere(function: UserFunction, device: _compat.Device) -> bo
                 f"{function.label}: the body holds {value.aval.str_short()}, an array over "
                 f"several processes, as {path}. It runs in one of them, which does not "
                 "have all of its values. Pass it as an argument."
+                + see("Under shard_map and over several processes")
             )
         elsewhere = elsewhere or value.sharding.device_set != {device}
     return elsewhere

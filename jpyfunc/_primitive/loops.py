@@ -18,7 +18,7 @@ from jax.extend.core.primitives import jit_p
 from jax.interpreters import batching, partial_eval
 
 from jpyfunc import _compat
-from jpyfunc._errors import UnsupportedError
+from jpyfunc._errors import UnsupportedError, see
 from jpyfunc._primitive.effects import StatefulEffect
 
 Rule = Callable[..., Any]  # of JAX
@@ -116,6 +116,7 @@ def _refusal(effect: StatefulEffect, what: str, does: str) -> UnsupportedError:
     return UnsupportedError(
         f"{effect.name} is stateful and is called inside {what} under vmap, which {does}. "
         f"Loop over the elements with jax.lax.map, or {effect.remedy}."
+        + see("A stateful call in cond or while_loop under vmap")
     )
 
 
@@ -138,6 +139,7 @@ def _refusing_in_linearized_while(rule: Rule) -> Rule:
                     "is linearized, which would run the loop a second time for the "
                     "tangents. Use jax.jvp or jax.jacfwd, or a loop of a fixed number "
                     f"of iterations (jax.lax.scan), or {effect.remedy}."
+                    + see("A stateful call in a while_loop that is linearized")
                 )
         return rule(trace, *tracers, **params)
 

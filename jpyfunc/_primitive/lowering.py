@@ -13,7 +13,7 @@ from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpyfunc import _compat
-from jpyfunc._errors import UnsupportedError
+from jpyfunc._errors import UnsupportedError, see
 from jpyfunc._primitive.custom_call import emit_host_call, raises_at_once
 from jpyfunc._primitive.effects import ORDERED
 from jpyfunc._primitive.failure_report import (
@@ -88,11 +88,13 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
                 else "compile it: staged=True makes its branches part of the program, if "
                 "jpyfunc.explain(f, *args) shows that no call of it is left."
             )
+            + see("Export and pickling")
         )
     if len(platforms) > 1 or platforms[0] not in ("cpu", "cuda", "rocm", "tpu"):
         raise UnsupportedError(
             f"{params.name} cannot be lowered for {', '.join(platforms)}: "
             "expected one of cpu, cuda, rocm and tpu. Lower for that one alone."
+            + see("Export and pickling")
         )
     axes = ctx.module_context.axis_context
     if isinstance(axes, mlir.SPMDAxisContext):
@@ -102,6 +104,7 @@ def _check_supported(ctx: mlir.LoweringRuleContext, params: Params) -> None:
                 f"{params.name} is called in a shard_map that leaves mesh axes "
                 f"{sorted(map(str, automatic))} automatic, where JAX has no host calls. "
                 "Name every axis of the mesh in axis_names."
+                + see("Under shard_map and over several processes")
             )
 
 

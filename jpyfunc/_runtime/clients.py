@@ -28,6 +28,7 @@ import jax
 from jax.interpreters import mlir
 
 from jpyfunc import _compat
+from jpyfunc._errors import see
 
 _clients: list[_compat.Client] = []
 _lock = threading.Lock()
@@ -54,7 +55,8 @@ def _warn_of_shared_client() -> None:
         f"jax {jax.__version__} has no make_cpu_client, so the bodies of compiled programs "
         "run their operations on the CPU client that the programs run on. They may then "
         "deadlock, as those of jax.pure_callback do (jax-ml/jax#24255). Use a version of "
-        "jax that this version of jpyfunc supports.",
+        "jax that this version of jpyfunc supports."
+        + see("A version of JAX that is not supported"),
         RuntimeWarning,
         stacklevel=2,
     )

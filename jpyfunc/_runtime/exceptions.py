@@ -14,7 +14,7 @@ import jax
 import jaxlib
 from jax.interpreters import mlir
 
-from jpyfunc._errors import PyFuncError
+from jpyfunc._errors import PyFuncError, see
 from jpyfunc._runtime.failures import failures, original_of, without_marker
 from jpyfunc._xla_bugs import printable, raise_without_stack
 
@@ -48,7 +48,7 @@ def failure_text(error: BaseException, label: str, raises_at_once: bool) -> str:
 
 _HINT = (
     "To catch the original exception, write `with jpyfunc.raise_original():` around the "
-    "call."
+    "call." + see("The body raised an exception")
 )
 _INTERNAL = tuple(
     str(folder) + os.sep

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jpyfunc._errors import see
 from jpyfunc._limits import (
     ARRAY_OVERHEAD,
     DEFAULT_TAPE_LIMIT,
@@ -85,6 +86,7 @@ def set_tape_limit(nbytes: int) -> int:
         raise ValueError(
             f"set_tape_limit: expected nbytes to be a number of bytes, 0 or more, got "
             f"{nbytes!r}; write set_tape_limit(2**30), for example."
+            + see("An invalid option")
         )
     return tapes.set_limit(int(nbytes))
 

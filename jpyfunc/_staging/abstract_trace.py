@@ -13,6 +13,7 @@ from jax.extend.core import Primitive, jaxprs_in_params, set_current_trace
 from jax.extend.core.primitives import jit_p
 
 from jpyfunc import _compat
+from jpyfunc._errors import see
 from jpyfunc._frames import line_of, place_of_frame, user_frame
 from jpyfunc._interpreters.base_trace import BodyTrace
 from jpyfunc._interpreters.jaxpr_queries import calls_host, is_host_call
@@ -146,6 +147,7 @@ class AbstractTrace(BodyTrace):
             "was run on abstract values to find out what it does. Pass such an array as an "
             "argument and return it. Or declare every shape and dtype in Tout, and without "
             "staged=True the body is not run on abstract values."
+            + see("An array kept from a run on abstract values")
         )
 
     def record_refusal(self, why: str) -> None:

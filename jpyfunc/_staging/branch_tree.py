@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.core import ShapedArray
 
-from jpyfunc._errors import InferenceError, ResultError
+from jpyfunc._errors import InferenceError, ResultError, see
 from jpyfunc._frames import place_of
 from jpyfunc._limits import (
     MAX_BRANCH_POINTS,
@@ -188,6 +188,7 @@ def warn_if_large(tree: BranchTree, label: str) -> None:
         warnings.warn(
             f"{label} is staged to {tree.size:,} operations, which may take long to "
             f"compile. Stage fewer of its paths, for example with "
-            f"staged={max(1, tree.runs // 4)}; jpyfunc.explain shows where they are.",
+            f"staged={max(1, tree.runs // 4)}; jpyfunc.explain shows where they are."
+            + see("Many operations are staged"),
             stacklevel=2,
         )

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jpyfunc._errors import see
 from jpyfunc._interpreters.batch_tracer import is_batch_tracer
 from jpyfunc._interpreters.tape_tracer import value_if_over
 from jpyfunc._limits import (
@@ -46,6 +47,7 @@ def refuse_traced_closure(body: Callable[..., Any], where: str) -> None:
             f"{where}: the body holds a traced value, {value.aval.str_short()}, as "
             f"{path}. It runs outside the transform that traces it, and would get "
             f"neither its value nor its gradient. Pass it as an argument{how}."
+            + see("Closes over a traced value")
         )
 
 
@@ -67,7 +69,7 @@ def refuse_traced_leaf(leaf: Any, where: str) -> None:
         raise TypeError(
             f"{where}: a {kind} holds a traced value, {value.aval.str_short()}, as {path}, "
             f"and JAX does not look into a {kind}, which is not a pytree. {remedy}, or "
-            "pass the value as an argument of its own."
+            "pass the value as an argument of its own." + see("Closes over a traced value")
         )
 
 

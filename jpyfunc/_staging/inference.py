@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 
 from jpyfunc._conversion import is_same_kind, kind_of
-from jpyfunc._errors import InferenceError, ResultError, inner_jit_remedy
+from jpyfunc._errors import InferenceError, ResultError, inner_jit_remedy, see
 from jpyfunc._frames import place_of, user_frame
 from jpyfunc._limits import (
     MAX_ABSTRACT_RUNS,
@@ -141,6 +141,7 @@ def _why_no_result(
             f"{start} passes more than {MAX_BRANCH_POINTS} branch points before it "
             f"returns, the last{last}. A loop in jax.lax.while_loop has none. Or say what "
             f"it returns, and it will not be run to find out: {_declaration(declared)}."
+            + see("Too many branches")
         )
     place, what = place_of(error), str(error).split("\n", 1)[0].rstrip(".")
     declare = (
@@ -152,15 +153,18 @@ def _why_no_result(
             f"{start} makes an array whose shape depends on data{place}: {what}. What a "
             "compiled program gets back has a fixed shape. If the array is returned, pad "
             "it (jnp.nonzero(x, size=8)) or mask it (jnp.where(mask, x, 0)). If it is not, "
-            f"{declare}"
+            f"{declare}" + see("A shape that depends on data")
         )
     if isinstance(error, NEEDS_VALUE):
-        remedy = inner_jit_remedy(error) or declare.replace("say", "Say", 1)
+        remedy = inner_jit_remedy(error) or (
+            declare.replace("say", "Say", 1) + see("A concrete value is needed")
+        )
         return f"{start} needs a concrete value{place}: {what}. {remedy}"
     return (
         f"{label}: {type(error).__name__}{place}: {error}\nThe body raised this on values "
         "without data, from which the shapes of its results are inferred. If it also fails "
         f"on real data, fix the function. If not, {declare}"
+        + see("The body raises an exception on abstract values")
     )
 
 
@@ -200,6 +204,7 @@ def join(first: Template, second: Template, branch: str, label: str) -> Template
         raise InferenceError(
             f"{label}: the paths through {branch} disagree: if true, it returns {second}, "
             f"else {first}. Return the same structure on every path."
+            + see("Paths that disagree")
         )
     leaves = []
     for i, (a, b) in enumerate(zip(first.leaves, second.leaves, strict=True)):
@@ -212,7 +217,7 @@ def join(first: Template, second: Template, branch: str, label: str) -> Template
                 remedy += f", or declare what it becomes on all of them: Tout={meant}"
             raise InferenceError(
                 f"{label}: the paths through {branch} disagree on {first.path(i)}: if "
-                f"true, it is {b}, else {a}. {remedy}."
+                f"true, it is {b}, else {a}. {remedy}." + see("Paths that disagree")
             )
         dtype = a.dtype
         if a.dtype != b.dtype:
