@@ -300,7 +300,7 @@ def test_what_to_write_when_branches_disagree_works(other):
     body = branching(lambda x: x, lambda x: x.astype(other))
     with pytest.raises(InferenceError) as caught:
         jax.jit(py_func(body))(jnp.float32(1))
-    (tout,) = re.findall(r"Tout=(.*)\.$", str(caught.value))
+    (tout,) = re.findall(r"Tout=(.*)\.\n", str(caught.value))
     assert tout == "jax.ShapeDtypeStruct((), jnp.float32)"
     f = jax.jit(py_func(body, Tout=jax.ShapeDtypeStruct((), jnp.float32)))
     assert (f(jnp.float32(1)), f(jnp.float32(-1))) == (1, -1)
