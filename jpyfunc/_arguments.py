@@ -52,7 +52,7 @@ class Arguments:
         except ValueError as error:
             raise TypeError(
                 f"{label}: JAX cannot flatten its arguments: {why_no_pytree(error)}."
-                + see("A dict whose keys have no order")
+                + see("A dict whose keys cannot be sorted")
             ) from error
         return cls([*map(value_if_over, leaves)], tree)
 

@@ -146,7 +146,7 @@ def _flatten(result: Any, label: str) -> tuple[list[Any], Any]:
     except ValueError as error:
         raise ResultError(
             f"{label}: JAX cannot flatten its result: {why_no_pytree(error)}."
-            + see("A dict whose keys have no order")
+            + see("A dict whose keys cannot be sorted")
         ) from error
 
 

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from jpyfunc._errors import see
 from jpyfunc._limits import BAR_DELAY, BAR_INTERVAL
 from jpyfunc._runtime.in_flight import Flight, take_last
 
@@ -233,6 +234,7 @@ class progress:  # noqa: N801 - a context manager, named like `profile`
             raise ImportError(
                 "jpyfunc.progress draws its bars with tqdm, which is not installed. "
                 "Install it with pip install 'jpyfunc[progress]', or pip install tqdm."
+                + see("A progress bar without tqdm")
             ) from error
         self._tqdm = tqdm
         self._entered: list[Display] = []
