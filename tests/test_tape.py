@@ -22,6 +22,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jpyfunc import (
     GradientCutWarning,
     NotDifferentiableError,
+    TapeLostError,
     UnsupportedError,
     _compat,
     numpy_func,
@@ -534,6 +535,15 @@ def test_custom_rules_where_jax_lacks_the_stores(body, monkeypatch):
     curvature = jax.grad(jax.grad(BODIES[body]))(0.7)
     for _ in range(2):
         np.testing.assert_allclose(pullback(1.0)[0], curvature, rtol=5e-4)
+
+
+def test_a_tape_that_cannot_be_replayed_without_the_stores_says_so(monkeypatch):
+    monkeypatch.setattr(_compat, "Store", None)
+    f = py_func(lambda x: jax.nn.relu(x) ** 3, Tout=f32, stateful=True, name="step")
+    message = "'step' is stateful.* cannot be replayed .* leave out stateful=True"
+    for program in (jax.grad(jax.grad(f)), jax.jit(jax.grad(jax.grad(f)))):
+        with pytest.raises(TapeLostError, match=message), raise_original():
+            program(2.0)
 
 
 def test_one_tape_is_differentiated_again_on_many_threads():

@@ -104,13 +104,12 @@ class AtTape(DerivedBody, ElementBody):
 
     def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         *primals, ticket = operands
-        tape: Any = tapes.lookup(ticket, self.base.in_avals)
-        if tape and not tape.can_replay(primals):
-            tape = None
+        found: Any = tapes.lookup(ticket, self.base.in_avals)
+        tape = found if found and found.can_replay(primals) else None
         if tape is None:
             if is_void(ticket):
                 return zeros(self.out_avals)
-            self._check_repeatable()
+            self._check_repeatable(found)
             primals = put_operands(context, primals, self.base.in_avals)
         self._count(context, tape)
         run = tape.replay if tape else functools.partial(self.base.compute, context)
@@ -122,7 +121,7 @@ class AtTape(DerivedBody, ElementBody):
         *primals, ticket = operands
         residuals: Any = tapes.lookup(ticket, self.base.in_avals)
         if residuals is None:
-            self._check_repeatable()
+            self._check_repeatable(None)
         self._count(context, residuals)
         return residuals or apply_fwd(self.function, primals)[1]
 
@@ -130,10 +129,17 @@ class AtTape(DerivedBody, ElementBody):
     def _count(context: Context, tape: Tape | RuleResiduals | None) -> None:
         context.count(**{"from_tape" if tape else "reran": context.elements})
 
-    def _check_repeatable(self) -> None:
-        if not self.repeatable:
-            raise TapeLostError(
-                f"{self.function.label} is stateful, and its tape has been evicted; "
-                "re-running it would differentiate a different execution. Raise the limit "
-                "of what tapes hold: jpyfunc.set_tape_limit(nbytes)." + see("Tape evicted")
-            )
+    def _check_repeatable(self, tape: Tape | None) -> None:
+        """Refuse to run a stateful body again: there is no tape, or it is of no use."""
+        if self.repeatable:
+            return
+        why = "cannot be replayed for a second derivative" if tape else "has been evicted"
+        remedy = (
+            "If it is pure, leave out stateful=True"
+            if tape
+            else "Raise the limit of what tapes hold: jpyfunc.set_tape_limit(nbytes)"
+        )
+        raise TapeLostError(
+            f"{self.function.label} is stateful, and its tape {why}; re-running it would "
+            f"differentiate a different execution. {remedy}." + see("Tape evicted")
+        )
