@@ -14,7 +14,7 @@ from jpyfunc._limits import MAX_ABSTRACT_RUNS
 from jpyfunc._primitive.batching import BATCHERS
 from jpyfunc._tout import Template, is_function, parse
 
-Kind = Literal["py_func", "numpy_func"]
+Wrapper = Literal["py_func", "numpy_func"]
 
 
 class _Inferred:
@@ -58,7 +58,7 @@ class Callee:
     It compares by value, because a wrapped function is a key of `jax.jit`'s cache.
 
     Attributes:
-        kind: what wraps it.
+        wrapper: what wraps it.
         func: the function, made `hashable`.
         name: its name in errors and profiles.
         template: `Tout`, parsed; None if it is left out or is a function.
@@ -71,7 +71,7 @@ class Callee:
         rules: the derivatives of a `numpy_func`.
     """
 
-    kind: Kind
+    wrapper: Wrapper
     func: Hashable
     name: str
     template: Template | None
@@ -90,12 +90,12 @@ class Callee:
     @property
     def label(self) -> str:
         """The name of the function in errors."""
-        return f"{self.kind} {self.name!r}"
+        return f"{self.wrapper} {self.name!r}"
 
     @property
     def is_host_function(self) -> bool:
         """Whether it takes and returns NumPy arrays."""
-        return self.kind == "numpy_func"
+        return self.wrapper == "numpy_func"
 
     @property
     def description(self) -> str:
@@ -111,21 +111,21 @@ class Callee:
             if value:
                 options.append(name if value is True else f"{name}: {value}")
         return (
-            f"Wrapped by jpyfunc.{self.kind} ({', '.join(options)}): runs on the host, "
-            f"also from inside compiled programs. See help(jpyfunc.{self.kind})."
+            f"Wrapped by jpyfunc.{self.wrapper} ({', '.join(options)}): runs on the host, "
+            f"also from inside compiled programs. See help(jpyfunc.{self.wrapper})."
         )
 
 
-def check_options(kind: Kind, func: Callable[..., Any], options: Options) -> Callee:
+def check_options(wrapper: Wrapper, func: Callable[..., Any], options: Options) -> Callee:
     """Check the options of a function.
 
     Raises:
         TypeError: an option has the wrong type.
         ValueError: an option has an unknown value, or excludes another.
     """
-    _check_name(kind, options.name)
+    _check_name(wrapper, options.name)
     name = options.name or name_of(func)
-    label = f"{kind} {name!r}"
+    label = f"{wrapper} {name!r}"
     method = options.vmap_method
     if method is not None and method not in BATCHERS:
         raise ValueError(
@@ -143,8 +143,8 @@ def check_options(kind: Kind, func: Callable[..., Any], options: Options) -> Cal
     has_function = is_function(tout)
     template = None if tout is INFERRED or has_function else parse(tout, label)
     stateful = options.stateful or options.ordered
-    if method == "by_branch" and (kind == "numpy_func" or stateful):
-        what = "takes NumPy arrays" if kind == "numpy_func" else "is stateful"
+    if method == "by_branch" and (wrapper == "numpy_func" or stateful):
+        what = "takes NumPy arrays" if wrapper == "numpy_func" else "is stateful"
         raise not_by_branch(label, what)
     max_runs = _max_runs(label, options.staged)
     if max_runs and stateful:
@@ -152,7 +152,7 @@ def check_options(kind: Kind, func: Callable[..., Any], options: Options) -> Cal
     if max_runs and method not in (None, "by_branch", "sequential"):
         raise not_staged(label, f"has vmap_method={method!r}")
     return Callee(
-        kind,
+        wrapper,
         hashable(func),
         name,
         template,
@@ -177,20 +177,20 @@ def without_partial(func: Callable[..., Any]) -> Callable[..., Any]:
     return func.func if isinstance(func, functools.partial) else func
 
 
-def _check_name(kind: Kind, name: object) -> None:
+def _check_name(wrapper: Wrapper, name: object) -> None:
     """Refuse a `name` that errors and compiled programs cannot show."""
     if name is None:
         return
     if not isinstance(name, str) or not name:
         raise TypeError(
-            f"{kind}: expected name to be a non-empty string, got {name!r}; write "
+            f"{wrapper}: expected name to be a non-empty string, got {name!r}; write "
             "name='solver', for example, or leave it out." + see("An invalid option")
         )
     try:
         name.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{kind}: expected name to be text, got {name!r}, which UTF-8 cannot encode "
+            f"{wrapper}: expected name to be text, got {name!r}, which UTF-8 cannot encode "
             f"({error.reason}); write another." + see("An invalid option")
         ) from None
 

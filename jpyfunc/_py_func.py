@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jpyfunc._arguments import is_array
 from jpyfunc._errors import see
 from jpyfunc._graph_tensor import GraphTensor
-from jpyfunc._options import INFERRED, Kind, Options
+from jpyfunc._options import INFERRED, Options, Wrapper
 from jpyfunc._tout import is_dtype
 from jpyfunc._typing import (
     NumpyFuncOptions,
@@ -344,17 +344,17 @@ def numpy_func(
     return _dispatch("numpy_func", func, inp, options)
 
 
-def _dispatch(kind: Kind, func: Any, inp: Any, options: Options) -> Any:
+def _dispatch(wrapper: Wrapper, func: Any, inp: Any, options: Options) -> Any:
     """Tell the call forms apart."""
     if func is None:
         if inp is not None:
             raise TypeError(
-                f"{kind}: inp is given without func; write {kind}(func, inp, Tout)."
+                f"{wrapper}: inp is given without func; write {wrapper}(func, inp, Tout)."
                 + see("Arguments that do not match")
             )
-        return lambda func: _dispatch(kind, func, None, options)
-    _check_func(kind, func)
-    wrapped = wrap(kind, func, options)
+        return lambda func: _dispatch(wrapper, func, None, options)
+    _check_func(wrapper, func)
+    wrapped = wrap(wrapper, func, options)
     if inp is None:
         return wrapped
     if isinstance(inp, list | tuple):
@@ -363,29 +363,29 @@ def _dispatch(kind: Kind, func: Any, inp: Any, options: Options) -> Any:
         return wrapped(inp)
     if is_dtype(inp) or isinstance(inp, jax.ShapeDtypeStruct):
         raise TypeError(
-            f"{kind} {wrapped.__name__!r}: expected inp to be arguments, got {inp!r}, "
-            f"which declares results; write {kind}(func, Tout=...)."
+            f"{wrapper} {wrapped.__name__!r}: expected inp to be arguments, got {inp!r}, "
+            f"which declares results; write {wrapper}(func, Tout=...)."
             + see("Arguments that do not match")
         )
     raise TypeError(
-        f"{kind} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
+        f"{wrapper} {wrapped.__name__!r}: expected inp to be a list or tuple of arguments, "
         f"or a single array, got {type(inp).__name__}; write inp=[...]."
         + see("Arguments that do not match")
     )
 
 
-def _check_func(kind: Kind, func: object) -> None:
+def _check_func(wrapper: Wrapper, func: object) -> None:
     """Refuse what is not a function, and functions whose call does not run their body."""
     if isinstance(func, classmethod | property):
         raise TypeError(
-            f"{kind}: expected func to be a function, got a {type(func).__name__}; write "
-            f"@{type(func).__name__} above @{kind}, not below."
+            f"{wrapper}: expected func to be a function, got a {type(func).__name__}; "
+            f"write @{type(func).__name__} above @{wrapper}, not below."
             + see("Not a plain function")
         )
     if not callable(func) or is_dtype(func):
         raise TypeError(
-            f"{kind}: expected func to be a Python function, got {func!r}; write "
-            f"{kind}(func, inp, Tout), or @{kind}(Tout=...) to decorate."
+            f"{wrapper}: expected func to be a Python function, got {func!r}; write "
+            f"{wrapper}(func, inp, Tout), or @{wrapper}(Tout=...) to decorate."
             + see("Not a plain function")
         )
     if inspect.iscoroutinefunction(func):
@@ -395,6 +395,6 @@ def _check_func(kind: Kind, func: object) -> None:
     else:
         return
     raise TypeError(
-        f"{kind}: expected func to be a function that returns arrays, got {what}, "
+        f"{wrapper}: expected func to be a function that returns arrays, got {what}, "
         f"{func!r}; write {remedy}." + see("Not a plain function")
     )

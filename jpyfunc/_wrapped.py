@@ -19,7 +19,7 @@ from jpyfunc._errors import see
 from jpyfunc._frames import is_called_from
 from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._hashable import hashable
-from jpyfunc._options import Callee, Kind, Options, check_options, without_partial
+from jpyfunc._options import Callee, Options, Wrapper, check_options, without_partial
 from jpyfunc._runtime.context import building
 from jpyfunc._runtime.running_bodies import is_in_body
 from jpyfunc._typing import Declared, NamedTupleT, OneArray, OneArrayT
@@ -46,10 +46,10 @@ class PyFunc(Generic[P, T_co]):
     __qualname__: str
     __wrapped__: Callable[P, Any]
 
-    def __init__(self, kind: Kind, func: Callable[P, Any], options: Options) -> None:
+    def __init__(self, wrapper: Wrapper, func: Callable[P, Any], options: Options) -> None:
         # First, because `func` may be a PyFunc, whose attributes this copies.
         functools.update_wrapper(self, func)
-        self._callee = check_options(kind, func, options)
+        self._callee = check_options(wrapper, func, options)
         self.__name__ = self._callee.name
         own = without_partial(func).__doc__ or ""
         self.__doc__ = f"{own}\n\n{self._callee.description}".strip()
@@ -74,7 +74,7 @@ class PyFunc(Generic[P, T_co]):
         if found is self and not by_value:
             return name
         callee = self._callee
-        return _unpickle, (callee.kind, self.__wrapped__, callee.options, callee.rules)
+        return _unpickle, (callee.wrapper, self.__wrapped__, callee.options, callee.rules)
 
     # A bound method is a `types.MethodType`, which has the attributes of its function. Type
     # checkers bind nothing for `@classmethod` above what is not a function.
@@ -271,14 +271,16 @@ def with_changes(wrapped: PyFunc[P, T], **changes: Any) -> PyFunc[P, T]:
     return copied
 
 
-def wrap(kind: Kind, func: Callable[P, Any], options: Options) -> PyFunc[P, Any]:
+def wrap(wrapper: Wrapper, func: Callable[P, Any], options: Options) -> PyFunc[P, Any]:
     """Wrap a function, once: what `py_func` returned is taken for what it wraps."""
-    if isinstance(func, PyFunc) and kind == "py_func" == func._callee.kind:
-        return PyFunc(kind, func.__wrapped__, options.completed_with(func._callee.options))
-    return PyFunc(kind, func, options)
+    if isinstance(func, PyFunc) and wrapper == "py_func" == func._callee.wrapper:
+        return PyFunc(
+            wrapper, func.__wrapped__, options.completed_with(func._callee.options)
+        )
+    return PyFunc(wrapper, func, options)
 
 
 def _unpickle(
-    kind: Kind, func: Callable[P, Any], options: Options, rules: CustomRules | None
+    wrapper: Wrapper, func: Callable[P, Any], options: Options, rules: CustomRules | None
 ) -> PyFunc[P, Any]:
-    return with_changes(PyFunc(kind, func, options), rules=rules)
+    return with_changes(PyFunc(wrapper, func, options), rules=rules)
