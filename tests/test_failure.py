@@ -133,6 +133,23 @@ def test_raise_original_keeps_the_object_and_its_chain():
     assert info.value.__cause__ is cause
 
 
+class EmptyError(Exception):
+    """A collection of problems, which is false in a truth test."""
+
+    def __len__(self):
+        return 0
+
+
+def test_raise_original_of_an_exception_that_is_false():
+    @py_func(Tout=f32)
+    def fail(x):
+        raise EmptyError
+
+    in_a_body = jax.jit(py_func(lambda x: jax.jit(fail)(x), Tout=f32))
+    with pytest.raises(EmptyError), raise_original():
+        in_a_body(1.0)
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
 def test_no_exception_is_swallowed(kind, transform):
     def body(x):
@@ -256,22 +273,23 @@ def test_an_exception_without_a_text_is_an_error(text):
         def fail(x):
             raise Textless
 
-        f = jax.jit(py_func(fail, Tout=jax.ShapeDtypeStruct((), jnp.float32)))
-        for _ in range(2):
+        f = py_func(fail, Tout=jax.ShapeDtypeStruct((), jnp.float32))
+        f, batch = jax.jit(f), jax.jit(jax.vmap(f))
+        for call in lambda: f(1.0), lambda: f(1.0), lambda: batch(jnp.ones(3)):
             try:
-                f(1.0).block_until_ready()
+                call().block_until_ready()
             except Exception as error:
                 print(type(error).__name__, "Textless" in str(error))
             try:
                 with raise_original():
-                    f(1.0).block_until_ready()
+                    call().block_until_ready()
             except Textless:
                 print("original")
         """,
         limit=60,
     )
     lines = out.split("\n")[:-1]
-    assert lines[1::2] == ["original"] * 2
+    assert lines[1::2] == ["original"] * 3
     assert all(line.endswith("Error True") for line in lines[::2])
 
 
@@ -543,6 +561,17 @@ def test_blocks_wait_for_calls_over_several_devices():
             f(-x).block_until_ready()
         except jax.errors.JaxRuntimeError as error:
             assert str(error).endswith("KeyError: 'mine'"), str(error)
+
+    class EmptyError(Exception):  # false in a truth test
+        def __len__(self):
+            return 0
+
+    try:
+        with raise_original():
+            held = f(-x)
+            raise EmptyError
+    except EmptyError:
+        pass
     """
     run_on(2, program)
 

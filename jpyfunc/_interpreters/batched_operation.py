@@ -97,5 +97,8 @@ def _looped_where_small(
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception, shortened for a table."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    try:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception:  # noqa: BLE001 - from a user's `__str__`
+        text = type(error).__name__
     return text if len(text) < 120 else f"{text[:117]}..."

@@ -30,12 +30,12 @@ def failure_text(error: BaseException, label: str, raises_at_once: bool) -> str:
         label: what errors call the user's function.
         raises_at_once: as of `leave_host_call`.
     """
-    original = original_of(error) or error
+    original = original_of(error)
     text = f"{label}:\n{_traceback(error)}"
     if not isinstance(error, PyFuncError) and not failures.blocks and _HINT not in text:
         text += _HINT
     text = printable(text.rstrip())
-    failure, marker = failures.add(original, text)
+    failure, marker = failures.add(error if original is None else original, text)
     # On the dispatching thread, the program is of a block of that thread.
     is_dispatching = caller() is not None
     if not (is_dispatching and raises_at_once):

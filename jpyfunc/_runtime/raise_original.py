@@ -54,7 +54,7 @@ class raise_original:  # noqa: N801 - a context manager, named like JAX's own
     ) -> None:
         block = take_last(self._entered)
         try:
-            original = original_of(error) if error else _not_yet_raised(block)
+            original = _not_yet_raised(block) if error is None else original_of(error)
         finally:
             failures.blocks.remove(block)
             failures.__exit__()
