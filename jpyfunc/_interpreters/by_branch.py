@@ -21,7 +21,7 @@ from jax.extend.core.primitives import stop_gradient_p
 from jpyfunc import _compat
 from jpyfunc._interpreters.batch_tracer import BatchTracer, CannotBatch
 from jpyfunc._interpreters.batched_operation import batch_operation, first_line
-from jpyfunc._interpreters.eager_trace import EagerTrace, ground, run
+from jpyfunc._interpreters.eager_trace import EagerTrace, execute, ground
 from jpyfunc._interpreters.operations import (
     CompiledOperation,
     Operation,
@@ -334,7 +334,7 @@ class ByBranchTrace(EagerTrace):
         if any(isinstance(x, jax.Ref) for x in operands):
             self.refuse("a jax.Ref is read or written")
         with enter_batch(None):
-            return run(self.parent, operation, operands)
+            return execute(self.parent, operation, operands)
 
     def process_primitive(
         self, primitive: Primitive, tracers: Sequence[Any], params: dict[str, Any], /

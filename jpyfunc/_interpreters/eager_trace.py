@@ -1,4 +1,4 @@
-"""Base of the traces that run a body on values: each operation is run when it is bound.
+"""Base of the traces that run a body on values: operations are executed at once.
 
 An operation is compiled when it is first met, and found again by its primitive, parameters
 and avals. The traces differ in what becomes of its operands and results.
@@ -31,7 +31,7 @@ _config_numbers: dict[Config, int] = {}  # for the keys of operations; there are
 
 
 class EagerTrace(BodyTrace):
-    """Run operations at once.
+    """Execute operations at once.
 
     Attributes:
         parent: the trace below.
@@ -47,13 +47,13 @@ class EagerTrace(BodyTrace):
         self._config_number = _config_numbers.setdefault(config, len(_config_numbers))
 
     def apply(self, operation: Operation, operands: Sequence[Value]) -> list[Array]:
-        """Run an operation."""
+        """Execute an operation."""
         raise NotImplementedError
 
     def apply_uncacheable(
         self, operation: UncachedOperation, operands: Sequence[Value]
     ) -> list[Array]:
-        """Run a bind that may do something else in every call."""
+        """Execute a bind that may do something else in every call."""
         return self.apply(operation, operands)
 
     def apply_function(
@@ -93,7 +93,7 @@ class EagerTrace(BodyTrace):
             operation = None
         if operation is None:
             # What runs Python or has an effect happens once, in whatever order of
-            # derivative, so its equations are run one by one.
+            # derivative, so its equations are executed one by one.
             with set_current_trace(self):
                 return _compat.opened(jaxpr)(*jaxpr.consts, *operands)
         return self.apply(operation, [*jaxpr.consts, *operands])
@@ -119,7 +119,7 @@ def _is_identity(
 
 
 def runs_now() -> bool:
-    """Whether operations on this thread run when they are bound."""
+    """Whether operations on this thread are executed when they are bound."""
     return isinstance(_compat.current_trace(), EagerTrace | _compat.EvalTrace)
 
 
@@ -131,8 +131,8 @@ def ground() -> Trace:
     return trace
 
 
-def run(trace: Trace, operation: Operation, operands: Sequence[Value]) -> list[Array]:
-    """Run an operation under `trace`: compiled, unless it is a transform of JAX's."""
+def execute(trace: Trace, operation: Operation, operands: Sequence[Value]) -> list[Array]:
+    """Execute an operation under `trace`: compiled, unless it is a transform of JAX's."""
     if isinstance(trace, EagerTrace):
         return trace.apply(operation, operands)
     if isinstance(trace, _compat.EvalTrace):

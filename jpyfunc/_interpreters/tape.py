@@ -1,11 +1,11 @@
 """A tape: the operations of a run, recorded, and derivatives of it of any kind and order.
 
-A tape is recorded by a trace whose tracers carry values: each operation runs at once,
-compiled, and has an entry if its results depend on what the trace watches. Forward mode
-goes through the entries in order, reverse mode backwards. What they run for each entry (see
-`linearization`) are operations too, which go to the current trace. If that is the trace of
-another tape, it records them, and they can be differentiated in turn. So tapes nest, and
-there are derivatives of every order.
+A tape is recorded by a trace whose tracers carry values: it executes each operation at
+once, compiled, and adds an entry if the results depend on what it watches. Forward mode
+goes through the entries in order, reverse mode backwards. What they execute for each entry
+(see `linearization`) are operations too, which go to the current trace. If that is the
+trace of another tape, it records them, and they can be differentiated in turn. So tapes
+nest, and there are derivatives of every order.
 
 A second derivative may also be asked for after the run, from outside. Its operands are on a
 new tape then, while the values in the entries are plain arrays, on which no gradient
@@ -28,7 +28,7 @@ from jpyfunc import _compat
 from jpyfunc._errors import NotDifferentiableError, UnsupportedError, see
 from jpyfunc._interpreters import rule_stores
 from jpyfunc._interpreters.batch_tracer import is_batch_tracer
-from jpyfunc._interpreters.eager_trace import EagerTrace, run
+from jpyfunc._interpreters.eager_trace import EagerTrace, execute
 from jpyfunc._interpreters.host_primitive import HostPrimitive
 from jpyfunc._interpreters.linearization import linearize, linearize_at
 from jpyfunc._interpreters.operation_cache import (
@@ -68,7 +68,7 @@ def run_on_tape(
 
 
 class TapeTrace(EagerTrace):
-    """Run operations at once, and record those that depend on what it watches.
+    """Execute operations at once, and record those that depend on what it watches.
 
     Attributes:
         label: what errors call the function that is run.
@@ -128,7 +128,7 @@ class TapeTrace(EagerTrace):
             )
 
     def apply(self, operation: Operation, operands: Sequence[Value]) -> list[Array]:
-        """Run an operation, and record it if it is to be differentiated."""
+        """Execute an operation, and record it if it is to be differentiated."""
         # One loop, because every operation comes here.
         values, active, inputs = [], [], []
         for i, x in enumerate(operands):
@@ -146,7 +146,7 @@ class TapeTrace(EagerTrace):
         if self.move is not None:
             values = [self.move(x) for x in values]
         if not active:
-            return run(self.parent, operation, values)
+            return execute(self.parent, operation, values)
         active = tuple(active)
         if operation.needs_x64:
             operation = UncachedOperation(operation.call)
@@ -156,8 +156,8 @@ class TapeTrace(EagerTrace):
         else:
             linear = linearize(operation, active)
             if not linear.of:
-                return run(self.parent, operation, values)
-            outputs = run(self.parent, linear.forward, values)
+                return execute(self.parent, operation, values)
+            outputs = execute(self.parent, linear.forward, values)
         residuals = linear.residuals(values, outputs)
         results = outputs[: linear.size]
         self.entries.append(TapeEntry(linear, inputs, self.slots, values, residuals))
@@ -299,7 +299,7 @@ class Tape:
                 to which the run can be differentiated, although one was read.
         """
         self._check_not_detached(of)
-        apply = functools.partial(run, _compat.current_trace())
+        apply = functools.partial(execute, _compat.current_trace())
         known: list[Any] = [None] * self._slots
         for i, tangent in zip(wrt, tangents, strict=True):
             known[self.wrt.index(i)] = tangent
@@ -345,7 +345,7 @@ class Tape:
             with set_current_trace(_compat.eval_trace):
                 pulled = sweep(residuals, [*given.values()])
         else:
-            apply = functools.partial(run, trace)
+            apply = functools.partial(execute, trace)
             known: list[Any] = [None] * self._slots
             for slot, cotangent in given.items():
                 known[slot] = cotangent
@@ -379,7 +379,7 @@ class Tape:
             values = list(entry.values)
             for i, slot in zip(linear.active, entry.inputs, strict=True):
                 values[i] = known[slot]
-            results = run(trace, linear.operation, values)
+            results = execute(trace, linear.operation, values)
             for slot, i in zip(entry.outputs, linear.of, strict=True):
                 known[slot] = results[i]
         return [

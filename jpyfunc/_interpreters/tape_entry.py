@@ -54,7 +54,7 @@ class TapeEntry:
 
         Args:
             known: the tangent of each slot.
-            apply: runs an operation.
+            apply: executes an operation.
         """
         given = tuple([k for k, s in enumerate(self.inputs) if known[s] is not None])
         if given:
@@ -67,7 +67,7 @@ class TapeEntry:
 
         Args:
             known: the cotangent of each slot.
-            apply: runs an operation.
+            apply: executes an operation.
         """
         linear, first = self.linear, self.first
         given = tuple([k for k in range(len(linear.of)) if known[first + k] is not None])
