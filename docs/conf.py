@@ -5,6 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 import jpyfunc
 
 HERE = Path(__file__).parent
@@ -41,6 +44,7 @@ napoleon_custom_sections = ["Source"]
 viewcode_follow_imported_members = True
 add_module_names = False
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "jpyfunc"
 html_static_path = ["_static"]
@@ -69,9 +73,19 @@ def write_code_as_rst(_app: Any, *about: Any) -> None:
     lines[:] = text.splitlines()
 
 
+def write_mathml(writer: Any, node: nodes.Element) -> None:
+    """Write a formula as MathML, which browsers show without a script from elsewhere."""
+    formula = tex2mathml(node.astext())
+    if isinstance(node, nodes.math_block):
+        formula = formula.replace("<math ", '<math display="block" ', 1)
+    writer.body.append(formula)
+    raise nodes.SkipNode
+
+
 PUBLIC = {name for name in vars(jpyfunc) if not name.startswith("_")}
 
 
 def setup(app: Any) -> None:
-    """Connect the hook."""
+    """Connect the hook, and add the renderer."""
     app.connect("autodoc-process-docstring", write_code_as_rst)
+    app.add_html_math_renderer("mathml", (write_mathml, None), (write_mathml, None))
