@@ -5,9 +5,11 @@ import doctest
 import importlib
 import inspect
 import itertools
+import json
 import linecache
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +224,14 @@ def test_every_class_of_errors_has_a_heading():
         and isinstance(thing := getattr(module, name), type)
         and issubclass(thing, Exception)
     } <= {*headings, "PyFuncError"}
+
+
+def test_numbers_of_the_benchmarks_are_those_that_were_measured():
+    plot = runpy.run_path(str(DOCS / "benchmarks" / "plot.py"))
+    results = json.loads((DOCS / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+    table = (DOCS / "benchmarks" / "table.md").read_text(encoding="utf-8")
+    assert table == plot["table"](results["about"], results["rows"])
+    assert plot["claims"](results["rows"]) in PAGES[0].read_text(encoding="utf-8")
 
 
 def test_links_of_the_readme():

@@ -1,7 +1,10 @@
-"""Times of `tf.py_function` as JSON, for run.py; needs tensorflow and nothing else."""
+"""Times `tf.py_function` for run.py; needs tensorflow and nothing else.
 
-import json
-import statistics
+It prints the version of TensorFlow, then, for each line with the name of a work, how many
+microseconds a call of it takes.
+"""
+
+import sys
 import time
 
 import tensorflow as tf
@@ -26,23 +29,15 @@ def value_and_grad(x, m):
     return y, tape.gradient(y, x)
 
 
-def median_us(function, *args):
-    for _ in range(20):
-        function(*args)
-    times = []
-    for _ in range(21):
-        start = time.perf_counter()
-        for _ in range(30):
-            function(*args)
-        times.append((time.perf_counter() - start) / 30 * 1e6)
-    return statistics.median(times)
-
-
+WORK = {"log_huber, forward": forward, "log_huber, value_and_grad": value_and_grad}
 x, m = tf.constant(3.0), tf.constant(2.0)
-print(
-    json.dumps({
-        "version": tf.__version__,
-        "log_huber, forward": median_us(forward, x, m),
-        "log_huber, value_and_grad": median_us(value_and_grad, x, m),
-    })
-)  # fmt: skip
+for function in WORK.values():
+    for _ in range(20):
+        function(x, m)
+print(tf.__version__, flush=True)
+for line in sys.stdin:
+    function = WORK[line.strip()]
+    start = time.perf_counter()
+    for _ in range(30):
+        function(x, m)
+    print((time.perf_counter() - start) / 30 * 1e6, flush=True)
