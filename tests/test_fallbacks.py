@@ -71,6 +71,21 @@ with warnings.catch_warnings(record=True) as fallbacks:
         jax.jit(py_func(lambda x: jnp.sin(x), Tout=jnp.float32))(1.0).block_until_ready()
 assert ["deadlock" in str(w.message) for w in fallbacks] == [True], fallbacks
 """,
+    "Store": """
+from jpyfunc._interpreters import operation_cache, rule_stores, tape
+
+_compat.Store = rule_stores.refill = rule_stores.take = None
+find, fallbacks = operation_cache.operation_of_custom, []
+
+def counted(*args):
+    try:
+        return find(*args)
+    except operation_cache.Uncacheable:
+        fallbacks.append(args)
+        raise
+
+tape.operation_of_custom = counted
+""",
 }
 
 
