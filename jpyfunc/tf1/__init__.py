@@ -9,6 +9,7 @@ accept tensors, and `tf.numpy` is all of `jax.numpy`.
 
 from typing import NoReturn as _NoReturn
 
+from jpyfunc._errors import see as _see
 from jpyfunc.tf1 import contrib as contrib
 from jpyfunc.tf1 import math as math
 from jpyfunc.tf1 import nn as nn
@@ -171,4 +172,5 @@ def __getattr__(name: str) -> _NoReturn:
     raise AttributeError(
         f"jpyfunc.tf1 has no {name!r}. tf.numpy has all of jax.numpy, and tf.lift(func) "
         "makes a function of JAX accept tensors. State, such as variables, is fed."
+        + _see("A name that jpyfunc.tf1 lacks")
     )

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._errors import InferenceError, add_note, adding_note
+from jpyfunc._errors import InferenceError, add_note, adding_note, see
 from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc._hashable import hashable
 from jpyfunc._staging.abstract_trace import AbstractTrace
@@ -30,7 +30,7 @@ Kwargs = dict[str, Any]
 
 _NEEDS_VALUES = (
     "Functions of graph tensors are traced. If this one needs values, call it with "
-    "tf.contrib.eager.py_func."
+    "tf.contrib.eager.py_func." + see("A tensor that is used as a value")
 )
 
 
@@ -114,8 +114,8 @@ def apply_py_func(
             unknown = next(t for t in inputs if not is_known(t.shape))
             raise TypeError(
                 f"{func!r}, graph operation {name!r}: how many results it has is unknown "
-                f"while the shape of {unknown.name!r} is unknown. Give Tout, for "
-                "example tf.float32 for one result, or give the placeholders shapes."
+                f"while the shape of {unknown.name!r} is unknown. Give Tout, "
+                "or the shapes of placeholders." + see("A result of unknown shape")
             )
         tree, specs = found
     op = _add_call(graph, call, inputs, tree, specs, name, unique=True)
@@ -187,7 +187,7 @@ def _add_call(
             raise TypeError(
                 f"expected results in the structure {tree}, as inferred when the graph "
                 f"was built, got {got}. Give the placeholders that it depends on their "
-                "shapes or, for a py_func, give Tout."
+                "shapes or, for a py_func, give Tout." + see("A result of unknown shape")
             )
         return [jnp.asarray(result) for result in results]
 
@@ -229,6 +229,7 @@ def common_graph(tensors: Iterable[Any]) -> Any:
                 f"{first.name!r} is a tensor of {first.graph!r} and {other.name!r} one of "
                 f"{other.graph!r}, but all inputs of a node must be of one graph. Build "
                 "both under the same `with graph.as_default():`."
+                + see("Tensors of several graphs")
             )
     return first.graph
 

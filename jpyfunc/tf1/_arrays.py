@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from jpyfunc._errors import see
 from jpyfunc.tf1._lift import over_tensors
 from jpyfunc.tf1.math import Axes, as_axes
 
@@ -253,7 +254,10 @@ def unstack(
     """Split an array along an axis into a list of slices without that axis."""
     array = jnp.moveaxis(jnp.asarray(value), axis, 0)
     if num is not None and num != len(array):
-        raise ValueError(f"unstack: expected num to be {len(array)}, got {num}.")
+        raise ValueError(
+            f"unstack: expected num to be {len(array)}, got {num}."
+            + see("An invalid argument")
+        )
     return [*array]
 
 
@@ -273,6 +277,7 @@ def split(
     if sum(sizes) != array.shape[axis] or min(sizes) < 0:
         raise ValueError(
             f"split: expected sizes that add up to {array.shape[axis]}, got {sizes}."
+            + see("An invalid argument")
         )
     return jnp.split(array, [*itertools.accumulate(sizes)][:-1], axis)
 
@@ -294,7 +299,7 @@ def slice(
     ):
         raise ValueError(
             f"slice: expected begin and size within shape {array.shape}, got {begin} and "
-            f"{size}."
+            f"{size}." + see("An invalid argument")
         )
     return jax.lax.slice(array, [*map(int, begin)], [*map(int, ends)])
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from jpyfunc._errors import see
 from jpyfunc._graph_tensor import GraphBlock
 from jpyfunc._runtime.context import begin_building, current, end_building
 
@@ -84,6 +85,6 @@ def session_for(session: Any, caller: str) -> Any:
     if session is None:
         raise ValueError(
             f"{caller}: there is no default session. Write `with tf.Session() as sess:` "
-            "around it, or pass session=."
+            "around it, or pass session=." + see("A session that is closed or missing")
         )
     return session

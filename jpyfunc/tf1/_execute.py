@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jpyfunc._errors import see
 from jpyfunc._runtime.failures import failures, original_of
 from jpyfunc._runtime.transfers import allowed_transfers
 from jpyfunc.tf1._nodes import Tensor
@@ -49,7 +50,7 @@ def execute(plan: Plan, values: Iterable[Any]) -> Any:
                 "Session.run: expected feeds that are values, got one that JAX traces. A "
                 "session runs outside of jax.jit, jax.grad and jax.vmap. Inside of these, "
                 "call the functions that the graph is made of; tf.gradients "
-                "differentiates a graph."
+                "differentiates a graph." + see("A value that does not fit a tensor")
             ) from None
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             failure = original_of(error)

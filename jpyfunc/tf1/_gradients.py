@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpyfunc._errors import see
 from jpyfunc.tf1._apply import Indices, common_graph
 from jpyfunc.tf1._graph import Graph
 from jpyfunc.tf1._nodes import Operation, Tensor
@@ -62,7 +63,7 @@ def gradients(
     if unconnected_gradients not in ("none", "zero"):
         raise ValueError(
             "gradients: expected unconnected_gradients to be 'none' or 'zero', got "
-            f"{unconnected_gradients!r}."
+            f"{unconnected_gradients!r}." + see("An invalid argument")
         )
     ys, xs = _tensors(ys, "ys"), _tensors(xs, "xs")
     stops = [] if stop_gradients is None else _tensors(stop_gradients, "stop_gradients")
@@ -197,7 +198,7 @@ def _seeds(grad_ys: Any, count: int) -> list[Any]:
     if len(seeds) != count:
         raise ValueError(
             f"gradients: expected one of grad_ys for each of ys, {count} in total, got "
-            f"{len(seeds)}; write None for ones."
+            f"{len(seeds)}; write None for ones." + see("An invalid argument")
         )
     return seeds
 
@@ -208,7 +209,7 @@ def _seed(graph: Graph, y: Tensor, seed: Any) -> Tensor:
         if y.dtype is not None and jnp.issubdtype(y.dtype, jnp.complexfloating):
             raise TypeError(
                 f"gradients: {y!r} is complex, so the cotangent does not default to ones; "
-                "give grad_ys."
+                "give grad_ys." + see("An invalid argument")
             )
         return _like(graph, "ones_like", y, jnp.ones_like)
     where = f"gradients: grad_ys of {y.name!r}"
@@ -217,7 +218,10 @@ def _seed(graph: Graph, y: Tensor, seed: Any) -> Tensor:
 
     def check(shape: Any, expected: Any) -> None:
         if not fits(shape, expected):
-            raise ValueError(f"{where}: expected shape {expected}, got {shape}.")
+            raise ValueError(
+                f"{where}: expected shape {expected}, got {shape}."
+                + see("A value that does not fit a tensor")
+            )
 
     def compute(values: Sequence[Any]) -> list[Any]:
         value, given = values if len(values) > 1 else (values[0], jnp.asarray(seed))
@@ -255,5 +259,6 @@ def _tensors(value: Any, argument: str) -> list[Tensor]:
             raise TypeError(
                 f"gradients: expected {argument} to be a graph tensor or a list of them, "
                 f"got {tensor!r}; for a function of arrays, write jax.grad."
+                + see("An invalid argument")
             )
     return tensors

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jpyfunc._errors import see
 from jpyfunc._wrapped import PyFunc
 from jpyfunc.tf1._apply import Args, Compute, Indices, Kwargs, Spec, apply_py_func
 from jpyfunc.tf1._defaults import begin_block, end_block, open_blocks
@@ -68,6 +69,7 @@ class Graph:
             raise ValueError(
                 f"expected a tensor's name such as 'add:0', got {name!r}; write "
                 f"{name + ':0'!r} for the first result of an operation."
+                + see("A name that is not in the graph")
             )
         outputs = self.get_operation_by_name(op_name).outputs
         if int(index) >= len(outputs):
@@ -114,7 +116,7 @@ class Graph:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(
                 f"expected a name of letters, digits and any of . _ - / that starts with "
-                f"a letter, a digit or a dot, got {name!r}."
+                f"a letter, a digit or a dot, got {name!r}." + see("An invalid argument")
             )
         name = self._scope + name
         number = self._names_used.get(name, 0)
@@ -198,6 +200,7 @@ def reset_default_graph() -> None:
             "reset_default_graph: the default graph was set by `with "
             "graph.as_default():`, a session's `with` or an InteractiveSession. "
             "Leave the block or close the session first."
+            + see("A session that is closed or missing")
         )
     _global_graph = Graph()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jpyfunc._errors import see
 from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc.tf1._apply import apply
 
@@ -65,7 +66,10 @@ def over_tensors(func: Callable[..., Any]) -> Callable[..., Any]:
         if len(args) > place:
             name, args = args[place], (*args[:place], None, *args[place + 1 :])
         if not isinstance(name, str | None):
-            raise TypeError(f"{func.__name__}: expected name to be a string, got {name!r}.")
+            raise TypeError(
+                f"{func.__name__}: expected name to be a string, got {name!r}."
+                + see("An invalid argument")
+            )
         return _call(func, args, kwargs, name or func.__name__)
 
     return lifted

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpyfunc._errors import InferenceError, add_note
+from jpyfunc._errors import InferenceError, add_note, see
 from jpyfunc._runtime.context import not_building
 from jpyfunc.tf1._apply import Compute
 from jpyfunc.tf1._nodes import Operation, Tensor
@@ -82,7 +82,7 @@ def _run(op: Operation, compute: Compute, inputs: list[Any]) -> list[Any]:
         if t.shape is not None and not fits(value.shape, t.shape):
             raise ValueError(
                 f"tensor {t.name!r}: expected shape {t.shape}, as declared by set_shape, "
-                f"got {value.shape}."
+                f"got {value.shape}." + see("A value that does not fit a tensor")
             )
     return results
 
@@ -116,7 +116,7 @@ def _needed(
         if op.compute is None:
             if op.outputs[0] in fed:
                 continue
-            raise ValueError(_unfed(op.outputs[0]))
+            raise _unfed(op.outputs[0])
         found[op] = op.compute
         stack.extend(t.op for t in op.inputs if t not in fed)
     return found
@@ -141,11 +141,12 @@ def _levels(needed: Iterable[Operation]) -> dict[Operation, dict[int, _Level]]:
     return levels
 
 
-def _unfed(tensor: Tensor) -> str:
+def _unfed(tensor: Tensor) -> ValueError:
     shape = "" if tensor.shape is None else f" and shape {tensor.shape}"
-    return (
+    return ValueError(
         f"You must feed a value for placeholder {tensor.op.name!r} with dtype "
         f"{tensor.dtype}{shape}: session.run(fetches, {{tensor: value}})."
+        + see("A placeholder that is not fed")
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jpyfunc._errors import see
 from jpyfunc._wrapped import PyFunc
 from jpyfunc.tf1._apply import Args, Compute, Indices, Kwargs, Spec, apply_py_func
 from jpyfunc.tf1._defaults import session_for
@@ -84,6 +85,7 @@ class Tensor(Operators):
         if not fits(sizes, self.shape):
             raise ValueError(
                 f"{where}: expected a shape that agrees with {self.shape}, got {sizes}."
+                + see("A value that does not fit a tensor")
             )
         if sizes is not None:
             known = self.shape or (None,) * len(sizes)

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from jpyfunc._errors import see
 from jpyfunc._graph_tensor import GraphTensor
 from jpyfunc.tf1._apply import apply
 
@@ -36,7 +37,7 @@ def _refused(conversion: str) -> Any:
         raise TypeError(
             f"{conversion} of graph tensor {self.name!r}: it has no value while the graph "
             "is built. Do this in a py_func, which is called with values, or compute the "
-            "value first: session.run(tensor)."
+            "value first: session.run(tensor)." + see("A tensor that is used as a value")
         )
 
     return method

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpyfunc._errors import see
 from jpyfunc.tf1._defaults import begin_block, begin_interactive, end_block, end_interactive
 from jpyfunc.tf1._execute import Plan, execute, wait
 from jpyfunc.tf1._graph import Graph, get_default_graph
@@ -51,7 +52,10 @@ class Session:
 
     def __init__(self, graph: Graph | None = None) -> None:
         if graph is not None and not isinstance(graph, Graph):
-            raise TypeError(f"Session: expected graph to be a tf.Graph, got {graph!r}.")
+            raise TypeError(
+                f"Session: expected graph to be a tf.Graph, got {graph!r}."
+                + see("An invalid argument")
+            )
         self._graph = get_default_graph() if graph is None else graph
         self._plans: dict[tuple[Hashable, ...], Plan] = {}
         self._programs: dict[Nodes, Callable[..., list[Any]]] = {}
@@ -91,6 +95,7 @@ class Session:
         if not isinstance(feeds, dict):
             raise TypeError(
                 f"run: expected feed_dict to be a dict, {{tensor: value}}, got {feeds!r}."
+                + see("An invalid argument")
             )
         leaves, tree = jax.tree.flatten(fetches)
         # Tensors and names hash by identity and value, so this finds the plan of an equal
@@ -138,7 +143,7 @@ class Session:
             if len(values) != len(names):
                 raise TypeError(
                     f"expected {len(names)} values, one per entry of feed_list, got "
-                    f"{len(values)}."
+                    f"{len(values)}." + see("An invalid argument")
                 )
             self._check_open()
             return execute(plan, values)
@@ -165,7 +170,7 @@ class Session:
         if self._closed:
             raise RuntimeError(
                 "This session is closed, by close() or at the end of its `with`. Make a "
-                "new one: tf.Session()."
+                "new one: tf.Session()." + see("A session that is closed or missing")
             )
 
     def _make_plan(self, key: tuple[Hashable, ...], fetches: Any, feeds: list[Any]) -> Plan:
@@ -176,7 +181,7 @@ class Session:
         if len(set(fed)) < len(fed):
             raise ValueError(
                 f"feeds {[t.name for t in fed]}: expected each tensor once; feed it either "
-                "by itself or by its name."
+                "by itself or by its name." + see("An invalid argument")
             )
         # Sorted, so that a run with the same nodes in another order does not trace again.
         order = tuple(sorted(range(len(fed)), key=lambda i: _position(fed[i])))
@@ -202,19 +207,22 @@ class Session:
             try:
                 item = find(item)
             except KeyError as error:
-                raise ValueError(f"{what} {error.args[0]}") from None
+                raise ValueError(
+                    f"{what} {error.args[0]}" + see("A name that is not in the graph")
+                ) from None
         if not isinstance(item, kinds):
             expected = " or ".join(f"{kind.__name__.lower()}" for kind in kinds)
             is_array = isinstance(item, jax.Array | np.ndarray)
             hint = " Write tf.constant(array) to make a tensor." if is_array else ""
             raise TypeError(
                 f"{what} {item!r}: expected a graph {expected}, or the name of one, got "
-                f"{type(item).__name__}.{hint}"
+                f"{type(item).__name__}.{hint}" + see("An invalid argument")
             )
         if item.graph is not self._graph:
             raise ValueError(
                 f"{what} {item.name!r} belongs to {item.graph!r}, but this session runs "
                 f"{self._graph!r}; write tf.Session(graph=...) with the other graph."
+                + see("Tensors of several graphs")
             )
         return item
 

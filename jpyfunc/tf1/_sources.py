@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jpyfunc._conversion import is_key_dtype
+from jpyfunc._errors import see
 from jpyfunc._tout import is_dtype, parse
 from jpyfunc.tf1._apply import Compute, Spec
 from jpyfunc.tf1._graph import get_default_graph
@@ -90,7 +91,7 @@ def constant(
         if array.size not in (1, math.prod(sizes)):
             raise ValueError(
                 f"{where}: expected a scalar or as many elements as shape {sizes} has, got "
-                f"shape {array.shape}."
+                f"shape {array.shape}." + see("A value that does not fit a tensor")
             )
         filled = jnp.broadcast_to(array.reshape(()), sizes) if array.size == 1 else array
         array = filled.reshape(sizes)
@@ -131,7 +132,7 @@ def placeholder_with_default(
         raise ValueError(
             f"placeholder_with_default {name!r}: expected a default of shape "
             f"{shape}, got {value.shape}; write a shape that fits both, with None for "
-            "sizes that may differ."
+            "sizes that may differ." + see("A value that does not fit a tensor")
         )
     spec = (value.dtype, shape)
     return value.graph.create_operation(name, [value], list, [spec]).outputs[0]
@@ -143,7 +144,10 @@ def _add(name: str, compute: Compute | None, spec: Spec) -> Tensor:
 
 def _dtype(dtype: DTypeLike, where: str) -> np.dtype:
     if not is_dtype(dtype):
-        raise TypeError(f"{where}: expected a dtype such as tf.float32, got {dtype!r}.")
+        raise TypeError(
+            f"{where}: expected a dtype such as tf.float32, got {dtype!r}."
+            + see("An invalid argument")
+        )
     (leaf,) = parse(dtype, where).leaves
     if is_key_dtype(leaf.dtype):
         return leaf.dtype
@@ -152,5 +156,6 @@ def _dtype(dtype: DTypeLike, where: str) -> np.dtype:
         raise ValueError(
             f"{where}: {leaf.dtype} needs 64-bit types, and jax_enable_x64 is off; write "
             f"tf.{available}, or build and run it under jax.enable_x64(True)."
+            + see("64-bit results")
         )
     return leaf.dtype

@@ -17,6 +17,7 @@ from jpyfunc._conversion import (
     is_key_dtype,
     out_of_range,
 )
+from jpyfunc._errors import see
 from jpyfunc._graph_tensor import GraphTensor
 
 Shape = tuple[int | None, ...]
@@ -54,6 +55,7 @@ def parse_shape(shape: Any, where: str) -> TensorShape | None:
         raise TypeError(
             f"{where}: expected shape to be None or a list of sizes, with None for one "
             f"that may be any, got {shape!r}; write shape=[] for a scalar."
+            + see("An invalid argument")
         )
     return TensorShape(n if n is None else int(n) for n in shape)
 
@@ -89,13 +91,14 @@ def convert(
     if isinstance(value, GraphTensor):
         raise TypeError(
             f"{where()}: expected a value, got {value!r}; compute its value with "
-            "session.run first."
+            "session.run first." + see("A tensor that is used as a value")
         )
     array, weak = as_array(value, where, ARGUMENT)
     if not fits(array.shape, shape):
         raise ValueError(
             f"{where()}: expected shape {shape}, got {array.shape}; reshape the value, or "
             "declare None for a size that may be any."
+            + see("A value that does not fit a tensor")
         )
     if dtype is None:
         return jnp.asarray(value if weak else array)
@@ -106,13 +109,14 @@ def convert(
         raise TypeError(
             f"{where()}: expected {dtype}, got {array.dtype}, which is of a kind that does "
             f"not convert to it; convert the value with .astype({dtype}), or declare "
-            f"{array.dtype}."
+            f"{array.dtype}." + see("A value that does not fit a tensor")
         )
     if out_of_range(array, dtype):
         limits = jnp.iinfo(dtype)
         raise ValueError(
             f"{where()}: expected values of {dtype}, from {limits.min} to "
             f"{limits.max}, got {array.min()} to {array.max()}; declare a wider dtype."
+            + see("A value that does not fit a tensor")
         )
     # A jax.Array of that dtype is converted, too, where it is weak.
     return jnp.asarray(array, dtype) if isinstance(array, jax.Array) else cast(array, dtype)

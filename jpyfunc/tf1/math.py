@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from jpyfunc._errors import see
 from jpyfunc.tf1._lift import over_tensors
 
 Axes = int | Sequence[int] | None
@@ -143,7 +144,7 @@ def add_n(inputs: Sequence[ArrayLike], name: str | None = None) -> jax.Array:
         if np.shape(x) != np.shape(first):
             raise ValueError(
                 "add_n: expected arrays of the same shape, got "
-                f"{np.shape(first)} and {np.shape(x)}."
+                f"{np.shape(first)} and {np.shape(x)}." + see("An invalid argument")
             )
         first = jnp.add(first, x)
     return jnp.asarray(first)
