@@ -126,9 +126,10 @@ def _wait_at_exit() -> None:
 def _has_daemons() -> bool:
     """Whether a daemon thread is alive that Python code has started.
 
-    To `threading`, XLA's threads that ask it for the current one are dummies.
+    A thread of XLA's whose body asks `threading` for the current thread, as logging does,
+    is a daemon named "Dummy-1" from then on.
     """
     return any(
-        thread.daemon and not isinstance(thread, threading._DummyThread)
+        thread.daemon and not thread.name.startswith("Dummy-")
         for thread in threading.enumerate()
     )
