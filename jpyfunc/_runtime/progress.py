@@ -26,7 +26,7 @@ _NOTHING = nullcontext()
 
 
 def counted(
-    title: str, function: Callable[..., Any], total: int, done: Callable[[], int]
+    title: str, function: Callable[..., object], total: int, done: Callable[[], int]
 ) -> AbstractContextManager[object]:
     """A block in which a batch runs; the innermost `progress` shows it.
 
@@ -55,7 +55,7 @@ class RunningBatch:
         self,
         display: Display,
         title: str,
-        function: Callable[..., Any],
+        function: Callable[..., object],
         total: int,
         done: Callable[[], int],
     ) -> None:
