@@ -207,7 +207,7 @@ def describe(value: Any) -> str:
     return f"array of dtype {value.dtype}" if is_leaf and hasattr(value, "dtype") else text
 
 
-def is_key_dtype(dtype: np.dtype) -> bool:
+def is_key_dtype(dtype: object) -> bool:
     """Tell whether `dtype` is that of typed PRNG keys."""
     # `jnp.issubdtype` would raise for what is not a dtype, and every call comes here.
     return getattr(dtype, "type", None) is jax.dtypes.prng_key
