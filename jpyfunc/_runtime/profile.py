@@ -67,7 +67,7 @@ def measured(
         counts.exceptions = 1
         raise
     finally:
-        counts.overhead_seconds = time.perf_counter() - begin - counts.body_seconds
+        counts.overhead_seconds += time.perf_counter() - begin - counts.body_seconds
         for each in profiles:
             each.add(row, counts)
 
@@ -115,6 +115,9 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     - `overhead_seconds`: the rest of the host round trip: converting operands and results,
       splitting and stacking batches, entering the caller's JAX configuration. What XLA
       does before it reaches Python, some 10 us, is not included.
+    - `wait_seconds`: time in which calls waited for their executor, which is printed below
+      the table. `body_seconds` is then the time in the function alone, added up over the
+      workers, and no part of the time of the call.
     - `bytes_in`, `bytes_out`: sizes of the operands and of the results.
     - `exceptions`: calls that raised. They count in the other columns too.
     - `from_tape`: elements of derivatives that used a cached tape, so that the body did not
