@@ -74,7 +74,7 @@ def _by_blocks(
 
 
 def _index(shape: tuple[int, ...], block: Block) -> Block:
-    """Where a block is in an array, which may have axes of length 1."""
+    """The index of a block in an array, which may have axes of length 1."""
     return tuple(
         slice(None) if size == 1 else axis
         for size, axis in zip(shape[: len(block)], block, strict=True)

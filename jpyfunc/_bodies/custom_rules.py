@@ -132,7 +132,7 @@ def apply_bwd(
 
 
 def _checked_cotangents(function: UserFunction, result: Any, wrt: Indices) -> list[Array]:
-    """What the backward rule returned, as cotangents of the operands `wrt`."""
+    """Check what the backward rule returned; give the cotangents of operands `wrt`."""
     where = f"{function.label}: bwd"
     trees = _positional(function, range(len(function.in_avals)))
     if not isinstance(result, tuple | list) or len(result) != len(trees):
@@ -195,7 +195,7 @@ def apply_jvp(
 
 
 def _checked_tangents(function: UserFunction, result: Any, of: Indices) -> list[Array]:
-    """What the JVP rule returned, as tangents of the results `of`."""
+    """Check what the JVP rule returned; give the tangents of results `of`."""
     where = f"{function.label}: jvp"
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise ResultError(

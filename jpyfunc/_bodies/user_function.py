@@ -108,7 +108,7 @@ class UserFunction:
 
     @property
     def workers_apart(self) -> Workers | None:
-        """Where its calls run, if that is not this thread."""
+        """The workers that its calls are for; None if they run on this thread."""
         return None if self.workers is None or self.workers.are_around else self.workers
 
     def rule(self, name: Literal["fwd", "bwd", "jvp"]) -> Any:
@@ -198,7 +198,7 @@ class UserFunction:
         )
 
     def narrowed(self, shape: tuple[int, ...]) -> UserFunction:
-        """The same function on a part of the batch that it takes at once.
+        """The same function on a block of the batch that it takes at once.
 
         Args:
             shape: of the elements in it.

@@ -1,6 +1,6 @@
 """A pool of threads that waits for what waits for the pool.
 
-Inside a task, a program is traced anew, and knows what it is inside of (`nesting`). Some
+Inside a task, a program is traced again, and knows what it is inside of (`nesting`). Some
 programs do not: one that was compiled outside and is called in a task; one that the user
 submits to the pool; one in a task of a pool whose programs need a second pool, which in
 turn needs the first. If such programs occupy all threads of a pool, and wait for tasks of

@@ -43,13 +43,13 @@ class UserCall(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """What a call raised, in the place of its result."""
+    """An exception of a call, in the place of its result."""
 
     error: BaseException
 
 
 class RaisedElsewhere(NamedTuple):
-    """What a call raised in another process.
+    """An exception of a call in another process.
 
     Attributes:
         pickled: the exception; None if it cannot be pickled.
@@ -86,7 +86,7 @@ Failure: TypeAlias = Raised | RaisedElsewhere | NotLoaded | NotPickled
 
 
 class Outcome(NamedTuple):
-    """What became of a task.
+    """The outcome of a task.
 
     Attributes:
         results: of the calls, up to the first that raised.
@@ -101,7 +101,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What surrounds the host call that waits for a task, and the task.
+    """The surroundings of a task, which are those of the host call that waits for it.
 
     Attributes:
         config: the configuration inside the task.
@@ -115,7 +115,7 @@ class Surroundings:
 
     @staticmethod
     def of_task_for(executor: object) -> Surroundings:
-        """Those of a task for an executor that this thread is about to wait for."""
+        """Take the surroundings of this thread, for a task of an executor."""
         return Surroundings(
             inside(current_config(), id(executor)),
             _compat.default_device.value,

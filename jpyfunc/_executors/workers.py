@@ -1,4 +1,4 @@
-"""Where host functions run: an executor, and the calls that are in flight on it."""
+"""The workers that host functions run on, and the calls that are in flight there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jpyfunc._runtime.running_bodies import waiting_for_others
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workers:
-    """Where the calls of a host function run.
+    """An executor that the calls of a host function run on.
 
     Attributes:
         owner: a `concurrent.futures.Executor`, or what has a `submit` like one.

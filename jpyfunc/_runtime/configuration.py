@@ -95,12 +95,12 @@ def current_config() -> Config:
     return (*map(_value_of, OPTIONS), executors_around.value)
 
 
-def inside(config: Config, executor: int) -> Config:
+def inside(config: Config, executor: int | str) -> Config:
     """The configuration of a task.
 
     Args:
         config: that of the call that waits for it.
-        executor: the id of its executor.
+        executor: the id of its executor, or `ANY`.
     """
     return (*config[:-1], (*config[-1], executor))
 

@@ -20,10 +20,9 @@ import jax
 
 # Said of a process that only works for an executor: any pool that it makes as it imports
 # the user's module is a copy of that executor, and must not start workers of its own.
-ANY = -1
+ANY = "any"
 
-# Ids of executors; `ANY` for all of them.
-ExecutorIds = tuple[int, ...]
+ExecutorIds = tuple[int | str, ...]  # ids of executors, or `ANY`
 
 
 class ExecutorsAround:
