@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 Steps: TypeAlias = Generator[list[UserCall], list[Any], Result]
 
 
-def run_here(steps: Steps[Result]) -> Result:
+def run_here(steps: Steps[list[Any]]) -> list[Any]:
     """Run a computation, with all calls on this thread."""
     try:
         calls = next(steps)

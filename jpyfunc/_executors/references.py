@@ -31,6 +31,9 @@ class NamedFunction:
     qualname: str
     depth: int
 
+    def __str__(self) -> str:
+        return f"{self.module}.{self.qualname}"
+
     def load(self) -> Callable[..., Any]:
         """Import the function."""
         found: Any = importlib.import_module(self.module)

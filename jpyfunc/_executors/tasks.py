@@ -171,8 +171,8 @@ class RemoteTask:
             try:
                 function = function.load()
             except Exception as error:  # noqa: BLE001 - from a user's module
-                name = f"{self.function.module}.{self.function.qualname}"
-                return Outcome([], 0.0, NotLoaded(name, f"{type(error).__name__}: {error}"))
+                why = f"{type(error).__name__}: {error}"
+                return Outcome([], 0.0, NotLoaded(str(self.function), why))
         executors_around.prepare()
         with enter_config(self.config, _compat.default_device.value):
             outcome = _run(function, self.calls)
