@@ -60,7 +60,7 @@ def test_public_names():
         *("py_func", "numpy_func", "explain", "profile", "progress", "raise_original"),
         *("set_tape_limit", "tape_bytes", "tf1"),
         *("PyFuncError", "InferenceError", "NotDifferentiableError", "ResultError"),
-        *("TapeLostError", "UnsupportedError", "GradientCutWarning"),
+        *("TapeLostError", "UnsupportedError", "ExecutorError", "GradientCutWarning"),
     }
 
 

@@ -102,7 +102,7 @@ def evaluate_batch(
 
 
 def _counted(
-    layout: BatchLayout, done: Callable[[], int]
+    layout: BatchLayout, done: Callable[[], float]
 ) -> AbstractContextManager[object]:
     """A block in which a batch runs, and `progress` shows it."""
     base = layout.base
@@ -160,6 +160,7 @@ class BatchElements:
     ) -> None:
         self.layout = layout
         self._context = context
+        self._run: WorkerRun | None = None  # on an executor
         base = layout.base
         ticket = base.ticket_index
         device = None if base.function.is_host_function else context.device
@@ -185,9 +186,10 @@ class BatchElements:
             for stacked, aval in zip(layout.stacked_out, layout.base.out_avals, strict=True)
         ]
 
-    def count_done(self) -> int:
-        """The number of elements that are done."""
-        return int(np.count_nonzero(self.is_done))
+    def count_done(self) -> float:
+        """The number of elements that are done, or would be but for those before them."""
+        run = self._run
+        return int(np.count_nonzero(self.is_done)) if run is None else run.count_done()
 
     def run_each(self, elements: np.ndarray) -> None:
         """Run those of some elements that are not done, one by one or on an executor."""
@@ -195,8 +197,8 @@ class BatchElements:
         function = self.layout.base.function
         workers = function.workers_apart
         if workers is not None:
-            run = WorkerRun(function, workers, self._add, self._names.add_note)
-            run.run((i, self._steps(i)) for i in waiting)
+            self._run = WorkerRun(function, workers, self._add, self._names.add_note)
+            self._run.run((i, self._steps(i)) for i in waiting)
             return
         for i in waiting:
             self._add(i, run_alone(self._function, self.columns, i, self._names))

@@ -112,7 +112,7 @@ class Body:
         workers = self.function.workers_apart
         if workers is not None:
             context.count(elements=1)
-            return run_on_workers(self.function, workers, steps)
+            return run_on_workers(self.title, self.function, workers, steps)
         try:
             return context.timed(self.title, run_here, steps)
         except jax.errors.JAXTypeError as error:

@@ -8,6 +8,7 @@ batch run side by side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
@@ -16,6 +17,7 @@ from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._errors import add_inner_jit_remedy
 from jpyfunc._executors.tasks import Raised, UserCall
 from jpyfunc._executors.workers import CallsInFlight, Workers
+from jpyfunc._runtime.progress import counted
 
 Result = TypeVar("Result")
 Steps: TypeAlias = Generator[list[UserCall], list[Any], Result]
@@ -53,14 +55,26 @@ def together(all_steps: Iterable[Steps[Result]]) -> Steps[list[Result]]:
 
 
 def run_on_workers(
-    function: UserFunction, workers: Workers, steps: Steps[Result]
+    title: str, function: UserFunction, workers: Workers, steps: Steps[Result]
 ) -> Result:
-    """Run a computation, with all calls of a function on an executor."""
+    """Run a computation, with all calls of a function on an executor.
+
+    Args:
+        title: what `progress` calls it, if the function takes whole batches.
+        function: whose calls it makes.
+        workers: where these run.
+        steps: the computation.
+    """
     results: list[Result] = []
     run = WorkerRun(
         function, workers, lambda _, result: results.append(result), lambda *_: None
     )
-    run.run([(0, steps)])
+    if function.batch_shape:
+        count = math.prod(function.batch_shape)
+        with counted(title, function.callable, count, lambda: count * run.count_done()):
+            run.run([(0, steps)])
+    else:
+        run.run([(0, steps)])
     return results[0]
 
 
@@ -92,6 +106,9 @@ class WorkerRun:
         self._function, self._workers = function, workers
         self._store, self._note = store, note
         self._failure: BaseException | None = None
+        self._without_call = 0  # elements that wait for no call now
+        self._calls_each = 1
+        self._in_flight: CallsInFlight | None = None
 
     def run(self, elements: Iterable[tuple[int, Steps[Any]]]) -> None:
         """Run the computations of some elements.
@@ -133,13 +150,15 @@ class WorkerRun:
                 numbers.append(i)
                 computations.append(steps)
                 counts.append(len(calls))
+                self._calls_each = len(calls)
                 yield from calls
 
         # A call on a block of a batch is a task by itself.
         chunksize = 1 if self._function.batch_shape else self._workers.chunksize
         label = self._function.label
         executor = self._workers.executor
-        with CallsInFlight(executor, all_calls(), chunksize, label) as in_flight:
+        self._in_flight = CallsInFlight(executor, all_calls(), chunksize, label)
+        with self._in_flight as in_flight:
             results, failure = in_flight.results(), self._failure
             for i, steps, count in zip(numbers, computations, counts, strict=True):
                 answers = [*islice(results, count)]
@@ -151,13 +170,25 @@ class WorkerRun:
                     break
                 if more is not None:
                     further.append((i, steps, more))
+        if further:
+            self._without_call += len(numbers) - len(further)
         return further
+
+    def count_done(self) -> float:
+        """The number of elements whose calls are done, in whatever order.
+
+        Any thread may ask. Where elements turn out to need further calls, it falls.
+        """
+        in_flight = self._in_flight
+        done = in_flight.count_done() / self._calls_each if in_flight else 0
+        return self._without_call + done
 
     def _advanced(self, i: int, steps: Steps[Any], answers: Any) -> list[UserCall] | None:
         """Take an element to its next calls; None if it is done, or has failed."""
         try:
             return steps.send(answers)
         except StopIteration as stop:
+            self._without_call += answers is None
             self._store(i, stop.value)
         except Exception as error:  # noqa: BLE001 - raised once those before are done
             self._fail(i, error)

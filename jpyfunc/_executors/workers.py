@@ -68,6 +68,7 @@ class CallsInFlight:
         self._executor, self._calls = executor, calls
         self._chunksize, self._label = chunksize, label
         self._tasks: deque[tuple[Task, Future[Outcome]]] = deque()
+        self._taken = 0  # calls whose results have been waited for
         self._waiting = waiting_for_others()
 
     def __enter__(self) -> CallsInFlight:
@@ -116,6 +117,7 @@ class CallsInFlight:
                 raise explained(error, task, self._executor, self._label) from error
             waited = time.perf_counter() - begin
             self._tasks.popleft()
+            self._taken += len(task.calls)
             # `measured` takes the time in the body for a part of the whole.
             context.count(
                 body_seconds=outcome.seconds,
@@ -126,6 +128,14 @@ class CallsInFlight:
             if outcome.failure is not None:
                 yield Raised(explained_failure(outcome.failure, self._label))
                 return
+
+    def count_done(self) -> int:
+        """The number of calls that are done, in whatever order; any thread may ask."""
+        return self._taken + sum(
+            len(task.calls)
+            for task, future in [*self._tasks]
+            if future.done() and not future.cancelled()
+        )
 
 
 def check_executor(
