@@ -36,7 +36,6 @@ from jpyfunc._errors import (
     refuse_partial,
     see,
 )
-from jpyfunc._executors.tasks import UserCall
 from jpyfunc._hashable import ById, unwrapped
 from jpyfunc._interpreters.eager_trace import runs_now
 from jpyfunc._interpreters.tape_tracer import is_tape_tracer
@@ -110,7 +109,7 @@ def _run(callee: Callee, arguments: Arguments, context: Context, _: object) -> A
             result = context.timed(callee.name, callee.function, *args, **kwargs)
         else:
             context.count(elements=1)
-            result = workers.call(UserCall(callee.function, args, kwargs), label)
+            result = workers.call((callee.function, args, kwargs), label)
     except jax.errors.JAXTypeError as error:
         add_inner_jit_remedy(error, label)
         raise

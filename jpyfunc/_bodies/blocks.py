@@ -24,7 +24,10 @@ BlockFunction = Callable[[UserFunction, int, Sequence[Any]], Steps[list[Any]]]
 
 
 def by_block(
-    function: UserFunction, apply: BlockFunction, arrays: Sequence[Any], out_avals: Avals
+    function: UserFunction,
+    apply: BlockFunction,
+    arrays: Sequence[Any],
+    out_avals: Callable[[], Avals],
 ) -> Steps[list[Any]]:
     """Apply a function to a batch, block by block.
 
@@ -32,12 +35,13 @@ def by_block(
         function: of the whole batch.
         apply: what to do with each block.
         arrays: with the batch axes; those of length 1 are shared by all elements.
-        out_avals: of the results. Those that the elements share are summed over the batch.
+        out_avals: gives those of the results, at 2 us. Results that the elements share are
+            summed over the batch.
     """
     if function.workers is None or not function.batch_shape:
         return apply(function, 0, arrays)
     blocks = _blocks(function.batch_shape, function.workers.chunksize)
-    return _by_blocks(function, blocks, apply, arrays, out_avals)
+    return _by_blocks(function, blocks, apply, arrays, out_avals())
 
 
 def _blocks(batch_shape: tuple[int, ...], chunksize: int) -> list[Block]:

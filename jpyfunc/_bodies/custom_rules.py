@@ -20,7 +20,6 @@ from jpyfunc._bodies.steps import Steps
 from jpyfunc._bodies.user_function import UserFunction, read_only
 from jpyfunc._conversion import as_array, can_cast, cast
 from jpyfunc._errors import ResultError, not_linear, see
-from jpyfunc._executors.tasks import UserCall
 from jpyfunc._limits import LINEARITY_TOLERANCE
 from jpyfunc._types import Array, Avals, Indices
 
@@ -49,14 +48,14 @@ class RuleResiduals:
 
 def apply_function(function: UserFunction, operands: Sequence[Array]) -> Steps[list[Any]]:
     """Call the function itself, and check what it returns."""
-    return by_block(function, _apply_function, operands, function.out_avals)
+    return by_block(function, _apply_function, operands, lambda: function.out_avals)
 
 
 def _apply_function(
     function: UserFunction, _: int, operands: Sequence[Any]
 ) -> Steps[list[Any]]:
     args, kwargs = function.arguments(operands)
-    (result,) = yield [UserCall(function.callable, args, kwargs)]
+    (result,) = yield [(function.callable, args, kwargs)]
     return function.checked(result, function.label)
 
 
@@ -70,7 +69,7 @@ def apply_fwd(
         function: UserFunction, block: int, operands: Sequence[Any]
     ) -> Steps[list[Any]]:
         args, kwargs = function.arguments(operands)
-        (result,) = yield [UserCall(function.rule("fwd"), args, kwargs)]
+        (result,) = yield [(function.rule("fwd"), args, kwargs)]
         if not isinstance(result, tuple) or len(result) != 2:
             raise ResultError(
                 f"{function.label}: expected its fwd to return a pair (result, residuals), "
@@ -80,7 +79,7 @@ def apply_fwd(
         residuals[block] = _owned(result[1])
         return function.template.check(result[0], f"{function.label}: fwd")
 
-    values = yield from by_block(function, apply, operands, function.out_avals)
+    values = yield from by_block(function, apply, operands, lambda: function.out_avals)
     return values, RuleResiduals(residuals)
 
 
@@ -122,12 +121,12 @@ def apply_bwd(
     def apply(function: UserFunction, block: int, bars: Sequence[Any]) -> Steps[list[Any]]:
         bars = _with_zero_tangents(function.out_avals, of, bars)
         y_bar = jax.tree.unflatten(function.template.tree, bars)
-        (result,) = yield [
-            UserCall(function.rule("bwd"), (residuals.values[block], y_bar), {})
-        ]
+        (result,) = yield [(function.rule("bwd"), (residuals.values[block], y_bar), {})]
         return _checked_cotangents(function, result, wrt)
 
-    out_avals = tuple(function.in_avals[i].to_tangent_aval() for i in wrt)
+    def out_avals() -> Avals:
+        return tuple(function.in_avals[i].to_tangent_aval() for i in wrt)
+
     return by_block(function, apply, cotangents, out_avals)
 
 
@@ -187,10 +186,12 @@ def apply_jvp(
     def apply(function: UserFunction, _: int, arrays: Sequence[Any]) -> Steps[list[Any]]:
         dots = _with_zero_tangents(function.in_avals, wrt, arrays[count:])
         pair = [tuple(_positional(function, x)) for x in (arrays[:count], dots)]
-        (result,) = yield [UserCall(function.rule("jvp"), tuple(pair), {})]
+        (result,) = yield [(function.rule("jvp"), tuple(pair), {})]
         return _checked_tangents(function, result, of)
 
-    out_avals = tuple(function.out_avals[i].to_tangent_aval() for i in of)
+    def out_avals() -> Avals:
+        return tuple(function.out_avals[i].to_tangent_aval() for i in of)
+
     return by_block(function, apply, [*operands, *tangents], out_avals)
 
 
