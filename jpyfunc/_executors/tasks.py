@@ -123,7 +123,7 @@ class Task:
 
     Attributes:
         function: what to call.
-        calls: its arguments, positional and by name.
+        calls: its arguments, positional and by name; none once it has run.
     """
 
     __slots__ = ("_surroundings", "calls", "function")
@@ -138,11 +138,13 @@ class Task:
         context = self._surroundings.context
         device: Any = context.device
         config = enter_config(self._surroundings.config, device)
+        # What waits for the task still has it, but not its operands.
+        calls, self.calls = self.calls, ()
         with running_body(), entered(context), config:
             if not self._surroundings.is_on_device:
-                return _run(self.function, self.calls)
+                return _run(self.function, calls)
             with set_current_trace(OnDeviceTrace(device)):
-                return _run(self.function, self.calls)
+                return _run(self.function, calls)
 
     def __reduce__(self) -> tuple[Any, ...]:
         config = inside(self._surroundings.config, ANY)

