@@ -147,7 +147,7 @@ class enter_config:  # noqa: N801 - a context manager, named like JAX's own
         managers: list[AbstractContextManager[Any]] = []
         current = current_config()
         if current != self._config:  # at half the cost of a loop
-            # By identity, at a third of the time: setting an equal value changes nothing.
+            # By identity, which is cheaper: an equal value in its place changes nothing.
             differ = map(operator.is_not, current, self._config)
             options = zip(_ALL, self._config, strict=True)
             managers += [option(value) for option, value in compress(options, differ)]
