@@ -1,0 +1,402 @@
+"""Picture all of Python's state that the variables of some frames lead to, by value."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import struct
+import sys
+import types
+from collections.abc import Hashable, Iterator, Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from jpyfunc._limits import MAX_FINGERPRINT_BYTES
+from jpyfunc._staging.abstract_tracer import is_abstract
+from jpyfunc._staging.bytecode import attribute_names, global_names, imported_names
+
+Children = list[tuple[str, Any]]  # what an object leads to, each with its path
+
+
+class UnseenStateError(Exception):
+    """There is state that cannot be seen. The text says of which variable."""
+
+
+# Modules whose functions depend on their arguments alone. Others of the standard library,
+# such as `random` and `time`, are looked into like a user's, and what is written in C in
+# them is refused.
+_PURE = {
+    "abc", "bisect", "builtins", "cmath", "collections", "copy", "dataclasses", "enum",
+    "functools", "heapq", "itertools", "jax", "jaxlib", "jpyfunc", "math", "ml_dtypes",
+    "numbers", "numpy", "operator", "string", "types", "typing",
+    "_bisect", "_collections", "_functools", "_heapq", "_operator", "_struct", "struct",
+}  # fmt: skip
+_JAX = ("jax", "jaxlib", "jpyfunc")
+# Functions that see more than their arguments, or what differs in equal states.
+_REFUSED_BUILTINS = {
+    "__import__", "compile", "dir", "eval", "exec", "globals", "id", "input", "locals",
+    "open", "vars",
+}  # fmt: skip
+_ATOMS = {
+    bool, int, str, bytes, type(None), type(...), type(NotImplemented), range,
+}  # fmt: skip
+# Descriptors and functions in C that hold nothing.
+_CONSTANT_KINDS = {
+    np.ufunc, CodeType, types.GenericAlias, types.UnionType, types.MemberDescriptorType, types.GetSetDescriptorType,
+    types.MethodDescriptorType, types.WrapperDescriptorType,
+    types.ClassMethodDescriptorType, type(collections.namedtuple("_", "x").x),
+}  # fmt: skip
+_CLASS_ATTRIBUTES = {
+    "__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__annotations__",
+    "__static_attributes__", "__firstlineno__", "__abstractmethods__", "_abc_impl",
+    "__annotations_cache__", "__annotate_func__", "__annotate__",
+}  # fmt: skip
+_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by Python
+# Classes in C whose objects hold what they show, and how to get at it.
+_LAYOUTS: dict[type, Any] = {
+    object: lambda value: [],
+    types.SimpleNamespace: lambda value: [],
+    list: list.__iter__,
+    tuple: tuple.__iter__,
+    collections.deque: collections.deque.__iter__,
+    set: set.__iter__,
+    frozenset: frozenset.__iter__,
+    dict: lambda value: [x for item in dict.items(value) for x in item],
+    collections.OrderedDict: lambda value: [
+        x for item in collections.OrderedDict.items(value) for x in item
+    ],
+    collections.defaultdict: lambda value: [
+        value.default_factory,
+        *(x for item in dict.items(value) for x in item),
+    ],
+    int: lambda value: [int.__int__(value)],
+    float: lambda value: [float.__float__(value)],
+    complex: lambda value: [complex.__complex__(value)],
+    str: lambda value: [str.__str__(value)],
+    bytes: lambda value: [bytes(memoryview(value))],
+    functools.partial: lambda value: [value.func, value.args, value.keywords],
+}
+# Bytes that Python adds to an object for its attributes and weak references.
+_ADDED_BYTES = 16 if sys.version_info < (3, 12) else 0
+
+
+class PythonState:
+    """All that the variables of some frames lead to, apart from the arrays.
+
+    Attributes:
+        facts: what was found, in order. The states of the same frames are the same if
+            their facts are equal.
+        paths: of each fact, how to write what it is of.
+        arrays: the arrays that were found, in order, each time that they were.
+        array_paths: how to write each of them.
+        objects: all other objects that can be told from their equals, each once. As they
+            are held, no other object gets the id of one of them.
+    """
+
+    def __init__(self, frames: Sequence[FrameType]) -> None:
+        """Begin.
+
+        Args:
+            frames: those whose variables may be used from here on, innermost first.
+        """
+        self.facts: list[Hashable] = []
+        self.paths: list[str] = []
+        self.arrays: list[Any] = []
+        self.array_paths: list[str] = []
+        self.objects: list[Any] = []
+        self._limit = 0
+        self._numbers: dict[int, int] = {}
+        self._names: set[str] = set()
+        self._modules: dict[int, tuple[str, types.ModuleType]] = {}
+        self._frames = frames
+
+    def look(self, limit: int) -> None:
+        """Look at the variables of the frames.
+
+        Args:
+            limit: of objects to look at.
+
+        Raises:
+            UnseenStateError: some state cannot be seen, or there is too much of it.
+        """
+        self._limit = limit
+        for frame in self._frames:
+            self._look_at(list(frame.f_locals.items()))
+            self._look_at(self._globals(frame.f_code, frame.f_globals))
+        self._look_at_modules()
+
+    def differences(
+        self, other: PythonState
+    ) -> Iterator[tuple[str, Any, Any]]:
+        """Yield where the facts of another state are different ones.
+
+        Yields:
+            How to write the variable, and the two facts.
+        """
+        pairs = zip(self.facts, other.facts, other.paths, strict=False)
+        for a, b, path in pairs:
+            if a != b and path:
+                yield path, a, b
+        if len(self.facts) != len(other.facts):
+            yield "what its variables lead to", None, None
+
+    def _note(self, fact: Hashable, path: str) -> None:
+        self.facts.append(fact)
+        self.paths.append(path)
+
+    def _look_at(self, children: Children) -> None:
+        """Note what `children` are and lead to."""
+        # A stack in the place of recursion: lists may be linked to any length.
+        waiting = children[::-1]
+        self._note(("variables", *(path for path, _ in children)), "")
+        while waiting:
+            path, value = waiting.pop()
+            if len(self.facts) >= self._limit:
+                raise UnseenStateError("its variables lead to too many objects")
+            if isinstance(value, jax.Array) and (
+                is_abstract(value) or not isinstance(value, Tracer)
+            ):
+                self._note("array", path)
+                self.arrays.append(value)
+                self.array_paths.append(path)
+                continue
+            fact = _atom(value)
+            if fact is None:
+                number = self._numbers.get(id(value))
+                if number is not None:
+                    fact = ("seen", number)
+                else:
+                    self._numbers[id(value)] = len(self._numbers)
+                    self.objects.append(value)
+                    fact, found = self._look_into(value, path)
+                    fact = (type(value), fact, len(found))
+                    waiting += found[::-1]
+            self._note(fact, path)
+
+    def _look_at_modules(self) -> None:
+        """Look at the attributes of modules that any function may ask for.
+
+        Which these are is known once all functions are found, and more may be found in
+        the attributes.
+        """
+        looked_at: set[tuple[int, str]] = set()
+        found: Children | None = None
+        while found is None or found:
+            found = [
+                (f"{path}.{name}", vars(module)[name])
+                for path, module in list(self._modules.values())
+                for name in sorted(self._names)
+                if name in vars(module) and (id(module), name) not in looked_at
+            ]
+            looked_at |= {
+                (id(module), name)
+                for _, module in list(self._modules.values())
+                for name in self._names
+            }
+            self._look_at(found)
+
+    def _look_into(self, value: Any, path: str) -> tuple[Hashable, Children]:
+        """What `value` is apart from what it leads to, and that."""
+        kind = type(value)
+        if kind in _CONSTANT_KINDS or kind.__module__ == "typing":
+            return id(value), []
+        if kind is types.FunctionType:
+            return self._function(value, path)
+        if kind is types.ModuleType:
+            if value.__name__ != "builtins":
+                self._modules[id(value)] = path, value
+            return id(value), []
+        if kind is types.CellType:
+            return self._cell(value, path)
+        if kind is types.MethodType:
+            return None, [(path, value.__func__), (path, value.__self__)]
+        if kind in (types.BuiltinFunctionType, types.MethodWrapperType):
+            return self._builtin(value, path)
+        if kind in (staticmethod, classmethod):
+            return None, [(path, value.__func__), (path, vars(value))]
+        if kind is property:
+            return None, [(path, value.fget), (path, value.fset), (path, value.fdel)]
+        if kind is slice:
+            return None, [(path, value.start), (path, value.stop), (path, value.step)]
+        if kind is types.MappingProxyType:
+            return None, [(path, dict(value))]
+        if kind is np.ndarray:
+            return self._numpy_array(value, path)
+        if isinstance(value, type):
+            return self._class(value, path)
+        if _package(kind.__module__) in _JAX or is_library_cache(value):
+            return self._object_of_jax(value, path)
+        return self._instance(value, path)
+
+    def _function(self, value: Any, path: str) -> tuple[Hashable, Children]:
+        code = value.__code__
+        cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
+        found = [(name, cell) for name, cell in cells]
+        found += [(path, value.__defaults__), (path, value.__kwdefaults__)]
+        found += [(f"{path}.{name}", x) for name, x in vars(value).items()]
+        module = value.__globals__.get("__name__", "")
+        if _package(module) not in _PURE:
+            found += self._globals(code, value.__globals__)
+        own = [id(cell) for cell in value.__closure__ or () if self._is_of_frame(code)]
+        return (id(code), *vars(value), *own), found
+
+    def _is_of_frame(self, code: CodeType) -> bool:
+        """Whether a function was defined in one of the functions that run.
+
+        Its cells may then be variables of that frame, and it matters that they are the
+        same ones. Frames do not give their cells.
+        """
+        return any(code in frame.f_code.co_consts for frame in self._frames)
+
+    def _globals(self, code: CodeType, variables: dict[str, Any]) -> Children:
+        """The global variables, and the modules, that a function may use."""
+        self._names |= attribute_names(code)
+        refused = _REFUSED_BUILTINS.intersection(global_names(code)) - variables.keys()
+        if refused:
+            raise UnseenStateError(f"{code.co_name} calls {min(refused)}()")
+        found = [(n, variables[n]) for n in global_names(code) if n in variables]
+        for name in imported_names(code):
+            if name in sys.modules:
+                found.append((name, sys.modules[name]))
+        return found
+
+    def _cell(self, value: Any, path: str) -> tuple[Hashable, Children]:
+        try:
+            return None, [(path, value.cell_contents)]
+        except ValueError:  # a name that is not bound yet
+            return None, []
+
+    def _builtin(self, value: Any, path: str) -> tuple[Hashable, Children]:
+        owner = value.__self__
+        if owner is None or isinstance(owner, types.ModuleType):
+            name = getattr(owner, "__name__", None) or value.__module__ or "builtins"
+            if _package(name) not in _PURE:
+                raise UnseenStateError(f"{path}, of {name}, may have a state")
+            return id(value), []
+        return value.__name__, [(path, owner)]
+
+    def _numpy_array(self, value: Any, path: str) -> tuple[Hashable, Children]:
+        if value.dtype.hasobject:
+            raise UnseenStateError(f"{path} is an array of Python objects")
+        data = value.tobytes()
+        if len(data) > MAX_FINGERPRINT_BYTES:
+            data = hashlib.blake2b(data).digest()
+        # Views of one array share its memory.
+        base = value.base
+        start = value.__array_interface__["data"][0]
+        offset = start - base.__array_interface__["data"][0] if _is_array(base) else None
+        fact = value.shape, value.dtype.str, value.strides, value.flags.writeable, offset
+        return (*fact, data), [(path, base)]
+
+    def _class(self, value: type, path: str) -> tuple[Hashable, Children]:
+        if not value.__flags__ & _HEAP or _package(value.__module__) in _PURE:
+            return id(value), []
+        attributes = {k: x for k, x in vars(value).items() if k not in _CLASS_ATTRIBUTES}
+        found = [(path, parent) for parent in (*value.__mro__[1:], type(value))]
+        found += [(f"{path}.{name}", x) for name, x in attributes.items()]
+        return (id(value), *attributes), found
+
+    def _object_of_jax(self, value: Any, path: str) -> tuple[Hashable, Children]:
+        """An object that JAX made, of which only the functions are looked into."""
+        if isinstance(value, functools.partial):  # jax.tree_util.Partial
+            return self._instance(value, path)
+        if isinstance(value, Tracer):
+            raise UnseenStateError(f"{path} is traced by a transformation of JAX")
+        held = getattr(value, "__wrapped__", None)
+        function = getattr(held, "__globals__", {}).get("__name__", "")
+        if held is None or _package(function) in _PURE:
+            return id(value), []
+        return id(value), [(path, held)]
+
+    def _instance(self, value: Any, path: str) -> tuple[Hashable, Children]:
+        kind = type(value)
+        layout = next(
+            (x for x in kind.__mro__ if x in _LAYOUTS or not x.__flags__ & _HEAP), object
+        )
+        slots = _slots(kind)
+        own = kind.__basicsize__ - layout.__basicsize__ - 8 * len(slots)
+        if layout not in _LAYOUTS or own > _ADDED_BYTES:
+            raise UnseenStateError(
+                f"{path} is a {kind.__name__}, whose state cannot be seen"
+            )
+        found = [] if kind in _LAYOUTS else [(path, kind)]
+        items = [*_LAYOUTS[layout](value)]
+        if layout in (set, frozenset):
+            if not all(type(x) in _ATOMS for x in items):
+                raise UnseenStateError(f"{path} is a set of objects, in any order")
+            items.append(sys.getsizeof(value))  # which the order depends on
+        if issubclass(layout, dict):
+            skipped = len(items) % 2  # the factory of a defaultdict
+            found += [(path, x) for x in items[:skipped]]
+            keys, values = items[skipped::2], items[skipped + 1 :: 2]
+            for k, x in zip(keys, values, strict=True):
+                found += [(path, k), (f"{path}[{_short(k)}]", x)]
+        else:
+            found += [(f"{path}[{i}]", x) for i, x in enumerate(items)]
+        bound = []
+        for name, slot in slots.items():
+            try:
+                found.append((f"{path}.{name}", slot.__get__(value)))
+            except AttributeError:  # not set
+                continue
+            bound.append(name)
+        try:
+            attributes = object.__getattribute__(value, "__dict__")
+        except AttributeError:
+            attributes = {}
+        found += [(f"{path}.{name}", x) for name, x in attributes.items()]
+        return (len(items), *bound, *attributes), found
+
+
+def is_library_cache(value: Any) -> bool:
+    """Whether `value` is a library's function with a cache, which changes nothing."""
+    inner = getattr(value, "__wrapped__", None)
+    module = getattr(inner, "__globals__", {}).get("__name__", "")
+    return type(value) is _CACHE and _package(module) in _PURE
+
+
+_CACHE = type(functools.lru_cache(len))
+
+
+def _atom(value: Any) -> Hashable | None:
+    """What tells a value that holds nothing from all others; None if it is none."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return kind, value
+    if kind is float:  # -0.0 equals 0.0, and no NaN equals itself
+        return kind, struct.pack("d", value)
+    if kind is complex:
+        return kind, struct.pack("dd", value.real, value.imag)
+    if isinstance(value, np.dtype):
+        return kind, value
+    if isinstance(value, np.generic) and not value.dtype.hasobject:
+        return kind, value.dtype, value.tobytes()
+    return None
+
+
+def _package(module: Any) -> str:
+    return str(module).partition(".")[0]
+
+
+def _is_array(value: Any) -> bool:
+    return type(value) is np.ndarray
+
+
+def _slots(kind: type) -> dict[str, Any]:
+    """The descriptors of the slots of a class and its bases."""
+    return {
+        name: x
+        for parent in reversed(kind.__mro__)
+        if parent.__flags__ & _HEAP and parent not in _LAYOUTS
+        for name, x in vars(parent).items()
+        if type(x) is types.MemberDescriptorType
+    }
+
+
+def _short(key: Any) -> str:
+    return repr(key) if type(key) in (str, int) else type(key).__name__

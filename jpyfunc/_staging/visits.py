@@ -1,0 +1,148 @@
+"""Visits: the places that a run of a body comes to, with all of Python's state there."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from jpyfunc._frames import is_library_frame
+from jpyfunc._interpreters.base_tracer import BodyTracer
+from jpyfunc._staging.abstract_tracer import AbstractTracer
+from jpyfunc._staging.bytecode import TruthTest
+from jpyfunc._staging.python_state import PythonState
+
+# What is known of these is in what they lead to: which object it is does not matter.
+_IMMUTABLE = (tuple, types.MethodType, types.BuiltinFunctionType, slice)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Visit:
+    """A truth test in a frame, and the state of Python at that time.
+
+    Attributes:
+        index: the position of the branch point in the run.
+        frames: the one that tests, and those around it up to the body's.
+        test: the instruction that tests.
+        offset: where in the bytecode it is.
+        state: what the variables of the frames lead to.
+        arrays: what is tested, and the arrays of `state`.
+        value_count: how many values the run had made.
+    """
+
+    index: int
+    frames: tuple[FrameType, ...]
+    test: TruthTest
+    offset: int
+    state: PythonState
+    arrays: list[Any]
+    value_count: int
+
+    @property
+    def frame(self) -> FrameType:
+        """The frame that tests."""
+        return self.frames[0]
+
+    @property
+    def paths(self) -> list[str]:
+        """How to write each of `arrays`."""
+        return ["the test", *self.state.array_paths]
+
+    def is_at(self, other: Visit) -> bool:
+        """Whether two visits are of the same frames at the same place."""
+        return (
+            self.test.continuation == other.test.continuation
+            and len(self.frames) == len(other.frames)
+            and all(x is y for x, y in zip(self.frames, other.frames, strict=True))
+        )
+
+    def is_like(self, later: Visit, first: Visit) -> bool:
+        """Whether a later visit at the same place has the same state, but for the arrays.
+
+        Args:
+            later: the later visit.
+            first: the first visit of the same frame.
+        """
+        return (
+            self.state.facts == later.state.facts
+            and not self._changed_avals(later)
+            and self._shares_arrays_like(later)
+            and not self._replaces_objects_of(first, later)
+            and any(x is not y for x, y in self._pairs(later)[1:])
+        )
+
+    def why_unlike(self, later: Visit) -> str:
+        """Say what differs at a later visit at the same place, and what helps."""
+        for path, a, b in self.state.differences(later.state):
+            if a is None or b is None or a[0] is not b[0] or a[0] not in (int, float):
+                return f"{path} is not the same in each iteration"
+            return (
+                f"{path} is a Python number, {a[1]} and then {b[1]}: use an array, or "
+                "jpyfunc.range"
+            )
+        for path, a, b in self._changed_avals(later):
+            return f"{path} is {a.str_short()} and then {b.str_short()}"
+        if all(x is y for x, y in self._pairs(later)):
+            return "no array changes from one iteration to the next"
+        return "its iterations are not the same"
+
+    def _pairs(self, later: Visit) -> list[tuple[Any, Any]]:
+        return list(zip(self.arrays, later.arrays, strict=True))
+
+    def _changed_avals(self, later: Visit) -> list[tuple[str, Any, Any]]:
+        avals = [(jax.typeof(x), jax.typeof(y)) for x, y in self._pairs(later)]
+        named = zip(self.paths, avals, strict=True)
+        return [(path, a, b) for path, (a, b) in named if a != b]
+
+    def _shares_arrays_like(self, later: Visit) -> bool:
+        """Whether arrays are one object in both visits, or in neither."""
+        pairs = [(id(x), id(y)) for x, y in self._pairs(later)]
+        distinct = set(pairs)
+        return len(dict(pairs)) == len(distinct) == len({y for _, y in distinct})
+
+    def _replaces_objects_of(self, first: Visit, later: Visit) -> bool:
+        """Whether objects that existed at the first visit are replaced by others."""
+        old = set(map(id, first.state.objects))
+        pairs = zip(self.state.objects, later.state.objects, strict=True)
+        return any(
+            x is not y and id(x) in old and type(x) not in _IMMUTABLE for x, y in pairs
+        )
+
+
+def has_value(array: Any) -> bool:
+    """Whether an array has data, or had it when it was made."""
+    if isinstance(array, AbstractTracer):
+        return array.value is not None
+    return isinstance(array, jax.Array) and not isinstance(array, Tracer)
+
+
+def testing_frame() -> FrameType | None:
+    """Return the frame that asks for the truth value of an array, if it is the user's."""
+    for frame in _stack():
+        if frame.f_code is BodyTracer.__bool__.__code__:
+            asking = frame.f_back
+            return None if asking is None or is_library_frame(asking) else asking
+    return None
+
+
+def _stack() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def frames_up_to(frame: FrameType, entry: FrameType) -> list[FrameType]:
+    """Return `frame` and those around it, inside of `entry`."""
+    found: list[FrameType] = []
+    around: FrameType | None = frame
+    while around is not None and around is not entry:
+        found.append(around)
+        around = around.f_back
+    return found
