@@ -45,7 +45,7 @@ class LoopLayout:
         assert head.head is not None
         exits = [
             Exit(node, {n: aval for n, aval in made.items() if n in _used_from(node)})
-            for node, made in _exits(head, head, {})
+            for node, made in _exits(head, set(), {})
         ]
         return cls(head, head.head.carried(), exits)
 
@@ -59,11 +59,17 @@ class LoopLayout:
 
 
 def _exits(
-    node: BranchNode, head: BranchNode, made: dict[int, ShapedArray | None]
+    node: BranchNode, heads: set[BranchNode], made: dict[int, ShapedArray | None]
 ) -> Iterator[tuple[BranchNode, dict[int, ShapedArray | None]]]:
-    """Find the exits below a node of a loop, each with what was made on the way there."""
-    if head is not node:
-        if head not in node.goals():
+    """Find the exits below a node of a loop, each with what was made on the way there.
+
+    Args:
+        node: the head of the loop, or a node below it.
+        heads: the head, and those of inner loops on the way from it.
+        made: the values that were made on the way.
+    """
+    if heads:
+        if heads.isdisjoint(node.goals()):
             yield node, made
             return
         made = made | {
@@ -73,8 +79,10 @@ def _exits(
         }
         if node.head is not None:  # its loop changes what it carries
             made = {n: None for n in node.head.carried()} | made
+    if node.head is not None:
+        heads = heads | {node}
     for after in node.branches.values():
-        yield from _exits(after, head, made)
+        yield from _exits(after, heads, made)
 
 
 def _used_from(node: BranchNode) -> set[int]:
