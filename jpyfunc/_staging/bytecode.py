@@ -46,12 +46,51 @@ def truth_tests(code: CodeType) -> dict[int, TruthTest]:
     return _Instructions(code).truth_tests()
 
 
+@functools.lru_cache(BYTECODE_CACHE_SIZE)
+def dead_variables(code: CodeType, offset: int) -> frozenset[str]:
+    """The local variables that a function does not read any more after an instruction.
+
+    It may assign to them, and read what it has assigned.
+    """
+    live = _Instructions(code).live_after(offset)
+    plain = frozenset(code.co_varnames).difference(code.co_cellvars)
+    return frozenset() if live is None else plain - live
+
+
 class _Instructions:
     """The instructions of a function, and how they follow each other."""
 
     def __init__(self, code: CodeType) -> None:
-        self._all = list(dis.get_instructions(code))
+        bytecode = dis.Bytecode(code)
+        self._all = list(bytecode)
         self._at = {x.offset: k for k, x in enumerate(self._all)}
+        self._handlers = [
+            (range(x.start, x.end), self._at[x.target]) for x in bytecode.exception_entries
+        ]
+
+    def live_after(self, offset: int) -> set[str] | None:
+        """The names of the variables that may be read; None if that is not known."""
+        after = [self._following(k) for k in range(len(self._all))]
+        accesses = [_accesses(x) for x in self._all]
+        if offset not in self._at or None in accesses:
+            return None
+        known = [x for x in accesses if x is not None]
+        live: list[set[str]] = [set(read) for read, _ in known]
+        changes = True
+        while changes:
+            changes = False
+            for k in reversed(range(len(known))):
+                read, written = known[k]
+                found = read | (set().union(*(live[n] for n in after[k])) - written)
+                changes = changes or found != live[k]
+                live[k] = found
+        return set().union(*(live[n] for n in after[self._at[offset]]))
+
+    def _following(self, k: int) -> list[int]:
+        """The instructions that may follow one, also if it raises."""
+        offset = self._all[k].offset
+        handlers = [target for covered, target in self._handlers if offset in covered]
+        return [n for n, _ in self._after(k) if n < len(self._all)] + handlers
 
     def truth_tests(self) -> dict[int, TruthTest]:
         depths = self._depths()
@@ -163,6 +202,30 @@ def attribute_names(code: CodeType) -> frozenset[str]:
     strings = (x for x in code.co_consts if isinstance(x, str) and x.isidentifier())
     inner = (attribute_names(x) for x in code.co_consts if isinstance(x, CodeType))
     return frozenset(code.co_names).union(strings, *inner)
+
+
+def _accesses(instruction: dis.Instruction) -> tuple[set[str], set[str]] | None:
+    """The local variables that an instruction reads, and those that it surely assigns to.
+
+    Returns:
+        None for an instruction that is not known.
+    """
+    name, variables = instruction.opname, instruction.argval
+    if "FAST" not in name:
+        return set(), set()
+    match name:
+        case "LOAD_FAST" | "LOAD_FAST_CHECK" | "LOAD_FAST_AND_CLEAR" | "DELETE_FAST":
+            return {variables}, set()
+        case "STORE_FAST":
+            return set(), {variables}
+        case "LOAD_FAST_LOAD_FAST":  # this and the next two are of Python 3.13
+            return set(variables), set()
+        case "STORE_FAST_STORE_FAST":
+            return set(), set(variables)
+        case "STORE_FAST_LOAD_FAST":
+            stored, loaded = variables
+            return {loaded} - {stored}, {stored}
+    return None
 
 
 def _arguments(code: CodeType, *names: str) -> tuple[str, ...]:

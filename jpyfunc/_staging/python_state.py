@@ -18,7 +18,12 @@ from jax.core import Tracer
 
 from jpyfunc._limits import MAX_FINGERPRINT_BYTES
 from jpyfunc._staging.abstract_tracer import is_abstract
-from jpyfunc._staging.bytecode import attribute_names, global_names, imported_names
+from jpyfunc._staging.bytecode import (
+    attribute_names,
+    dead_variables,
+    global_names,
+    imported_names,
+)
 
 Children = list[tuple[str, Any]]  # what an object leads to, each with its path
 
@@ -42,6 +47,7 @@ _REFUSED_BUILTINS = {
     "__import__", "compile", "dir", "eval", "exec", "globals", "id", "input", "locals",
     "open", "vars",
 }  # fmt: skip
+_OF_FRAMES = {"_getframe", "currentframe", "f_locals", "settrace", "setprofile"}
 _ATOMS = {
     bool, int, str, bytes, type(None), type(...), type(NotImplemented), range,
 }  # fmt: skip
@@ -126,7 +132,9 @@ class PythonState:
         """
         self._limit = limit
         for frame in self._frames:
-            self._look_at(list(frame.f_locals.items()))
+            dead = dead_variables(frame.f_code, frame.f_lasti)
+            variables = frame.f_locals.items()
+            self._look_at([(name, x) for name, x in variables if name not in dead])
             self._look_at(self._globals(frame.f_code, frame.f_globals))
         self._look_at_modules()
 
@@ -257,6 +265,7 @@ class PythonState:
         """The global variables, and the modules, that a function may use."""
         self._names |= attribute_names(code)
         refused = _REFUSED_BUILTINS.intersection(global_names(code)) - variables.keys()
+        refused |= _OF_FRAMES.intersection(code.co_names)
         if refused:
             raise UnseenStateError(f"{code.co_name} calls {min(refused)}()")
         found = [(n, variables[n]) for n in global_names(code) if n in variables]
@@ -369,9 +378,9 @@ def _atom(value: Any) -> Hashable | None:
     if kind in _ATOMS:
         return kind, value
     if kind is float:  # -0.0 equals 0.0, and no NaN equals itself
-        return kind, struct.pack("d", value)
+        return kind, repr(value), struct.pack("d", value)
     if kind is complex:
-        return kind, struct.pack("dd", value.real, value.imag)
+        return kind, repr(value), struct.pack("dd", value.real, value.imag)
     if isinstance(value, np.dtype):
         return kind, value
     if isinstance(value, np.generic) and not value.dtype.hasobject:

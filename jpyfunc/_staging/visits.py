@@ -88,7 +88,9 @@ class Visit:
             )
         for path, a, b in self._changed_avals(later):
             return f"{path} is {a.str_short()} and then {b.str_short()}"
-        if all(x is y for x, y in self._pairs(later)):
+        if not self._shares_arrays_like(later):
+            return "two variables are one array at first, and two later, or the reverse"
+        if all(x is y for x, y in self._pairs(later)[1:]):
             return "no array changes from one iteration to the next"
         return "its iterations are not the same"
 
