@@ -63,11 +63,13 @@ class LoopHead:
     Attributes:
         names: how to write the arrays that Python's state leads to at the branch point,
             the test first.
+        avals: theirs.
         values: what they are when the program comes to the loop.
         changed: positions of those that are not the same in each iteration.
     """
 
     names: list[str]
+    avals: list[ShapedArray]
     values: list[Atom]
     changed: set[int]
 
@@ -172,8 +174,8 @@ class BranchNode:
     def _go_back(self, edge: BackEdge) -> Fallback | Back:
         """Make this node the head of a loop, and the end of a path that comes back to it."""
         if self.head is None:
-            self.head = LoopHead(edge.paths, edge.first, set())
-        if self.head.names != edge.paths or not is_alike(self.head.values, edge.first):
+            self.head = LoopHead(edge.names, edge.avals, edge.first, set())
+        if self.head.names != edge.names or not is_alike(self.head.values, edge.first):
             return _DIFFERENT_RUNS
         values = enumerate(zip(self.head.values, edge.following, strict=True))
         self.head.changed.update(i for i, (a, b) in values if not is_one(a, b))
@@ -192,18 +194,31 @@ class BranchTree:
         result: what it returns, complete, or the error that says why that cannot be
             inferred.
         runs: how many runs on abstract values it took.
-        unrolled: why a place is not the head of a loop, by place and line.
+        no_heads: why a truth test that is repeated is not the head of a loop, by its
+            place and line.
     """
 
     root: BranchNode
     result: Template | InferenceError | ResultError
     runs: int
-    unrolled: dict[tuple[str, str], str]
+    no_heads: dict[tuple[str, str], str]
 
     @property
     def size(self) -> int:
         """The number of JAX operations in it."""
         return sum(node.size for node in self.root.nodes())
+
+    @property
+    def unrolled(self) -> dict[tuple[str, str], str]:
+        """Why loops are none that are not compiled to their end, by place and line."""
+        if not self.root.falls_back and isinstance(self.result, Template):
+            return {}
+        heads = {
+            (node.end.place, node.end.line)
+            for node in self.root.nodes()
+            if node.head is not None and isinstance(node.end, BranchPoint)
+        }
+        return {key: why for key, why in self.no_heads.items() if key not in heads}
 
 
 def stage(

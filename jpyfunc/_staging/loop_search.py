@@ -7,6 +7,9 @@ from collections import Counter
 from types import FrameType
 from typing import Any
 
+import jax
+from jax.core import ShapedArray
+
 from jpyfunc._frames import is_library_frame, line_of, place_of_frame
 from jpyfunc._limits import MAX_PICTURED_IN_TOTAL, MAX_PICTURED_OBJECTS
 from jpyfunc._staging.abstract_tracer import AbstractTracer
@@ -54,13 +57,15 @@ class BackEdge:
 
     Attributes:
         head: the position of that branch point in the run.
-        paths: how to write the arrays that Python's state leads to, the test first.
+        names: how to write the arrays that Python's state leads to, the test first.
+        avals: theirs.
         first: what they are at the head.
         following: what they are in the next iteration.
     """
 
     head: int
-    paths: list[str]
+    names: list[str]
+    avals: list[ShapedArray]
     first: list[Atom]
     following: list[Atom]
 
@@ -220,13 +225,13 @@ class LoopSearch:
         Raises:
             UnseenStateError: it cannot be seen.
         """
+        frames = frames_up_to(frame, self._entry)
+        if any(x.f_code.co_flags & SUSPENDABLE for x in frames):
+            raise UnseenStateError("a generator or a coroutine runs it")
         if depth != 1:
             raise UnseenStateError(
                 "it is inside a for or a with: move it into a function of its own"
             )
-        frames = frames_up_to(frame, self._entry)
-        if any(x.f_code.co_flags & SUSPENDABLE for x in frames):
-            raise UnseenStateError("a generator or a coroutine runs it")
         findings = self._findings
         limit = min(MAX_PICTURED_OBJECTS, findings.objects_left)
         state = PythonState([x for x in frames if not is_library_frame(x)])
@@ -294,7 +299,8 @@ class LoopSearch:
             self._fail(points)
             raise RunConcluded
         first, following = ([*map(trace.atom, x.arrays)] for x in self._pair)
-        self.back = BackEdge(head.index, head.paths, first, following)
+        avals = [*map(jax.typeof, head.arrays)]
+        self.back = BackEdge(head.index, head.names, avals, first, following)
         trace.equations = points[second.index].equations
         del points[second.index :]
         raise RunConcluded

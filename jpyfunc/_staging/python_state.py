@@ -38,7 +38,7 @@ class UnseenStateError(Exception):
 _PURE = {
     "abc", "bisect", "builtins", "cmath", "collections", "copy", "dataclasses", "enum",
     "functools", "heapq", "itertools", "jax", "jaxlib", "jpyfunc", "math", "ml_dtypes",
-    "numbers", "numpy", "operator", "string", "types", "typing",
+    "numbers", "numpy", "operator", "reprlib", "string", "types", "typing",
     "_bisect", "_collections", "_functools", "_heapq", "_operator", "_struct", "struct",
 }  # fmt: skip
 _JAX = ("jax", "jaxlib", "jpyfunc")

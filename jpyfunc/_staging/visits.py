@@ -50,7 +50,7 @@ class Visit:
         return self.frames[0]
 
     @property
-    def paths(self) -> list[str]:
+    def names(self) -> list[str]:
         """How to write each of `arrays`."""
         return ["the test", *self.state.array_paths]
 
@@ -99,7 +99,7 @@ class Visit:
 
     def _changed_avals(self, later: Visit) -> list[tuple[str, Any, Any]]:
         avals = [(jax.typeof(x), jax.typeof(y)) for x, y in self._pairs(later)]
-        named = zip(self.paths, avals, strict=True)
+        named = zip(self.names, avals, strict=True)
         return [(path, a, b) for path, (a, b) in named if a != b]
 
     def _shares_arrays_like(self, later: Visit) -> bool:
