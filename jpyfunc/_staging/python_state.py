@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jpyfunc._limits import MAX_FINGERPRINT_BYTES
-from jpyfunc._staging.abstract_tracer import is_abstract
+from jpyfunc._staging.abstract_tracer import AbstractTracer
 from jpyfunc._staging.bytecode import (
     attribute_names,
     dead_variables,
@@ -166,9 +166,7 @@ class PythonState:
             path, value = waiting.pop()
             if len(self.facts) >= self._limit:
                 raise UnseenStateError("its variables lead to too many objects")
-            if isinstance(value, jax.Array) and (
-                is_abstract(value) or not isinstance(value, Tracer)
-            ):
+            if _is_array(type(value)):
                 self._note("array", path)
                 self.arrays.append(value)
                 self.array_paths.append(path)
@@ -235,9 +233,9 @@ class PythonState:
             return None, [(path, dict(value))]
         if kind is np.ndarray:
             return self._numpy_array(value, path)
-        if isinstance(value, type):
+        if issubclass(kind, type):
             return self._class(value, path)
-        if _package(kind.__module__) in _JAX or is_library_cache(value):
+        if _package(kind.__module__) in _JAX or _is_library_cache(value):
             return self._object_of_jax(value, path)
         return self._instance(value, path)
 
@@ -298,7 +296,7 @@ class PythonState:
         # Views of one array share its memory.
         base = value.base
         start = value.__array_interface__["data"][0]
-        offset = start - base.__array_interface__["data"][0] if _is_array(base) else None
+        offset = start - base.__array_interface__["data"][0] if type(base) is np.ndarray else None
         fact = value.shape, value.dtype.str, value.strides, value.flags.writeable, offset
         return (*fact, data), [(path, base)]
 
@@ -312,9 +310,9 @@ class PythonState:
 
     def _object_of_jax(self, value: Any, path: str) -> tuple[Hashable, Children]:
         """An object that JAX made, of which only the functions are looked into."""
-        if isinstance(value, functools.partial):  # jax.tree_util.Partial
+        if issubclass(type(value), functools.partial):  # jax.tree_util.Partial
             return self._instance(value, path)
-        if isinstance(value, Tracer):
+        if issubclass(type(value), Tracer):
             raise UnseenStateError(f"{path} is traced by a transformation of JAX")
         held = getattr(value, "__wrapped__", None)
         function = getattr(held, "__globals__", {}).get("__name__", "")
@@ -362,11 +360,22 @@ class PythonState:
         return (len(items), *bound, *attributes), found
 
 
-def is_library_cache(value: Any) -> bool:
+def _is_library_cache(value: Any) -> bool:
     """Whether `value` is a library's function with a cache, which changes nothing."""
-    inner = getattr(value, "__wrapped__", None)
+    inner = value.__wrapped__ if type(value) is _CACHE else None
     module = getattr(inner, "__globals__", {}).get("__name__", "")
-    return type(value) is _CACHE and _package(module) in _PURE
+    return _package(module) in _PURE
+
+
+# Nothing here asks an object of the user's for an attribute, nor for its class, except by
+# functions in C that find no code of the user's: looking must not change what is looked at.
+
+
+@functools.cache
+def _is_array(kind: type) -> bool:
+    """Whether objects of a class are arrays of JAX, or stand for these in a body."""
+    is_tracer = issubclass(kind, Tracer)
+    return issubclass(kind, AbstractTracer if is_tracer else jax.Array)
 
 
 _CACHE = type(functools.lru_cache(len))
@@ -381,19 +390,15 @@ def _atom(value: Any) -> Hashable | None:
         return kind, repr(value), struct.pack("d", value)
     if kind is complex:
         return kind, repr(value), struct.pack("dd", value.real, value.imag)
-    if isinstance(value, np.dtype):
+    if issubclass(kind, np.dtype):
         return kind, value
-    if isinstance(value, np.generic) and not value.dtype.hasobject:
+    if issubclass(kind, np.generic) and not value.dtype.hasobject:
         return kind, value.dtype, value.tobytes()
     return None
 
 
 def _package(module: Any) -> str:
     return str(module).partition(".")[0]
-
-
-def _is_array(value: Any) -> bool:
-    return type(value) is np.ndarray
 
 
 def _slots(kind: type) -> dict[str, Any]:
