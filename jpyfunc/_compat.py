@@ -117,6 +117,9 @@ class no_mesh:  # noqa: N801 - a context manager, named like JAX's own
         self._abstract.__exit__(*exc_info)
 
 
+# Runs a primitive at once, compiled, and remembers the program by its parameters.
+apply_primitive = _dispatch.apply_primitive
+
 # The thread's concrete mesh is in the module of meshes as of JAX 0.12.
 _mesh_state: Any = _mesh if hasattr(_mesh, "device_context") else _config
 

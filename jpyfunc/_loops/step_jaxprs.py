@@ -1,0 +1,84 @@
+"""Jaxprs of one iteration of a loop: traced, transposed, batched, and what in them depends on what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters import partial_eval
+
+from jpyfunc import _compat
+from jpyfunc._types import Array
+
+Arrays = list[jax.Array]
+Flags = list[bool]
+
+
+def trace(function: Callable[..., Sequence[Array]], *operands: Any) -> ClosedJaxpr:
+    """Trace a function of arrays, of which `operands` are examples or avals."""
+    return jax.make_jaxpr(function)(*operands)
+
+
+def call(jaxpr: ClosedJaxpr, *operands: Array) -> Arrays:
+    """Evaluate a jaxpr."""
+    return list(jaxpr_as_fun(jaxpr)(*operands))
+
+
+def depends(
+    jaxpr: ClosedJaxpr, flags: Sequence[bool], differentiably: bool = False
+) -> Flags:
+    """Whether each result of a jaxpr depends on a flagged operand.
+
+    Args:
+        jaxpr: to look into.
+        flags: one for each operand.
+        differentiably: count only a dependence through floating and complex values.
+    """
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    live = {id(v) for v, flag in zip(inner.invars, flags, strict=True) if flag}
+    for eqn in inner.eqns:
+        if any(id(v) in live for v in eqn.invars):
+            outvars = eqn.outvars
+            if differentiably:
+                outvars = [v for v in outvars if has_tangent(v.aval)]
+            live.update(map(id, outvars))
+    return [id(v) in live for v in inner.outvars]
+
+
+def has_tangent(aval: Any) -> bool:
+    """Whether values of an aval have derivatives."""
+    return isinstance(aval, ShapedArray) and jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def needed(jaxpr: ClosedJaxpr, used: Sequence[bool]) -> Flags:
+    """Whether each operand of a jaxpr is needed for the results that are used."""
+    return list(
+        partial_eval.dce_jaxpr(getattr(jaxpr, "jaxpr", jaxpr), list(used), False)[1]
+    )
+
+
+def fixpoint(flags: Sequence[bool], after: Callable[[Flags], Flags]) -> Flags:
+    """Flag carries until an iteration flags no more."""
+    now = list(flags)
+    while True:
+        more = [a or b for a, b in zip(now, after(now), strict=True)]
+        if more == now:
+            return now
+        now = more
+
+
+def pick(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    """The flagged among the values."""
+    return [x for x, flag in zip(values, flags, strict=True) if flag]
+
+
+def merge(
+    flags: Sequence[bool], flagged: Sequence[Any], others: Sequence[Any]
+) -> list[Any]:
+    """Put the values that `pick` took back among the others."""
+    a, b = iter(flagged), iter(others)
+    return [next(a) if flag else next(b) for flag in flags]
