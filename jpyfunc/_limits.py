@@ -34,6 +34,13 @@ MAX_OPENED_CONTAINERS = 100_000
 MAX_FINGERPRINT_OBJECTS = 1000
 MAX_FINGERPRINT_BYTES = 2**16
 
+# --- Derivatives of loops (`_loops`).
+
+# Carries that a loop saves for its derivative.
+SLOTS = 128
+# Iterations whose carries are computed again at once, to go back through them.
+STRETCH = 128
+
 # --- Tapes (`_runtime/tape_cache.py`).
 
 # What all tapes may hold in bytes; `set_tape_limit` changes it.

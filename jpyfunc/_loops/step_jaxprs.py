@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from jpyfunc import _compat
 from jpyfunc._types import Array
 
 Arrays = list[jax.Array]
@@ -26,32 +23,6 @@ def trace(function: Callable[..., Sequence[Array]], *operands: Any) -> ClosedJax
 def call(jaxpr: ClosedJaxpr, *operands: Array) -> Arrays:
     """Evaluate a jaxpr."""
     return list(jaxpr_as_fun(jaxpr)(*operands))
-
-
-def depends(
-    jaxpr: ClosedJaxpr, flags: Sequence[bool], differentiably: bool = False
-) -> Flags:
-    """Whether each result of a jaxpr depends on a flagged operand.
-
-    Args:
-        jaxpr: to look into.
-        flags: one for each operand.
-        differentiably: count only a dependence through floating and complex values.
-    """
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    live = {id(v) for v, flag in zip(inner.invars, flags, strict=True) if flag}
-    for eqn in inner.eqns:
-        if any(id(v) in live for v in eqn.invars):
-            outvars = eqn.outvars
-            if differentiably:
-                outvars = [v for v in outvars if has_tangent(v.aval)]
-            live.update(map(id, outvars))
-    return [id(v) in live for v in inner.outvars]
-
-
-def has_tangent(aval: Any) -> bool:
-    """Whether values of an aval have derivatives."""
-    return isinstance(aval, ShapedArray) and jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
 def needed(jaxpr: ClosedJaxpr, used: Sequence[bool]) -> Flags:
