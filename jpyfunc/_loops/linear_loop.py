@@ -228,7 +228,9 @@ def _linear_jvp(
 
 def is_perturbed(tangent: Any) -> bool:
     """Whether a tangent is that of an operand that is differentiated."""
-    return not isinstance(tangent, ad.Zero) and jax.typeof(tangent).dtype != jax.dtypes.float0
+    return (
+        not isinstance(tangent, ad.Zero) and jax.typeof(tangent).dtype != jax.dtypes.float0
+    )
 
 
 def _linear_transpose(

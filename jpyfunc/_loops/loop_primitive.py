@@ -58,6 +58,7 @@ def free_running_loop(
         body=trace(lambda *xs: opened_body(*xs[m:]), *operands),
         consts=m + n + len(consts),
         free=free,
+        linear=(False,) * len(operands),
     )
 
 
@@ -132,13 +133,23 @@ loop_p.multiple_results = True
 
 
 def _loop_abstract_eval(
-    *avals: ShapedArray, test: ClosedJaxpr, body: ClosedJaxpr, consts: int, free: int
+    *avals: ShapedArray,
+    test: ClosedJaxpr,
+    body: ClosedJaxpr,
+    consts: int,
+    free: int,
+    linear: tuple[bool, ...],
 ) -> tuple[list[ShapedArray], set[Effect]]:
     return list(avals[consts:]), {*test.effects, *body.effects}
 
 
 def _run(
-    *operands: jax.Array, test: ClosedJaxpr, body: ClosedJaxpr, consts: int, free: int
+    *operands: jax.Array,
+    test: ClosedJaxpr,
+    body: ClosedJaxpr,
+    consts: int,
+    free: int,
+    linear: tuple[bool, ...],
 ) -> Arrays:
     """Compute the loop, by JAX's own."""
     constants, carry = operands[:consts], list(operands[consts:])
@@ -173,6 +184,7 @@ def _loop_batching(
     body: ClosedJaxpr,
     consts: int,
     free: int,
+    linear: tuple[bool, ...],
 ) -> tuple[Arrays, list[int | None]]:
     """Batch the loop, until the last element is done.
 
@@ -204,6 +216,7 @@ def _loop_batching(
         body=_compat.batch_jaxpr_axes(body, axis_data, wanted, wanted[consts:])[0],
         consts=consts,
         free=free,
+        linear=linear,
     )
     return results, wanted[consts:]
 
@@ -236,6 +249,7 @@ def _loop_dce(used: Sequence[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn
         body=restricted(body, flags, carry),
         consts=sum(of_consts),
         free=sum(carry[:free]),
+        linear=tuple(pick(params["linear"], flags)),
     )
     return flags, eqn.replace(
         params=new, invars=pick(eqn.invars, flags), outvars=pick(eqn.outvars, carry)

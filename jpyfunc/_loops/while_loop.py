@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jax.interpreters import ad
+from jax.interpreters import ad, partial_eval
 
-from jpyfunc._loops.derivative import loop_jvp
+from jpyfunc._loops import derivative
 from jpyfunc._loops.loop_primitive import Function, free_running_loop, loop_p
 from jpyfunc._loops.step_jaxprs import Arrays
 from jpyfunc._types import Array
 
-ad.primitive_jvps[loop_p] = loop_jvp
+ad.primitive_jvps[loop_p] = derivative.loop_jvp
+ad.primitive_transposes[loop_p] = derivative.loop_transpose
+partial_eval.custom_partial_eval_rules[loop_p] = derivative.loop_partial_eval
+partial_eval.partial_eval_jaxpr_custom_rules[loop_p] = derivative.loop_partial_eval_custom
 
 
 def while_loop(
