@@ -36,10 +36,10 @@ MAX_FINGERPRINT_BYTES = 2**16
 
 # --- Derivatives of loops (`_loops`).
 
-# Carries that a loop saves for its derivative.
-SLOTS = 128
-# Iterations whose carries are computed again at once, to go back through them.
-STRETCH = 128
+# Carries that a loop saves for its derivative: as many as fit into these bytes, and not
+# fewer or more than these numbers.
+SAVED_BYTES = 2**24
+MIN_SLOTS, MAX_SLOTS = 16, 128
 
 # --- Tapes (`_runtime/tape_cache.py`).
 

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.interpreters import ad
 
 from jpyfunc import _compat
-from jpyfunc._limits import SLOTS
+from jpyfunc._limits import MAX_SLOTS, MIN_SLOTS, SAVED_BYTES
 from jpyfunc._loops.linear_loop import Layout, is_perturbed, linear_p
 from jpyfunc._loops.loop_primitive import loop_p, restricted
 from jpyfunc._loops.saved_carries import run_saving
@@ -191,8 +191,10 @@ def _key(params: dict[str, Any]) -> tuple[Any, ...]:
 
 def _residuals(split: _Split, constants: Arrays, carry: Arrays) -> tuple[Arrays, Arrays]:
     """Run the loop on the primals; return its results and what the linear loop needs."""
+    size = sum(x.size * x.dtype.itemsize for x in pick(carry, split.kept))
+    slots = min(max(SAVED_BYTES // max(size, 1), MIN_SLOTS), MAX_SLOTS) // 2 * 2
     saved = run_saving(
-        split.test, split.body, constants, carry, split.free, split.kept, SLOTS
+        split.test, split.body, constants, carry, split.free, split.kept, slots
     )
     residuals = [saved.count, saved.stride, *pick(constants, split.used), *saved.slots]
     return saved.results, residuals

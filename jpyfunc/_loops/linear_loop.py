@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jpyfunc import _compat
-from jpyfunc._limits import STRETCH
+from jpyfunc._limits import MAX_SLOTS
 from jpyfunc._loops.loop_primitive import free_running_loop, moved, select
 from jpyfunc._loops.saved_carries import put, take
 from jpyfunc._loops.step_jaxprs import Arrays, call, fixpoint, trace
@@ -83,6 +83,11 @@ class _Sweep:
             count, stride, others[:n], others[n:m], others[m:], layout=layout, **jaxprs
         )
 
+    @property
+    def size(self) -> int:
+        """How many rows the slots have, without the spare one."""
+        return self.slots[0].shape[0] - 1 if self.slots else MAX_SLOTS
+
     def run(self) -> Arrays:
         """Compute the map."""
         return self.backward() if self.layout.backward else self.forward()
@@ -103,39 +108,58 @@ class _Sweep:
         return _repeat(lambda s: s[0] < total, iteration, state)[1 + n :]
 
     def backward(self) -> Arrays:
-        """Pull cotangents back through all iterations, from the last one on.
-
-        Of each stretch of iterations, the carries are computed again from those of the
-        nearest slot, and saved.
-        """
+        """Pull cotangents back through all iterations, from the last one on."""
+        rows = [b[:-1] for b in self.slots]
         sums = [jnp.zeros(a.shape, a.dtype) for a in self.step.out_avals]
         sums = sums[: self.layout.of_consts]
-        state = [self.count.max(), *sums, *self.linear]
-        return _repeat(lambda s: s[0] > 0, self.pull_stretch, state)[1:]
+        state = [self.count.max(), *self.slots, *rows, *sums, *self.linear]
+        k = 2 * self.layout.slots
+        return _repeat(lambda s: s[0] > 0, self.pull_interval, state, 1 + k)[1 + k :]
 
-    def pull_stretch(self, state: Arrays) -> Arrays:
-        """Pull cotangents back through the iterations of a stretch, the last before `end`."""
-        end, *state = state
-        slot = (end - 1) // self.stride
-        start = jnp.maximum(slot * self.stride, end - STRETCH)
-        rows = self.replay(slot, start, end)
-        n = self.layout.of_consts
+    def pull_interval(self, state: Arrays) -> Arrays:
+        """Pull cotangents back through the iterations from a slot on, up to `end`.
 
-        def iteration(state: Arrays) -> Arrays:
-            j, sums, cts = state[0] - 1, state[1 : 1 + n], state[1 + n :]
-            c = [take(b, j) for b in rows]
-            i = start + j
-            zeros = [jnp.zeros_like(x) for x in cts]
-            new = call(self.step, *self.consts, *c, *self.masked(i, cts, zeros))
-            more = self.masked_sums(i, new[:n])
-            sums = [x + y for x, y in zip(sums, more, strict=True)]
-            return [j, *sums, *self.masked(i, new[n:], cts)]
+        The carries of some of them are computed again, at equal distances.
+        """
+        n, size, stride = self.layout.slots, self.size, self.stride
+        end, between, others = state[0], state[1 : 1 + n], state[1 + n :]
+        # The first slot that a stretch can begin with, or the last one before `end`.
+        slot = (jnp.maximum(end - size, 0) + stride - 1) // stride
+        slot = jnp.minimum(slot, (end - 1) // stride)
+        begin = slot * stride
+        distance = jnp.maximum(size, (end - begin + size - 1) // size)
+        last = begin + (end - begin - 1) // distance * distance
 
-        return [start, *_repeat(lambda s: s[0] > 0, iteration, [end - start, *state])[1:]]
+        def advance(state: Arrays) -> Arrays:
+            i, between, c = state[0], state[1 : 1 + n], state[1 + n :]
+            at = (i - begin) // distance
+            at = jnp.where((i - begin) % distance == 0, at, size)
+            between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
+            return [i + 1, *between, *self.next_carry(i, c)]
 
-    def replay(self, slot: jax.Array, start: jax.Array, end: jax.Array) -> Arrays:
-        """Compute the carries of the iterations from `start` to `end` from those of a slot."""
-        n = self.layout.slots
+        state = [begin, *between, *(take(b, slot) for b in self.slots)]
+        state = _repeat(lambda s: s[0] < last, advance, state, 1 + n)
+        between, c = state[1 : 1 + n], state[1 + n :]
+        at = (last - begin) // distance
+        between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
+
+        def pull(state: Arrays) -> Arrays:
+            return self.pull_stretch(state, between, begin, distance)
+
+        state = _repeat(lambda s: s[0] > begin, pull, [end, *others], 1 + n)
+        return [state[0], *between, *state[1:]]
+
+    def pull_stretch(
+        self, state: Arrays, between: Arrays, begin: jax.Array, distance: jax.Array
+    ) -> Arrays:
+        """Pull cotangents back through as many iterations before `end` as there are rows.
+
+        All their carries are computed again, unless the slots have them already.
+        """
+        n, k = self.layout.slots, self.layout.of_consts
+        end, rows, others = state[0], state[1 : 1 + n], state[1 + n :]
+        at = (end - 1 - begin) // distance
+        start = jnp.maximum(begin + at * distance, end - self.size)
 
         def advance(state: Arrays) -> Arrays:
             i, *c = state
@@ -146,11 +170,24 @@ class _Sweep:
             rows = [put(b, x, i - start) for b, x in zip(rows, c, strict=True)]
             return [i + 1, *rows, *self.next_carry(i, c)]
 
-        state = [slot * self.stride, *(take(b, slot) for b in self.slots)]
+        first = [take(b, at) for b in between]
+        state = [begin + at * distance, *first]
         _, *c = _repeat(lambda s: s[0] < start, advance, state)
-        rows = [jnp.broadcast_to(x, (STRETCH, *x.shape)) for x in c]
+        stop = jnp.where(self.stride == 1, start, end)
         state = [start, *rows, *c]
-        return _repeat(lambda s: s[0] < end, advance_saving, state, 1 + n)[1 : 1 + n]
+        rows = _repeat(lambda s: s[0] < stop, advance_saving, state, 1 + n)[1 : 1 + n]
+
+        def iteration(state: Arrays) -> Arrays:
+            i, sums, cts = state[0] - 1, state[1 : 1 + k], state[1 + k :]
+            c = [take(b, i - start) for b in rows]
+            zeros = [jnp.zeros_like(x) for x in cts]
+            new = call(self.step, *self.consts, *c, *self.masked(i, cts, zeros))
+            more = self.masked_sums(i, new[:k])
+            sums = [x + y for x, y in zip(sums, more, strict=True)]
+            return [i, *sums, *self.masked(i, new[k:], cts)]
+
+        others = _repeat(lambda s: s[0] > start, iteration, [end, *others])[1:]
+        return [start, *rows, *others]
 
     def next_carry(self, i: jax.Array, c: Arrays) -> Arrays:
         """Compute the carries that are saved, after iteration `i`.

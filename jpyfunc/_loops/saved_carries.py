@@ -69,7 +69,7 @@ def run_saving(
 
     def until_full(_: Arrays, state: Arrays) -> Arrays:
         (i,), (stride,), slots, *_ = split(state)
-        thinned = [jnp.concatenate([b[:size:2], b[size // 2 :]]) for b in slots]
+        thinned = jax.lax.cond(i == 0, lambda bs: bs, _thinned, slots)
         stride = jnp.where(i == 0, stride, 2 * stride)
         return free_running_loop(
             lambda _, s: goes_on(s) & (s[0] < size * stride),
@@ -91,6 +91,11 @@ def run_saving(
     state = free_running_loop(lambda _, s: goes_on(s), until_full, [], state, ends[3])
     _, (stride,), slots, free_running, (count,), _, others = split(state)
     return SavedRun([*free_running, *others], count, stride, slots)
+
+
+def _thinned(slots: Arrays) -> Arrays:
+    """Move every second of the rows to the first half; the spare one stays the last."""
+    return [jnp.concatenate([b[:-1:2], b[len(b) // 2 :]]) for b in slots]
 
 
 def put(rows: jax.Array, row: jax.Array, at: jax.Array) -> jax.Array:
