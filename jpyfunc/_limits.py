@@ -40,6 +40,13 @@ MAX_OPENED_CONTAINERS = 100_000
 MAX_FINGERPRINT_OBJECTS = 1000
 MAX_FINGERPRINT_BYTES = 2**16
 
+# --- Derivatives of loops (`_loops`).
+
+# Carries that a loop saves for its derivative: as many as fit into these bytes, and not
+# fewer or more than these numbers.
+SAVED_BYTES = 2**24
+MIN_SLOTS, MAX_SLOTS = 16, 128
+
 # --- Tapes (`_runtime/tape_cache.py`).
 
 # What all tapes may hold in bytes; `set_tape_limit` changes it.

@@ -1,0 +1,369 @@
+"""The derivative of a loop: a map linear in the tangents, or the transpose of that map."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jpyfunc import _compat
+from jpyfunc._limits import MAX_SLOTS
+from jpyfunc._loops.loop_primitive import free_running_loop, moved, select
+from jpyfunc._loops.saved_carries import put, take
+from jpyfunc._loops.step_jaxprs import Arrays, call, fixpoint, trace
+
+linear_p = Primitive("linear_while")
+linear_p.multiple_results = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """What the operands and results of a linear loop are.
+
+    The operands are the count, the stride, constants, slots, and what the map is linear in.
+    Forward, these are the tangents of constants, then of carries, and the results are the
+    tangents of carries. Backward, results and linear operands are exchanged.
+
+    Attributes:
+        consts: how many constants there are.
+        slots: how many carries are saved.
+        free_slots: how many of these, the first, are free-running.
+        of_consts: how many constants have tangents.
+        free: how many of the carries that have tangents, the first, are free-running.
+        rank: with how many axes of the count the tangents of constants begin.
+        backward: whether the map is the transpose.
+    """
+
+    consts: int
+    slots: int
+    free_slots: int
+    of_consts: int
+    free: int
+    rank: int
+    backward: bool
+
+    @property
+    def first_linear(self) -> int:
+        """The number of the first operand that the map is linear in."""
+        return 2 + self.consts + self.slots
+
+
+def _linear_abstract_eval(
+    *avals: ShapedArray, advance: ClosedJaxpr, step: ClosedJaxpr, layout: Layout
+) -> list[ShapedArray]:
+    return list(step.out_avals)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sweep:
+    """One linear loop on its operands."""
+
+    count: jax.Array
+    stride: jax.Array
+    consts: Arrays
+    slots: Arrays
+    linear: Arrays
+    advance: ClosedJaxpr
+    step: ClosedJaxpr
+    layout: Layout
+
+    @classmethod
+    def of(cls, *operands: jax.Array, layout: Layout, **jaxprs: ClosedJaxpr) -> _Sweep:
+        """Sort the operands."""
+        count, stride, *others = operands
+        n, m = layout.consts, layout.consts + layout.slots
+        return cls(
+            count, stride, others[:n], others[n:m], others[m:], layout=layout, **jaxprs
+        )
+
+    @property
+    def size(self) -> int:
+        """How many rows the slots have, without the spare one."""
+        return self.slots[0].shape[0] - 1 if self.slots else MAX_SLOTS
+
+    def run(self) -> Arrays:
+        """Compute the map."""
+        return self.backward() if self.layout.backward else self.forward()
+
+    def forward(self) -> Arrays:
+        """Push tangents through all iterations, from the first carry on."""
+        n = self.layout.slots
+        fixed, tangents = _cut(self.linear, self.layout.of_consts)
+
+        def iteration(state: Arrays) -> Arrays:
+            (i,), c, t = state[:1], state[1 : 1 + n], state[1 + n :]
+            new = call(self.step, *self.consts, *c, *fixed, *t)
+            return [i + 1, *self.next_carry(i, c), *self.masked(i, new, t)]
+
+        first = [take(b, jnp.int32(0)) for b in self.slots]
+        state = [jnp.int32(0), *first, *tangents]
+        total = self.count.max()
+        return _repeat(lambda s: s[0] < total, iteration, state)[1 + n :]
+
+    def backward(self) -> Arrays:
+        """Pull cotangents back through all iterations, from the last one on."""
+        rows = [b[:-1] for b in self.slots]
+        sums = [jnp.zeros(a.shape, a.dtype) for a in self.step.out_avals]
+        sums = sums[: self.layout.of_consts]
+        state = [self.count.max(), *self.slots, *rows, *sums, *self.linear]
+        k = 2 * self.layout.slots
+        return _repeat(lambda s: s[0] > 0, self.pull_interval, state, 1 + k)[1 + k :]
+
+    def pull_interval(self, state: Arrays) -> Arrays:
+        """Pull cotangents back through the iterations from a slot on, up to `end`.
+
+        The carries of some of them are computed again, at equal distances.
+        """
+        n, size, stride = self.layout.slots, self.size, self.stride
+        end, between, others = state[0], state[1 : 1 + n], state[1 + n :]
+        # The first slot that a stretch can begin with, or the last one before `end`.
+        slot = (jnp.maximum(end - size, 0) + stride - 1) // stride
+        slot = jnp.minimum(slot, (end - 1) // stride)
+        begin = slot * stride
+        distance = jnp.maximum(size, (end - begin + size - 1) // size)
+        last = begin + (end - begin - 1) // distance * distance
+
+        def advance(state: Arrays) -> Arrays:
+            i, between, c = state[0], state[1 : 1 + n], state[1 + n :]
+            at = (i - begin) // distance
+            at = jnp.where((i - begin) % distance == 0, at, size)
+            between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
+            return [i + 1, *between, *self.next_carry(i, c)]
+
+        state = [begin, *between, *(take(b, slot) for b in self.slots)]
+        state = _repeat(lambda s: s[0] < last, advance, state, 1 + n)
+        between, c = state[1 : 1 + n], state[1 + n :]
+        at = (last - begin) // distance
+        between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
+
+        def pull(state: Arrays) -> Arrays:
+            return self.pull_stretch(state, between, begin, distance)
+
+        state = _repeat(lambda s: s[0] > begin, pull, [end, *others], 1 + n)
+        return [state[0], *between, *state[1:]]
+
+    def pull_stretch(
+        self, state: Arrays, between: Arrays, begin: jax.Array, distance: jax.Array
+    ) -> Arrays:
+        """Pull cotangents back through as many iterations before `end` as there are rows.
+
+        All their carries are computed again, unless the slots have them already.
+        """
+        n, k = self.layout.slots, self.layout.of_consts
+        end, rows, others = state[0], state[1 : 1 + n], state[1 + n :]
+        at = (end - 1 - begin) // distance
+        start = jnp.maximum(begin + at * distance, end - self.size)
+
+        def advance(state: Arrays) -> Arrays:
+            i, *c = state
+            return [i + 1, *self.next_carry(i, c)]
+
+        def advance_saving(state: Arrays) -> Arrays:
+            i, rows, c = state[0], state[1 : 1 + n], state[1 + n :]
+            rows = [put(b, x, i - start) for b, x in zip(rows, c, strict=True)]
+            return [i + 1, *rows, *self.next_carry(i, c)]
+
+        first = [take(b, at) for b in between]
+        state = [begin + at * distance, *first]
+        _, *c = _repeat(lambda s: s[0] < start, advance, state)
+        stop = jnp.where(self.stride == 1, start, end)
+        state = [start, *rows, *c]
+        rows = _repeat(lambda s: s[0] < stop, advance_saving, state, 1 + n)[1 : 1 + n]
+
+        def iteration(state: Arrays) -> Arrays:
+            i, sums, cts = state[0] - 1, state[1 : 1 + k], state[1 + k :]
+            c = [take(b, i - start) for b in rows]
+            zeros = [jnp.zeros_like(x) for x in cts]
+            new = call(self.step, *self.consts, *c, *self.masked(i, cts, zeros))
+            more = self.masked_sums(i, new[:k])
+            sums = [x + y for x, y in zip(sums, more, strict=True)]
+            return [i, *sums, *self.masked(i, new[k:], cts)]
+
+        others = _repeat(lambda s: s[0] > start, iteration, [end, *others])[1:]
+        return [start, *rows, *others]
+
+    def next_carry(self, i: jax.Array, c: Arrays) -> Arrays:
+        """Compute the carries that are saved, after iteration `i`.
+
+        An element that is done stays at the carry of its last iteration: derivatives there
+        are multiplied by zero, so they must be finite.
+        """
+        new = call(self.advance, *self.consts, *c)
+        return self.chosen(i + 1, new, c, self.layout.free_slots)
+
+    def masked(self, i: jax.Array, new: Arrays, old: Arrays) -> Arrays:
+        """Choose the new tangents of the elements that iteration `i` is one of."""
+        return self.chosen(i, new, old, self.layout.free)
+
+    def chosen(self, i: jax.Array, new: Arrays, old: Arrays, free: int) -> Arrays:
+        """Choose the new values for elements of more than `i` iterations, except the free."""
+        if not self.count.ndim:
+            return new
+        goes_on = i < self.count
+        pairs = zip(new[free:], old[free:], strict=True)
+        return [*new[:free], *(select(goes_on, x, y) for x, y in pairs)]
+
+    def masked_sums(self, i: jax.Array, new: Arrays) -> Arrays:
+        """Choose zeros where none of the elements that a sum is over has iteration `i`."""
+        if not self.layout.rank:
+            return new
+        axes = tuple(range(self.layout.rank, self.count.ndim))
+        goes_on = (i < self.count).any(axes)
+        return [select(goes_on, x, jnp.zeros_like(x)) for x in new]
+
+
+def _cut(values: Arrays, at: int) -> tuple[Arrays, Arrays]:
+    return values[:at], values[at:]
+
+
+def _repeat(
+    test: Callable[[Arrays], jax.Array],
+    body: Callable[[Arrays], Arrays],
+    state: Arrays,
+    free: int = 0,
+) -> Arrays:
+    return free_running_loop(lambda _, s: test(s), lambda _, s: body(s), [], state, free)
+
+
+def _run(*operands: jax.Array, **params: Any) -> Arrays:
+    return _Sweep.of(*operands, **params).run()
+
+
+def _linear_jvp(
+    primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any
+) -> tuple[Arrays, Sequence[Any]]:
+    """Push tangents: the map is its own derivative, and it depends on its residuals.
+
+    It is written with loops, which know their derivatives.
+    """
+    first = params["layout"].first_linear
+    results = linear_p.bind(*primals, **params)
+    sums: list[Any] = [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in results]
+    if any(map(is_perturbed, tangents[first:])):
+        linear = map(ad.instantiate_zeros, tangents[first:])
+        sums = linear_p.bind(*primals[:first], *linear, **params)
+    wrt = [i for i, t in enumerate(tangents[:first]) if is_perturbed(t)]
+    if not wrt:
+        return results, sums
+
+    def of_residuals(*values: jax.Array) -> Arrays:
+        operands = list(primals)
+        for i, x in zip(wrt, values, strict=True):
+            operands[i] = x
+        return _run(*operands, **params)
+
+    _, more = jax.jvp(of_residuals, [primals[i] for i in wrt], [tangents[i] for i in wrt])
+    return results, [ad.add_tangents(x, y) for x, y in zip(sums, more, strict=True)]
+
+
+def is_perturbed(tangent: Any) -> bool:
+    """Whether a tangent is that of an operand that is differentiated."""
+    return (
+        not isinstance(tangent, ad.Zero) and jax.typeof(tangent).dtype != jax.dtypes.float0
+    )
+
+
+def _linear_transpose(
+    cotangents: Sequence[Any],
+    *operands: Any,
+    advance: ClosedJaxpr,
+    step: ClosedJaxpr,
+    layout: Layout,
+) -> list[Any]:
+    first = layout.first_linear
+    if all(isinstance(ct, ad.Zero) for ct in cotangents):
+        return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in operands]
+    results = linear_p.bind(
+        *operands[:first],
+        *map(ad.instantiate_zeros, cotangents),
+        advance=advance,
+        step=_transposed(step, layout.consts + layout.slots),
+        layout=dataclasses.replace(layout, backward=not layout.backward),
+    )
+    wanted = [ad.is_undefined_primal(x) for x in operands[first:]]
+    return [None] * first + [
+        x if want else None for x, want in zip(results, wanted, strict=True)
+    ]
+
+
+@_compat.weakref_lru_cache
+def _transposed(step: ClosedJaxpr, residuals: int) -> ClosedJaxpr:
+    """Transpose a step that is linear in all operands but the first, its residuals."""
+    linear = step.in_avals[residuals:]
+
+    def transposed(*operands: jax.Array) -> Arrays:
+        known, cotangents = operands[:residuals], operands[residuals:]
+        transpose = jax.linear_transpose(lambda *xs: call(step, *known, *xs), *linear)
+        return list(transpose(list(cotangents)))
+
+    return trace(transposed, *step.in_avals[:residuals], *step.out_avals)
+
+
+def _linear_batching(
+    axis_data: Any,
+    operands: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    *,
+    advance: ClosedJaxpr,
+    step: ClosedJaxpr,
+    layout: Layout,
+) -> tuple[Arrays, list[int | None]]:
+    """Batch the map, in all that it is linear in.
+
+    The stride is that of all elements: it depends on how often any of them went on.
+    """
+    if all(d is None for d in dims):
+        params = dict(advance=advance, step=step, layout=layout)
+        return linear_p.bind(*operands, **params), [None] * len(step.out_avals)
+    n, first = 2 + layout.consts, layout.first_linear
+    ends_apart = dims[0] is not None
+    rank = 0 if ends_apart else operands[0].ndim
+    # Which of the saved carries are batched, as in the loop that saved them.
+    of_consts = [d is not None for d in dims[2:n]]
+    of_slots = [d is not None for d in dims[n:first]]
+    of_slots = fixpoint(
+        [
+            flag or (ends_apart and i >= layout.free_slots)
+            for i, flag in enumerate(of_slots)
+        ],
+        lambda now: _compat.batch_jaxpr(advance, axis_data, [*of_consts, *now], now)[1],
+    )
+    of_carries = [0] * layout.free_slots + [rank] * (layout.slots - layout.free_slots)
+    carries = [to if flag else None for to, flag in zip(of_carries, of_slots, strict=True)]
+    # All that the map is linear in is batched, and so are its results.
+    outputs = len(step.out_avals) - layout.of_consts * layout.backward
+    tangents = [0] * layout.free + [rank] * (outputs - layout.free)
+    both = [layout.rank] * layout.of_consts + tangents
+    into, out = (tangents, both) if layout.backward else (both, tangents)
+    consts = [0 if flag else None for flag in of_consts]
+    wanted = [
+        *(0 if ends_apart else None, None),
+        *consts,
+        *(None if to is None else 1 + to for to in carries),
+        *into,
+    ]
+    results = linear_p.bind(
+        *(
+            moved(x, d, to, axis_data)
+            for x, d, to in zip(operands, dims, wanted, strict=True)
+        ),
+        advance=_compat.batch_jaxpr_axes(advance, axis_data, consts + carries, carries)[0],
+        step=_compat.batch_jaxpr_axes(step, axis_data, consts + carries + into, out)[0],
+        layout=dataclasses.replace(layout, rank=layout.rank + ends_apart),
+    )
+    return results, out
+
+
+linear_p.def_abstract_eval(_linear_abstract_eval)
+linear_p.def_impl(functools.partial(_compat.apply_primitive, linear_p))
+mlir.register_lowering(linear_p, mlir.lower_fun(_run, multiple_results=True))
+ad.primitive_jvps[linear_p] = _linear_jvp
+ad.primitive_transposes[linear_p] = _linear_transpose
+batching.fancy_primitive_batchers[linear_p] = _linear_batching
