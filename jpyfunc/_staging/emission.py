@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.typing import ArrayLike
 
+from jpyfunc._loops.while_loop import while_loop
 from jpyfunc._mesh import vary_alike
 from jpyfunc._staging.branch_tree import Back, BranchNode, BranchTree, Fallback, Return
 from jpyfunc._staging.equations import Atom, BranchPoint, Constant, Equation, ValueRef
@@ -219,22 +220,23 @@ class _Emission:
         answer = layout.tests_first
         inner_scope = scope.branch(not self.is_varying)
 
-        def step(state: list[jax.Array]) -> list[jax.Array]:
+        def scope_of(carry: list[jax.Array]) -> _Scope:
             here = inner_scope.branch(True)
+            here.known.update(zip(layout.carried, carry, strict=False))
+            return here
+
+        def step(_: list[jax.Array], state: list[jax.Array]) -> list[jax.Array]:
             loop = _OpenLoop(layout, state)
             if answer is None:
-                here.known.update(zip(layout.carried, state[1:], strict=False))
-                return self._emit_branches(head, point, here, None, loop)
-            here.known.update(zip(layout.carried, state, strict=True))
-            return self.emit_node(head.branches[answer], here, None, loop)
+                return self._emit_branches(head, point, scope_of(state[1:]), None, loop)
+            return self.emit_node(head.branches[answer], scope_of(state), None, loop)
 
         if answer is not None:
-            at_test = [*layout.carried].index(point.test.number)
 
-            def goes_on(state: list[jax.Array]) -> jax.Array:
-                return _truth(state[at_test]) == answer
+            def goes_on(_: list[jax.Array], state: list[jax.Array]) -> jax.Array:
+                return _truth(self._value(point.test, scope_of(state))) == answer
 
-            final = jax.lax.while_loop(goes_on, step, first)
+            final = while_loop(goes_on, step, [], first)
             scope.known.update(zip(layout.carried, final, strict=True))
             return self.emit_node(head.branches[not answer], scope, needed, outer)
 
@@ -244,7 +246,7 @@ class _Emission:
             for number, aval in place.kept.items()
         ]
         state = [jnp.int32(0), *first, *kept]
-        tag, *final = jax.lax.while_loop(lambda state: state[0] == 0, step, state)
+        tag, *final = while_loop(lambda _, state: state[0] == 0, step, [], state)
         scope.known.update(zip(layout.carried, final, strict=False))
         return self._emit_exits(layout.exits, tag, final[len(first) :], scope, needed, outer)
 

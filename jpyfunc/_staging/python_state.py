@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
+import inspect
 import struct
 import sys
 import types
+import typing
 from collections.abc import Hashable, Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any
@@ -53,15 +55,15 @@ _ATOMS = {
 }  # fmt: skip
 # Descriptors and functions in C that hold nothing.
 _CONSTANT_KINDS = {
-    np.ufunc, CodeType, types.GenericAlias, types.UnionType, types.MemberDescriptorType, types.GetSetDescriptorType,
+    np.ufunc, CodeType, typing.TypeVar, typing.ParamSpec, types.MemberDescriptorType, types.GetSetDescriptorType,
     types.MethodDescriptorType, types.WrapperDescriptorType,
     types.ClassMethodDescriptorType, type(collections.namedtuple("_", "x").x),
 }  # fmt: skip
-_CLASS_ATTRIBUTES = {
-    "__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__annotations__",
-    "__static_attributes__", "__firstlineno__", "__abstractmethods__", "_abc_impl",
-    "__annotations_cache__", "__annotate_func__", "__annotate__",
-}  # fmt: skip
+_FUNCTION_ATTRIBUTES = (
+    "__name__", "__qualname__", "__doc__", "__module__", "__annotations__",
+)  # fmt: skip
+_CLASS_NAMES = [vars(type)[name].__get__ for name in ("__name__", "__qualname__")]
+_CLASS_ATTRIBUTES = {"__dict__", "__weakref__", "__abstractmethods__", "_abc_impl"}
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by Python
 # Classes in C whose objects hold what they show, and how to get at it.
 _LAYOUTS: dict[type, Any] = {
@@ -132,10 +134,12 @@ class PythonState:
         """
         self._limit = limit
         for frame in self._frames:
+            names = self._globals(frame.f_code, frame.f_globals, frame.f_builtins)
+            self._look_at(names)
+        for frame in self._frames:
             dead = dead_variables(frame.f_code, frame.f_lasti)
-            variables = frame.f_locals.items()
+            variables = _local_variables(frame).items()
             self._look_at([(name, x) for name, x in variables if name not in dead])
-            self._look_at(self._globals(frame.f_code, frame.f_globals))
         self._look_at_modules()
 
     def differences(
@@ -209,13 +213,12 @@ class PythonState:
     def _look_into(self, value: Any, path: str) -> tuple[Hashable, Children]:
         """What `value` is apart from what it leads to, and that."""
         kind = type(value)
-        if kind in _CONSTANT_KINDS or kind.__module__ == "typing":
+        if kind in _CONSTANT_KINDS:
             return id(value), []
         if kind is types.FunctionType:
             return self._function(value, path)
         if kind is types.ModuleType:
-            if value.__name__ != "builtins":
-                self._modules[id(value)] = path, value
+            self._modules[id(value)] = path, value
             return id(value), []
         if kind is types.CellType:
             return self._cell(value, path)
@@ -231,6 +234,8 @@ class PythonState:
             return None, [(path, value.start), (path, value.stop), (path, value.step)]
         if kind is types.MappingProxyType:
             return None, [(path, dict(value))]
+        if kind in (types.GenericAlias, types.UnionType):
+            return None, [(path, getattr(value, "__origin__", None)), (path, value.__args__)]
         if kind is np.ndarray:
             return self._numpy_array(value, path)
         if issubclass(kind, type):
@@ -243,11 +248,12 @@ class PythonState:
         code = value.__code__
         cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
         found = [(name, cell) for name, cell in cells]
-        found += [(path, value.__defaults__), (path, value.__kwdefaults__)]
+        found += [(path, x) for x in (value.__defaults__, value.__kwdefaults__)]
+        found += [(path, getattr(value, name)) for name in _FUNCTION_ATTRIBUTES]
         found += [(f"{path}.{name}", x) for name, x in vars(value).items()]
         module = value.__globals__.get("__name__", "")
         if _package(module) not in _PURE:
-            found += self._globals(code, value.__globals__)
+            found += self._globals(code, value.__globals__, value.__builtins__)
         own = [id(cell) for cell in value.__closure__ or () if self._is_of_frame(code)]
         return (id(code), *vars(value), *own), found
 
@@ -259,14 +265,17 @@ class PythonState:
         """
         return any(code in frame.f_code.co_consts for frame in self._frames)
 
-    def _globals(self, code: CodeType, variables: dict[str, Any]) -> Children:
+    def _globals(
+        self, code: CodeType, variables: dict[str, Any], builtins: dict[str, Any]
+    ) -> Children:
         """The global variables, and the modules, that a function may use."""
         self._names |= attribute_names(code)
         refused = _REFUSED_BUILTINS.intersection(global_names(code)) - variables.keys()
         refused |= _OF_FRAMES.intersection(code.co_names)
         if refused:
-            raise UnseenStateError(f"{code.co_name} calls {min(refused)}()")
-        found = [(n, variables[n]) for n in global_names(code) if n in variables]
+            raise UnseenStateError(f"{code.co_name} uses {min(refused)}")
+        known = collections.ChainMap(variables, builtins)
+        found = [(n, known[n]) for n in global_names(code) if n in known]
         for name in imported_names(code):
             if name in sys.modules:
                 found.append((name, sys.modules[name]))
@@ -304,9 +313,10 @@ class PythonState:
         if not value.__flags__ & _HEAP or _package(value.__module__) in _PURE:
             return id(value), []
         attributes = {k: x for k, x in vars(value).items() if k not in _CLASS_ATTRIBUTES}
+        names = [get(value) for get in _CLASS_NAMES]
         found = [(path, parent) for parent in (*value.__mro__[1:], type(value))]
         found += [(f"{path}.{name}", x) for name, x in attributes.items()]
-        return (id(value), *attributes), found
+        return (id(value), *names, *attributes), found
 
     def _object_of_jax(self, value: Any, path: str) -> tuple[Hashable, Children]:
         """An object that JAX made, of which only the functions are looked into."""
@@ -326,7 +336,8 @@ class PythonState:
             (x for x in kind.__mro__ if x in _LAYOUTS or not x.__flags__ & _HEAP), object
         )
         slots = _slots(kind)
-        own = kind.__basicsize__ - layout.__basicsize__ - 8 * len(slots)
+        slot_bytes = struct.calcsize("P") * len(slots)
+        own = kind.__basicsize__ - layout.__basicsize__ - slot_bytes
         if layout not in _LAYOUTS or own > _ADDED_BYTES:
             raise UnseenStateError(
                 f"{path} is a {kind.__name__}, whose state cannot be seen"
@@ -346,7 +357,7 @@ class PythonState:
         else:
             found += [(f"{path}[{i}]", x) for i, x in enumerate(items)]
         bound = []
-        for name, slot in slots.items():
+        for name, slot in slots:
             try:
                 found.append((f"{path}.{name}", slot.__get__(value)))
             except AttributeError:  # not set
@@ -390,26 +401,47 @@ def _atom(value: Any) -> Hashable | None:
         return kind, repr(value), struct.pack("d", value)
     if kind is complex:
         return kind, repr(value), struct.pack("dd", value.real, value.imag)
-    if issubclass(kind, np.dtype):
+    if issubclass(kind, np.dtype) and not _has_metadata(value):
         return kind, value
     if issubclass(kind, np.generic) and not value.dtype.hasobject:
         return kind, value.dtype, value.tobytes()
     return None
 
 
+def _has_metadata(dtype: Any) -> bool:
+    """Whether a dtype holds objects of any kind."""
+    inner = [field[0] for field in (dtype.fields or {}).values()]
+    inner += [dtype.subdtype[0]] if dtype.subdtype else []
+    return dtype.metadata is not None or any(map(_has_metadata, inner))
+
+
 def _package(module: Any) -> str:
     return str(module).partition(".")[0]
 
 
-def _slots(kind: type) -> dict[str, Any]:
-    """The descriptors of the slots of a class and its bases."""
-    return {
-        name: x
+def _slots(kind: type) -> list[tuple[str, Any]]:
+    """The descriptors of the slots of a class and its bases, by their names."""
+    return [
+        (name, x)
         for parent in reversed(kind.__mro__)
         if parent.__flags__ & _HEAP and parent not in _LAYOUTS
         for name, x in vars(parent).items()
         if type(x) is types.MemberDescriptorType
-    }
+    ]
+
+
+def _local_variables(frame: FrameType) -> dict[str, Any]:
+    """Copy the local variables of a frame.
+
+    Before Python 3.13, the frame of a function keeps the dict that it gives, and with it
+    objects that the function has let go. What has a weak reference to one would see it.
+    """
+    given = frame.f_locals
+    variables = dict(given)
+    is_of_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED
+    if is_of_function and sys.version_info < (3, 13):
+        given.clear()
+    return variables
 
 
 def _short(key: Any) -> str:
