@@ -340,7 +340,8 @@ def _linear_batching(
     # All that the map is linear in is batched, and so are its results.
     outputs = len(step.out_avals) - layout.of_consts * layout.backward
     tangents = [0] * layout.free + [rank] * (outputs - layout.free)
-    both = [layout.rank] * layout.of_consts + tangents
+    of_sums = 0 if ends_apart else layout.rank
+    both = [of_sums] * layout.of_consts + tangents
     into, out = (tangents, both) if layout.backward else (both, tangents)
     consts = [0 if flag else None for flag in of_consts]
     wanted = [
