@@ -317,8 +317,12 @@ def _linear_batching(
 ) -> tuple[Arrays, list[int | None]]:
     """Batch the map, in all that it is linear in.
 
-    The stride is that of all elements: it depends on how often any of them went on.
+    The stride is that of all elements: it depends on how often any of them went on. It has
+    a batch axis all the same where the residuals were chosen by element, as those of a loop
+    in a branch of a batched `lax.cond` are, or where they come from several runs.
     """
+    if dims[1] is not None:
+        operands, dims = _with_one_stride(operands, dims, layout)
     if all(d is None for d in dims):
         params = dict(advance=advance, step=step, layout=layout)
         return linear_p.bind(*operands, **params), [None] * len(step.out_avals)
@@ -340,7 +344,8 @@ def _linear_batching(
     # All that the map is linear in is batched, and so are its results.
     outputs = len(step.out_avals) - layout.of_consts * layout.backward
     tangents = [0] * layout.free + [rank] * (outputs - layout.free)
-    both = [layout.rank] * layout.of_consts + tangents
+    of_sums = 0 if ends_apart else layout.rank
+    both = [of_sums] * layout.of_consts + tangents
     into, out = (tangents, both) if layout.backward else (both, tangents)
     consts = [0 if flag else None for flag in of_consts]
     wanted = [
@@ -359,6 +364,33 @@ def _linear_batching(
         layout=dataclasses.replace(layout, rank=layout.rank + ends_apart),
     )
     return results, out
+
+
+def _with_one_stride(
+    operands: Sequence[jax.Array], dims: Sequence[int | None], layout: Layout
+) -> tuple[list[jax.Array], list[int | None]]:
+    """Thin the slots of each element to the largest stride of all.
+
+    Strides are powers of two, so that every slot of the largest one is in all elements: slot
+    `j` is slot `j * ratio` of an element whose stride is smaller by `ratio`. Rows past its
+    end are never read, because its count ends before.
+    """
+    n, first = 2 + layout.consts, layout.first_linear
+    strides = jnp.moveaxis(operands[1], dims[1] or 0, 0)
+    stride = strides.max()
+
+    def thin(rows: jax.Array, own: jax.Array) -> jax.Array:
+        at = jnp.arange(len(rows)) * (stride // jnp.maximum(own, 1))
+        return rows[jnp.minimum(at, len(rows) - 1)]
+
+    slots = [
+        jax.vmap(thin, (d, 0))(x, strides)
+        for x, d in zip(operands[n:first], dims[n:first], strict=True)
+    ]
+    return (
+        [operands[0], stride, *operands[2:n], *slots, *operands[first:]],
+        [dims[0], None, *dims[2:n], *[0] * len(slots), *dims[first:]],
+    )
 
 
 linear_p.def_abstract_eval(_linear_abstract_eval)
