@@ -207,6 +207,11 @@ def is_wrapped_function(value: Any) -> bool:
     return isinstance(value, _linear_util.WrappedFun)
 
 
+def is_store(value: Any) -> bool:
+    """Whether a function that JAX has wrapped leaves results in `value`."""
+    return isinstance(value, (_linear_util.Store, _linear_util.EqualStore))
+
+
 def parts_of_function(function: Any) -> tuple[Any, ...]:
     """What decides what a wrapped function does; not where it stores results."""
     return function.f, function.transforms, function.params, function.in_type

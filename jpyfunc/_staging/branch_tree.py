@@ -139,8 +139,10 @@ class BranchNode:
             node = node.branches.setdefault(point.answer, BranchNode())
             passed.append(node)
         if node.end is _NOT_REACHED:
-            node.equations = trace.equations
-            node.end = passed[end.head]._go_back(end) if isinstance(end, BackEdge) else end
+            if isinstance(end, BackEdge):
+                node.equations, node.end = end.equations, passed[end.head]._go_back(end)
+            else:
+                node.equations, node.end = trace.equations, end
         else:  # no two scripts have the same path, so the body did not follow this one
             node._fall_back(_DIFFERENT_RUNS)
 
@@ -177,7 +179,7 @@ class BranchNode:
             self.head = LoopHead(edge.names, edge.avals, edge.first, set())
         if self.head.names != edge.names or not is_alike(self.head.values, edge.first):
             return _DIFFERENT_RUNS
-        values = enumerate(zip(self.head.values, edge.following, strict=True))
+        values = enumerate(zip(edge.first, edge.following, strict=True))
         self.head.changed.update(i for i, (a, b) in values if not is_one(a, b))
         return Back(self, edge.following)
 

@@ -14,6 +14,7 @@ from jax.core import ShapedArray
 from jax.extend.core import set_current_trace, take_current_trace
 
 from jpyfunc._conversion import Array, is_weak
+from jpyfunc._frames import code_of
 from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
 from jpyfunc._staging.equations import Atom
 from jpyfunc._staging.loop_search import LoopFindings, LoopSearch, RunConcluded
@@ -136,7 +137,7 @@ def explore(
         _, _, script = heapq.heappop(waiting)
         run = None
         while run is None or run.trace.loops.is_to_repeat:
-            loops = LoopSearch(findings, len(script), sys._getframe())
+            loops = LoopSearch(findings, len(script), sys._getframe(), code_of(func))
             trace = AbstractTrace(label, script, shapes_only, loops)
             # Set for the run alone: whoever takes the runs from here is outside of it.
             token = _current.set(current)

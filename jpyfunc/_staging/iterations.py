@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import Trace, Tracer
 from jax.extend.core import set_current_trace
 
 from jpyfunc import _compat
@@ -139,6 +139,8 @@ def is_same(a: Any, b: Any, assumed: frozenset[tuple[int, int]] = frozenset()) -
         return inner((a.__func__, a.__self__), (b.__func__, b.__self__))
     if isinstance(a, functools.partial):
         return inner((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+    if isinstance(a, Trace) or _compat.is_store(a) or type(a) is object:
+        return True  # where a function was traced, and leaves what it finds when called
     if _compat.is_wrapped_function(a):
         return inner(_compat.parts_of_function(a), _compat.parts_of_function(b))
     # What JAX and NumPy make compares by all that it is, or by its identity.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jpyfunc._frames import is_library_frame, line_of, place_of_frame
 from jpyfunc._limits import MAX_PICTURED_IN_TOTAL, MAX_PICTURED_OBJECTS
 from jpyfunc._staging.abstract_tracer import AbstractTracer
 from jpyfunc._staging.bytecode import SUSPENDABLE, truth_tests
-from jpyfunc._staging.equations import Atom, BranchPoint
+from jpyfunc._staging.equations import Atom, BranchPoint, Equation
 from jpyfunc._staging.iterations import IterationPair
 from jpyfunc._staging.python_state import PythonState, UnseenStateError
 from jpyfunc._staging.visits import Visit, frames_up_to, has_value, testing_frame
@@ -36,9 +36,9 @@ from jpyfunc._staging.visits import Visit, frames_up_to, has_value, testing_fram
 # - Another iteration is run, with the same answers. It must be the same to the bit: see
 #   `iterations`. And an array must have changed, or the body would never end.
 # - No generator is on the way: it may be resumed from elsewhere.
-# - An object of Python that is replaced in an iteration was made since the frame was first
-#   visited. An older one may be held where nothing can be seen, for example on the value
-#   stack of a caller, and its place in the picture would say nothing of that.
+# - An object of Python, or an array, that is replaced in an iteration was made since the
+#   frame was first visited. An older one may be held where nothing can be seen: on the
+#   value stack of a caller, or by code in C that calls the function again.
 #
 # If something does not hold, the pair of visits is no loop, and later ones are tried: the
 # first iterations often differ from the others.
@@ -61,6 +61,8 @@ class BackEdge:
         avals: theirs.
         first: what they are at the head.
         following: what they are in the next iteration.
+        equations: the operations since the last branch point, without those that the body
+            adds once it is told that the run has ended.
     """
 
     head: int
@@ -68,6 +70,7 @@ class BackEdge:
     avals: list[ShapedArray]
     first: list[Atom]
     following: list[Atom]
+    equations: list[Equation]
 
 
 Answers = tuple[bool, ...]
@@ -108,7 +111,11 @@ class LoopSearch:
     """
 
     def __init__(
-        self, findings: LoopFindings, script_length: int, entry: FrameType
+        self,
+        findings: LoopFindings,
+        script_length: int,
+        entry: FrameType,
+        body_code: CodeType | None,
     ) -> None:
         """Begin a run.
 
@@ -117,6 +124,7 @@ class LoopSearch:
             script_length: how many truth tests are answered as in an earlier run, which
                 has looked at them.
             entry: the frame that calls the body.
+            body_code: the code of the body, if it is written in Python.
         """
         self.back: BackEdge | None = None
         self.is_to_repeat = False
@@ -124,6 +132,7 @@ class LoopSearch:
         self._findings = findings
         self._script_length = script_length
         self._entry = entry
+        self._body_code = body_code
         self._visits: list[Visit] = []
         self._times: Counter[tuple[FrameType, tuple[int, ...]]] = Counter()
         self._pair: tuple[Visit, Visit] | None = None  # that is being checked
@@ -215,6 +224,7 @@ class LoopSearch:
             state,
             [tested, *state.arrays],
             trace.value_count,
+            len(state.frames) == 1 and frame.f_code is self._body_code,
         )
 
     def _state(
@@ -256,9 +266,10 @@ class LoopSearch:
             return None
         first = self._first(visit)
         for head in reversed(before):
-            is_known = (head.index, answers) in findings.no_loops
-            if is_known or not head.is_like(visit, first):
+            if not head.is_like(visit, first):
                 continue
+            if (head.index, answers) in findings.no_loops:
+                return None
             pairs = zip(head.arrays, visit.arrays, strict=True)
             known = [i for i, (x, y) in enumerate(pairs) if x is not y and has_value(x)]
             if not known:
@@ -300,8 +311,8 @@ class LoopSearch:
             raise RunConcluded
         first, following = ([*map(trace.atom, x.arrays)] for x in self._pair)
         avals = [*map(jax.typeof, head.arrays)]
-        self.back = BackEdge(head.index, head.names, avals, first, following)
-        trace.equations = points[second.index].equations
+        equations = points[second.index].equations
+        self.back = BackEdge(head.index, head.names, avals, first, following, equations)
         del points[second.index :]
         raise RunConcluded
 

@@ -102,6 +102,7 @@ class PythonState:
         paths: of each fact, how to write what it is of.
         arrays: the arrays that were found, in order, each time that they were.
         array_paths: how to write each of them.
+        frames: whose variables these are, innermost first.
         objects: all other objects that can be told from their equals, each once. As they
             are held, no other object gets the id of one of them.
     """
@@ -121,7 +122,7 @@ class PythonState:
         self._numbers: dict[int, int] = {}
         self._names: set[str] = set()
         self._modules: dict[int, tuple[str, types.ModuleType]] = {}
-        self._frames = frames
+        self.frames = frames
 
     def look(self, limit: int) -> None:
         """Look at the variables of the frames.
@@ -133,10 +134,10 @@ class PythonState:
             UnseenStateError: some state cannot be seen, or there is too much of it.
         """
         self._limit = limit
-        for frame in self._frames:
+        for frame in self.frames:
             names = self._globals(frame.f_code, frame.f_globals, frame.f_builtins)
             self._look_at(names)
-        for frame in self._frames:
+        for frame in self.frames:
             dead = dead_variables(frame.f_code, frame.f_lasti)
             variables = _local_variables(frame).items()
             self._look_at([(name, x) for name, x in variables if name not in dead])
@@ -263,7 +264,7 @@ class PythonState:
         Its cells may then be variables of that frame, and it matters that they are the
         same ones. Frames do not give their cells.
         """
-        return any(code in frame.f_code.co_consts for frame in self._frames)
+        return any(code in frame.f_code.co_consts for frame in self.frames)
 
     def _globals(
         self, code: CodeType, variables: dict[str, Any], builtins: dict[str, Any]

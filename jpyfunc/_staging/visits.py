@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jpyfunc._frames import is_library_frame
 from jpyfunc._interpreters.base_tracer import BodyTracer
-from jpyfunc._staging.abstract_tracer import AbstractTracer
+from jpyfunc._staging.abstract_tracer import AbstractTracer, is_abstract
 from jpyfunc._staging.bytecode import TruthTest
 from jpyfunc._staging.python_state import PythonState
 
@@ -34,6 +34,8 @@ class Visit:
         state: what the variables of the frames lead to.
         arrays: what is tested, and the arrays of `state`.
         value_count: how many values the run had made.
+        is_of_body: whether the frame is that of the body itself, whose arguments nothing
+            else holds.
     """
 
     index: int
@@ -43,6 +45,7 @@ class Visit:
     state: PythonState
     arrays: list[Any]
     value_count: int
+    is_of_body: bool
 
     @property
     def frame(self) -> FrameType:
@@ -74,6 +77,7 @@ class Visit:
             and not self._changed_avals(later)
             and self._shares_arrays_like(later)
             and not self._replaces_objects_of(first, later)
+            and not self._replaces_arrays_of(first, later)
             and any(x is not y for x, y in self._pairs(later)[1:])
         )
 
@@ -114,6 +118,14 @@ class Visit:
         pairs = zip(self.state.objects, later.state.objects, strict=True)
         return any(
             x is not y and id(x) in old and type(x) not in _IMMUTABLE for x, y in pairs
+        )
+
+
+    def _replaces_arrays_of(self, first: Visit, later: Visit) -> bool:
+        """Whether arrays that others may hold, too, are replaced by others."""
+        return not first.is_of_body and any(
+            x is not y and is_abstract(x) and x.number < first.value_count
+            for x, y in self._pairs(later)
         )
 
 
