@@ -55,7 +55,7 @@ _ATOMS = {
 }  # fmt: skip
 # Descriptors and functions in C that hold nothing.
 _CONSTANT_KINDS = {
-    np.ufunc, CodeType, typing.TypeVar, typing.ParamSpec, types.MemberDescriptorType, types.GetSetDescriptorType,
+    np.ufunc, CodeType, types.MemberDescriptorType, types.GetSetDescriptorType,
     types.MethodDescriptorType, types.WrapperDescriptorType,
     types.ClassMethodDescriptorType, type(collections.namedtuple("_", "x").x),
 }  # fmt: skip
@@ -89,8 +89,6 @@ _LAYOUTS: dict[type, Any] = {
     bytes: lambda value: [bytes(memoryview(value))],
     functools.partial: lambda value: [value.func, value.args, value.keywords],
 }
-# Bytes that Python adds to an object for its attributes and weak references.
-_ADDED_BYTES = 16 if sys.version_info < (3, 12) else 0
 
 
 class PythonState:
@@ -121,7 +119,7 @@ class PythonState:
         self._limit = 0
         self._numbers: dict[int, int] = {}
         self._names: set[str] = set()
-        self._modules: dict[int, tuple[str, types.ModuleType]] = {}
+        self._namespaces: dict[int, tuple[str, Any]] = {}  # modules and classes
         self.frames = frames
 
     def look(self, limit: int) -> None:
@@ -141,7 +139,7 @@ class PythonState:
             dead = dead_variables(frame.f_code, frame.f_lasti)
             variables = _local_variables(frame).items()
             self._look_at([(name, x) for name, x in variables if name not in dead])
-        self._look_at_modules()
+        self._look_at_namespaces()
 
     def differences(
         self, other: PythonState
@@ -189,24 +187,24 @@ class PythonState:
                     waiting += found[::-1]
             self._note(fact, path)
 
-    def _look_at_modules(self) -> None:
-        """Look at the attributes of modules that any function may ask for.
+    def _look_at_namespaces(self) -> None:
+        """Look at the attributes of modules, and of libraries' classes, that may be used.
 
-        Which these are is known once all functions are found, and more may be found in
-        the attributes.
+        These are the ones that some function names. Which these are is known once all
+        functions are found, and more may be found in the attributes.
         """
         looked_at: set[tuple[int, str]] = set()
         found: Children | None = None
         while found is None or found:
             found = [
-                (f"{path}.{name}", vars(module)[name])
-                for path, module in list(self._modules.values())
+                (f"{path}.{name}", vars(owner)[name])
+                for path, owner in list(self._namespaces.values())
                 for name in sorted(self._names)
-                if name in vars(module) and (id(module), name) not in looked_at
+                if name in vars(owner) and (id(owner), name) not in looked_at
             ]
             looked_at |= {
-                (id(module), name)
-                for _, module in list(self._modules.values())
+                (id(owner), name)
+                for _, owner in list(self._namespaces.values())
                 for name in self._names
             }
             self._look_at(found)
@@ -219,7 +217,7 @@ class PythonState:
         if kind is types.FunctionType:
             return self._function(value, path)
         if kind is types.ModuleType:
-            self._modules[id(value)] = path, value
+            self._namespaces[id(value)] = path, value
             return id(value), []
         if kind is types.CellType:
             return self._cell(value, path)
@@ -235,6 +233,8 @@ class PythonState:
             return None, [(path, value.start), (path, value.stop), (path, value.step)]
         if kind is types.MappingProxyType:
             return None, [(path, dict(value))]
+        if kind in (typing.TypeVar, typing.ParamSpec):
+            return id(value), [(path, vars(value))]
         if kind in (types.GenericAlias, types.UnionType):
             return None, [(path, getattr(value, "__origin__", None)), (path, value.__args__)]
         if kind is np.ndarray:
@@ -311,7 +311,10 @@ class PythonState:
         return (*fact, data), [(path, base)]
 
     def _class(self, value: type, path: str) -> tuple[Hashable, Children]:
-        if not value.__flags__ & _HEAP or _package(value.__module__) in _PURE:
+        if not value.__flags__ & _HEAP:
+            return id(value), []
+        if _package(value.__module__) in _PURE:
+            self._namespaces[id(value)] = path, value  # for what a user adds
             return id(value), []
         attributes = {k: x for k, x in vars(value).items() if k not in _CLASS_ATTRIBUTES}
         names = [get(value) for get in _CLASS_NAMES]
@@ -337,9 +340,9 @@ class PythonState:
             (x for x in kind.__mro__ if x in _LAYOUTS or not x.__flags__ & _HEAP), object
         )
         slots = _slots(kind)
-        slot_bytes = struct.calcsize("P") * len(slots)
-        own = kind.__basicsize__ - layout.__basicsize__ - slot_bytes
-        if layout not in _LAYOUTS or own > _ADDED_BYTES:
+        pointers = len(slots) + _added_pointers(kind, layout)
+        own = kind.__basicsize__ - layout.__basicsize__ - pointers * struct.calcsize("P")
+        if layout not in _LAYOUTS or own > 0:
             raise UnseenStateError(
                 f"{path} is a {kind.__name__}, whose state cannot be seen"
             )
@@ -418,6 +421,15 @@ def _has_metadata(dtype: Any) -> bool:
 
 def _package(module: Any) -> str:
     return str(module).partition(".")[0]
+
+
+def _added_pointers(kind: type, layout: type) -> int:
+    """How many pointers Python adds to objects of a class, besides those of its slots."""
+    added: Any = kind
+    has_list = added.__weakrefoffset__ > 0 and not layout.__weakrefoffset__
+    # Before Python 3.12, an object of varying size has its dict behind its items.
+    has_dict = added.__dictoffset__ < 0 and layout.__itemsize__ and sys.version_info < (3, 12)
+    return bool(has_list) + bool(has_dict)
 
 
 def _slots(kind: type) -> list[tuple[str, Any]]:
