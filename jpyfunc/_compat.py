@@ -119,8 +119,8 @@ class no_mesh:  # noqa: N801 - a context manager, named like JAX's own
         self._abstract.__exit__(*exc_info)
 
 
-# A jaxpr, differentiated with respect to some operands, or batched along some axes. Each also
-# tells which results have tangents, or are batched, which no public function does.
+# A jaxpr, differentiated with respect to some operands, or batched along some axes. Each
+# also tells which results have tangents, or are batched; no public function does.
 jvp_jaxpr = _ad.jvp_jaxpr
 batch_jaxpr = _batching.batch_jaxpr
 batch_jaxpr_axes = _batching.batch_jaxpr_axes

@@ -2,8 +2,8 @@
 
 Forward mode is JAX's own: one loop over carries and their tangents. It is linear in the
 tangents, and says so in the parameter `linear`. Where the tangents are not known yet, which
-is what `jax.linearize` and reverse mode are about, partial evaluation splits it: the loop on
-the primals runs, and its carries are saved; the rest is a linear loop in the tangents.
+is what `jax.linearize` and reverse mode are about, partial evaluation splits it: the loop
+on the primals runs, and its carries are saved; the rest is a linear loop in the tangents.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _residuals(split: _Split, constants: Arrays, carry: Arrays) -> tuple[Arrays,
 
 
 def loop_partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
-    """Split a loop whose tangents are unknown: run it on the primals, stage out the rest."""
+    """Run a loop whose tangents are unknown on the primals, and stage out the rest."""
     linear, consts = params["linear"], params["consts"]
     known = [t.pval.get_known() for t in tracers]
     nonlinear = [not flag for flag in linear]

@@ -112,9 +112,9 @@ class _Sweep:
         rows = [b[:-1] for b in self.slots]
         sums = [jnp.zeros(a.shape, a.dtype) for a in self.step.out_avals]
         sums = sums[: self.layout.of_consts]
-        state = [self.count.max(), *self.slots, *rows, *sums, *self.linear]
         k = 2 * self.layout.slots
-        return _repeat(lambda s: s[0] > 0, self.pull_interval, state, 1 + k)[1 + k :]
+        state = [*self.slots, *rows, self.count.max(), *sums, *self.linear]
+        return _repeat(lambda s: s[k] > 0, self.pull_interval, state, k)[1 + k :]
 
     def pull_interval(self, state: Arrays) -> Arrays:
         """Pull cotangents back through the iterations from a slot on, up to `end`.
@@ -122,7 +122,7 @@ class _Sweep:
         The carries of some of them are computed again, at equal distances.
         """
         n, size, stride = self.layout.slots, self.size, self.stride
-        end, between, others = state[0], state[1 : 1 + n], state[1 + n :]
+        between, others, end = state[:n], state[n:], state[2 * n]
         # The first slot that a stretch can begin with, or the last one before `end`.
         slot = (jnp.maximum(end - size, 0) + stride - 1) // stride
         slot = jnp.minimum(slot, (end - 1) // stride)
@@ -131,23 +131,22 @@ class _Sweep:
         last = begin + (end - begin - 1) // distance * distance
 
         def advance(state: Arrays) -> Arrays:
-            i, between, c = state[0], state[1 : 1 + n], state[1 + n :]
+            between, i, c = state[:n], state[n], state[n + 1 :]
             at = (i - begin) // distance
             at = jnp.where((i - begin) % distance == 0, at, size)
             between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
-            return [i + 1, *between, *self.next_carry(i, c)]
+            return [*between, i + 1, *self.next_carry(i, c)]
 
-        state = [begin, *between, *(take(b, slot) for b in self.slots)]
-        state = _repeat(lambda s: s[0] < last, advance, state, 1 + n)
-        between, c = state[1 : 1 + n], state[1 + n :]
+        state = [*between, begin, *(take(b, slot) for b in self.slots)]
+        state = _repeat(lambda s: s[n] < last, advance, state, n)
+        between, c = state[:n], state[n + 1 :]
         at = (last - begin) // distance
         between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
 
         def pull(state: Arrays) -> Arrays:
             return self.pull_stretch(state, between, begin, distance)
 
-        state = _repeat(lambda s: s[0] > begin, pull, [end, *others], 1 + n)
-        return [state[0], *between, *state[1:]]
+        return [*between, *_repeat(lambda s: s[n] > begin, pull, others, n)]
 
     def pull_stretch(
         self, state: Arrays, between: Arrays, begin: jax.Array, distance: jax.Array
@@ -157,7 +156,7 @@ class _Sweep:
         All their carries are computed again, unless the slots have them already.
         """
         n, k = self.layout.slots, self.layout.of_consts
-        end, rows, others = state[0], state[1 : 1 + n], state[1 + n :]
+        rows, end, others = state[:n], state[n], state[n + 1 :]
         at = (end - 1 - begin) // distance
         start = jnp.maximum(begin + at * distance, end - self.size)
 
@@ -166,16 +165,16 @@ class _Sweep:
             return [i + 1, *self.next_carry(i, c)]
 
         def advance_saving(state: Arrays) -> Arrays:
-            i, rows, c = state[0], state[1 : 1 + n], state[1 + n :]
+            rows, i, c = state[:n], state[n], state[n + 1 :]
             rows = [put(b, x, i - start) for b, x in zip(rows, c, strict=True)]
-            return [i + 1, *rows, *self.next_carry(i, c)]
+            return [*rows, i + 1, *self.next_carry(i, c)]
 
         first = [take(b, at) for b in between]
         state = [begin + at * distance, *first]
         _, *c = _repeat(lambda s: s[0] < start, advance, state)
         stop = jnp.where(self.stride == 1, start, end)
-        state = [start, *rows, *c]
-        rows = _repeat(lambda s: s[0] < stop, advance_saving, state, 1 + n)[1 : 1 + n]
+        state = [*rows, start, *c]
+        rows = _repeat(lambda s: s[n] < stop, advance_saving, state, n)[:n]
 
         def iteration(state: Arrays) -> Arrays:
             i, sums, cts = state[0] - 1, state[1 : 1 + k], state[1 + k :]
@@ -187,7 +186,7 @@ class _Sweep:
             return [i, *sums, *self.masked(i, new[k:], cts)]
 
         others = _repeat(lambda s: s[0] > start, iteration, [end, *others])[1:]
-        return [start, *rows, *others]
+        return [*rows, start, *others]
 
     def next_carry(self, i: jax.Array, c: Arrays) -> Arrays:
         """Compute the carries that are saved, after iteration `i`.
@@ -203,7 +202,7 @@ class _Sweep:
         return self.chosen(i, new, old, self.layout.free)
 
     def chosen(self, i: jax.Array, new: Arrays, old: Arrays, free: int) -> Arrays:
-        """Choose the new values for elements of more than `i` iterations, except the free."""
+        """Choose the new values, for elements of more than `i` iterations."""
         if not self.count.ndim:
             return new
         goes_on = i < self.count
@@ -371,9 +370,10 @@ def _with_one_stride(
 ) -> tuple[list[jax.Array], list[int | None]]:
     """Thin the slots of each element to the largest stride of all.
 
-    Strides are powers of two, so that every slot of the largest one is in all elements: slot
-    `j` is slot `j * ratio` of an element whose stride is smaller by `ratio`. Rows past its
-    end are never read, because its count ends before.
+    Strides are powers of two, so that every slot of the largest one is in all elements:
+    slot `j` is slot `j * ratio` of an element whose stride is smaller by `ratio`. Rows past
+    its end are never used, because its count ends before. Of a branch that an element did
+    not take, its stride and count are zero.
     """
     n, first = 2 + layout.consts, layout.first_linear
     strides = jnp.moveaxis(operands[1], dims[1] or 0, 0)

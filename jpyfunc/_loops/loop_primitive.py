@@ -22,7 +22,6 @@ from jpyfunc._loops.step_jaxprs import (
     pick,
     trace,
 )
-from jpyfunc._mesh import vary_alike
 from jpyfunc._types import Array
 
 Function = Callable[[Arrays, Arrays], Any]
@@ -44,9 +43,7 @@ def free_running_loop(
     may return an array, of which the shapes of all other carries begin with its shape.
     """
     consts, carry = [*map(jnp.asarray, consts)], [*map(jnp.asarray, carry)]
-    closed, carry = _body_jaxpr(body, consts, vary_alike(carry, consts))
-    tested = trace(lambda k, c: [jnp.asarray(test(k, c))], consts, carry)
-    _check_test(tested)
+    tested, closed, carry = _traced(test, body, consts, carry)
     # Both take all constants: those of the test, of the body, and the ones given.
     of_test, of_body = list(tested.consts), list(closed.consts)
     m, n = len(of_test), len(of_body)
@@ -62,13 +59,14 @@ def free_running_loop(
     )
 
 
-def _body_jaxpr(
-    body: Function, consts: Arrays, carry: Arrays
-) -> tuple[ClosedJaxpr, Arrays]:
-    """Trace the body; return a carry of the type that it returns, as JAX's own does.
+def _traced(
+    test: Function, body: Function, consts: Arrays, carry: Arrays
+) -> tuple[ClosedJaxpr, ClosedJaxpr, Arrays]:
+    """Trace the test and the body; return them and the carry, of the type that it keeps.
 
-    A weakly typed carry becomes what the body makes of it, and one that varies over fewer
-    manual axes of a mesh than its next value is made to vary over these.
+    As in JAX's own loop, a weakly typed carry becomes what the body makes of it. Over the
+    manual axes of a mesh, a carry varies as its next value does, and as the test: devices
+    where the loop ends earlier have another value.
     """
 
     def next_carry(k: Arrays, c: Arrays) -> Arrays:
@@ -78,21 +76,24 @@ def _body_jaxpr(
                 f"while_loop: the body must return {len(c)} arrays, one for each carry, "
                 f"and returned {len(results)}"
             )
-        return [_retyped(y, x) for x, y in zip(c, vary_alike(results, c), strict=True)]
+        return [_retyped(y, x) for x, y in zip(c, results, strict=True)]
 
     while True:
+        tested = trace(lambda k, c: [jnp.asarray(test(k, c))], consts, carry)
         closed = trace(next_carry, consts, carry)
+        over = tested.out_avals[0].manual_axis_type.varying
         promoted = [
-            _promoted(i, x, aval)
+            _promoted(i, x, aval, over)
             for i, (x, aval) in enumerate(zip(carry, closed.out_avals, strict=True))
         ]
         if all(x is y for x, y in zip(carry, promoted, strict=True)):
-            return closed, carry
+            return tested, closed, carry
         carry = promoted
 
 
 def _retyped(result: jax.Array, like: jax.Array) -> jax.Array:
-    """Make a result as weakly typed as its carry, where they are of one dtype."""
+    """Give a result of the dtype of its carry the weak type and varying axes of that."""
+    result = varying_over(result, jax.typeof(like).manual_axis_type.varying)
     if result.dtype != like.dtype or not result.weak_type or like.weak_type:
         return result
     return jax.lax.convert_element_type_p.bind(
@@ -100,24 +101,24 @@ def _retyped(result: jax.Array, like: jax.Array) -> jax.Array:
     )
 
 
-def _promoted(index: int, carry: jax.Array, aval: Any) -> jax.Array:
+def _promoted(index: int, carry: jax.Array, aval: Any, over: frozenset[Any]) -> jax.Array:
     """Return the carry, of the type of its next value."""
     own = jax.typeof(carry)
-    if carry.shape != aval.shape or (carry.dtype != aval.dtype and not own.weak_type):
+    differs = carry.dtype != aval.dtype
+    if carry.shape != aval.shape or (differs and not own.weak_type):
         raise TypeError(
             f"while_loop: carry {index} must keep its type, {own.str_short()}, and the "
             f"body returned {aval.str_short()}"
         )
-    if own.weak_type and not aval.weak_type:
+    if own.weak_type and (differs or not aval.weak_type):
         carry = jax.lax.convert_element_type(carry, aval.dtype)
-    more = aval.manual_axis_type.varying - own.manual_axis_type.varying
-    return jax.lax.pcast(carry, tuple(more), to="varying") if more else carry
+    return varying_over(carry, aval.manual_axis_type.varying | over)
 
 
-def _check_test(jaxpr: ClosedJaxpr) -> None:
-    (aval,) = jaxpr.out_avals
-    if not isinstance(aval, ShapedArray) or aval.dtype != jnp.bool_:
-        raise TypeError(f"while_loop: the test must return a boolean, not {aval}")
+def varying_over(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    """Mark an array as varying over manual axes of a mesh."""
+    more = axes - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(more), to="varying") if more else x
 
 
 # --- The primitive.
@@ -170,7 +171,7 @@ def _run(
 
 
 def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Take from `x` where `which`, whose shape theirs begin with, and from `y` elsewhere."""
+    """Take from `x` where `which`, with whose shape theirs begin, and else from `y`."""
     missing = range(which.ndim, x.ndim)
     return jnp.where(jnp.expand_dims(which, tuple(missing)), x, y)
 
@@ -259,7 +260,7 @@ def _loop_dce(used: Sequence[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn
 def restricted(
     jaxpr: ClosedJaxpr, operands: Sequence[bool], results: Sequence[bool]
 ) -> ClosedJaxpr:
-    """Restrict a jaxpr to some results and to operands among which are all that they need."""
+    """Restrict a jaxpr to some results, and to operands that include all they need."""
     inner, _ = partial_eval.dce_jaxpr(
         getattr(jaxpr, "jaxpr", jaxpr), list(results), list(operands)
     )

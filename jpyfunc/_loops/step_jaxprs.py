@@ -1,4 +1,4 @@
-"""Jaxprs of one iteration of a loop: traced, transposed, batched, and what in them depends on what."""
+"""Jaxprs of one iteration of a loop, and flags of their operands and results."""
 
 from __future__ import annotations
 
