@@ -247,6 +247,10 @@ class LoopSearch:
         state = PythonState([x for x in frames if not is_library_frame(x)])
         try:
             state.look(limit)
+        except UnseenStateError:
+            raise
+        except Exception as error:  # noqa: BLE001 - an object of a kind that is not known
+            raise UnseenStateError(f"its state cannot be seen: {error}") from error
         finally:
             findings.objects_left -= len(state.facts)
         return tuple(frames), state

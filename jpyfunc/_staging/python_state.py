@@ -234,7 +234,7 @@ class PythonState:
         if kind is types.MappingProxyType:
             return None, [(path, dict(value))]
         if kind in (typing.TypeVar, typing.ParamSpec):
-            return id(value), [(path, vars(value))]
+            return id(value), [(path, getattr(value, "__dict__", None))]
         if kind in (types.GenericAlias, types.UnionType):
             return None, [(path, getattr(value, "__origin__", None)), (path, value.__args__)]
         if kind is np.ndarray:
