@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
+from jax.sharding import ManualAxisType
 
 from jpyfunc._frames import line_of, user_frame
 from jpyfunc._interpreters.base_tracer import BodyTracer, UnreadValue
@@ -47,6 +48,13 @@ class AbstractTracer(BodyTracer):
         if not self.body_trace.is_open:
             raise self.body_trace.left_behind()
         return self._aval
+
+    def release(self, axes: frozenset[str]) -> None:
+        """Have no value from now on, and vary over these manual axes: a loop changes it."""
+        self.value = None
+        if self._aval.manual_axis_type.varying != axes:
+            varying = ManualAxisType(varying=axes)
+            self._aval = self._aval.update(manual_axis_type=varying)
 
     def to_concrete_value(self) -> Any:
         if self.value is not None:

@@ -161,7 +161,7 @@ class _Emission:
         """
         number = loop.exit_at(node) if loop else None
         if loop and number is not None:
-            return loop.leave(number, scope)
+            return vary_alike(loop.leave(number, scope), self.operands)
         for equation in node.equations:
             operands = [self._value(x, scope) for x in equation.operands]
             scope.known.update(enumerate(equation.call(*operands), equation.first))
@@ -175,7 +175,8 @@ class _Emission:
             assert loop is not None
             positions = loop.layout.carried.values()
             following = [self._value(node.end.following[i], scope) for i in positions]
-            return loop.repeat([*map(jnp.asarray, following)])
+            after = loop.repeat([*map(jnp.asarray, following)])
+            return vary_alike(after, self.operands)
         if node.head is not None:
             return self._emit_loop(LoopLayout.of(node), scope, needed, loop)
         return self._emit_branches(node, node.end, scope, needed, loop)
@@ -217,6 +218,7 @@ class _Emission:
         head, point = layout.head, layout.head.end
         assert isinstance(point, BranchPoint)
         first = [jnp.asarray(scope.known[number]) for number in layout.carried]
+        first = vary_alike(first, self.operands)
         answer = layout.tests_first
         inner_scope = scope.branch(not self.is_varying)
 
@@ -245,7 +247,7 @@ class _Emission:
             for place in layout.exits
             for number, aval in place.kept.items()
         ]
-        state = [jnp.int32(0), *first, *kept]
+        state = vary_alike([jnp.int32(0), *first, *kept], self.operands)
         tag, *final = while_loop(lambda _, state: state[0] == 0, step, [], state)
         scope.known.update(zip(layout.carried, final, strict=False))
         return self._emit_exits(layout.exits, tag, final[len(first) :], scope, needed, outer)

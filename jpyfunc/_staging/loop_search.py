@@ -17,7 +17,7 @@ from jpyfunc._staging.bytecode import SUSPENDABLE, truth_tests
 from jpyfunc._staging.equations import Atom, BranchPoint, Equation
 from jpyfunc._staging.iterations import IterationPair
 from jpyfunc._staging.python_state import PythonState, UnseenStateError
-from jpyfunc._staging.visits import Visit, frames_up_to, has_value, testing_frame
+from jpyfunc._staging.visits import Visit, frames_up_to, testing_frame
 
 # A truth test of an abstract value is asked in a frame of the body. A *visit* is that
 # frame, where it stands, and a picture of all that its variables, and those of the frames
@@ -85,8 +85,8 @@ class LoopFindings:
             the answers up to the second one.
         is_unfolded: whether what is computed from known arrays alone is recorded, too.
         may_unfold: whether that may be tried.
-        released: positions of the known arrays that a loop carries, by the answers up to
-            its head.
+        released: positions of the arrays that a loop carries, and that are known when it
+            begins, by the answers up to its head.
         reasons: why a place is not the head of a loop, by place and line.
         objects_left: how many objects may still be looked at.
     """
@@ -163,17 +163,14 @@ class LoopSearch:
         if visit is None:
             return answer
         answers = tuple(point.answer for point in points)
-        for position in self._findings.released.get(answers, ()):
-            visit.arrays[position].value = None
+        visit.release(self._findings.released.get(answers, ()))
         if n >= self._script_length:
             head_visit = self._head_of(visit, answers)
             if head_visit is not None:
                 self._pair = head_visit, visit
                 answer = points[head_visit.index].answer
                 # The next iteration begins with arrays without values, like the first.
-                for x, y in zip(head_visit.arrays, visit.arrays, strict=True):
-                    if x is not y and isinstance(y, AbstractTracer):
-                        y.value = None
+                visit.release(head_visit.changed(visit))
         self._visits.append(visit)
         return answer
 
@@ -274,11 +271,10 @@ class LoopSearch:
                 continue
             if (head.index, answers) in findings.no_loops:
                 return None
-            pairs = zip(head.arrays, visit.arrays, strict=True)
-            known = [i for i, (x, y) in enumerate(pairs) if x is not y and has_value(x)]
-            if not known:
+            unready = head.unready(visit)
+            if not unready:
                 return head
-            if self._learn(head, answers[: head.index], known):
+            if self._learn(head, answers[: head.index], unready):
                 self.is_to_repeat = self.has_learned = True
                 raise RunConcluded
         self._note_reason(visit.frame, before[-1].why_unlike(visit))
@@ -287,17 +283,17 @@ class LoopSearch:
     def _first(self, visit: Visit) -> Visit:
         return next(x for x in self._visits if x.frame is visit.frame)
 
-    def _learn(self, head: Visit, answers: Answers, known: list[int]) -> bool:
-        """Note that known arrays are all that keeps a visit from being a head."""
+    def _learn(self, head: Visit, answers: Answers, unready: list[int]) -> bool:
+        """Note that arrays that are to be released are all that keeps a visit from a head."""
         findings = self._findings
         if not findings.may_unfold:
             return False
         if not findings.is_unfolded:
             findings.is_unfolded = True
             return True
-        if not all(isinstance(head.arrays[i], AbstractTracer) for i in known):
+        if not all(isinstance(head.arrays[i], AbstractTracer) for i in unready):
             return False
-        findings.released.setdefault(answers, set()).update(known)
+        findings.released.setdefault(answers, set()).update(unready)
         return True
 
     def _conclude(self, trace: Any, tested: AbstractTracer) -> None:

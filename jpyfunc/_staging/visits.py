@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -80,6 +80,36 @@ class Visit:
             and not self._replaces_arrays_of(first, later)
             and any(x is not y for x, y in self._pairs(later)[1:])
         )
+
+    def changed(self, later: Visit) -> list[int]:
+        """The positions of the arrays that are others at a later visit."""
+        return [i for i, (x, y) in enumerate(self._pairs(later)) if x is not y]
+
+    def unready(self, later: Visit) -> list[int]:
+        """The positions of arrays that a loop changes, and that it cannot carry yet.
+
+        They have values, on which the body may act; or they do not vary over the manual
+        axes of a mesh, as what changes in a loop does, because its length varies.
+        """
+        axes = self._axes()
+        return [
+            i
+            for i in self.changed(later)
+            if has_value(self.arrays[i])
+            or jax.typeof(self.arrays[i]).manual_axis_type.varying != axes
+        ]
+
+    def release(self, positions: Iterable[int]) -> None:
+        """Make arrays what a loop carries; see `unready`."""
+        axes = self._axes()
+        for i in positions:
+            if isinstance(self.arrays[i], AbstractTracer):
+                self.arrays[i].release(axes)
+
+    def _axes(self) -> frozenset[str]:
+        """The manual axes that any of the arrays varies over."""
+        found = (jax.typeof(x).manual_axis_type.varying for x in self.arrays)
+        return frozenset().union(*found)
 
     def why_unlike(self, later: Visit) -> str:
         """Say what differs at a later visit at the same place, and what helps."""
