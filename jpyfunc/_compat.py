@@ -202,21 +202,6 @@ def is_jaxpr(value: Any) -> bool:
     return isinstance(value, (ClosedJaxpr, Jaxpr))
 
 
-def is_wrapped_function(value: Any) -> bool:
-    """Whether `value` is a function as JAX wraps it in parameters of custom rules."""
-    return isinstance(value, _linear_util.WrappedFun)
-
-
-def is_store(value: Any) -> bool:
-    """Whether a function that JAX has wrapped leaves results in `value`."""
-    return isinstance(value, (_linear_util.Store, _linear_util.EqualStore))
-
-
-def parts_of_function(function: Any) -> tuple[Any, ...]:
-    """What decides what a wrapped function does; not where it stores results."""
-    return function.f, function.transforms, function.params, function.in_type
-
-
 def copied_jaxpr(jaxpr: Any) -> Any:
     """Make another object of the same content."""
     if hasattr(jaxpr, "with_consts"):  # as of JAX 0.12

@@ -13,8 +13,8 @@ MAX_ABSTRACT_RUNS = 32
 # Branch points of one run. A loop on an abstract condition has one in each iteration, and
 # may never end.
 MAX_BRANCH_POINTS = 64
-# Objects that the variables at a truth test lead to, at 2 us each, and those of all tests of
-# one exploration.
+# Objects that the variables at a truth test lead to, at 2 us each, and those of all tests
+# of one exploration.
 MAX_PICTURED_OBJECTS = 10_000
 MAX_PICTURED_IN_TOTAL = 300_000
 # Functions whose bytecode has been looked at for loops.

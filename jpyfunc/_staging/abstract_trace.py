@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from jpyfunc._staging.equations import (
     operation_count,
 )
 from jpyfunc._staging.loop_search import LoopSearch
-from jpyfunc._staging.numpy_constants import copy_numpy, holds_numpy
+from jpyfunc._staging.numpy_constants import NumpyCopies, holds_numpy
 from jpyfunc._staging.visits import has_value
 
 
@@ -76,7 +76,7 @@ class AbstractTrace(BodyTrace):
         self._shapes_only = shapes_only
         self._count = 0
         self._constants: dict[int, tuple[weakref.ref[jax.Array], Constant]] = {}
-        self._copies: dict[Hashable, tuple[Any, Any]] = {}  # originals and copies
+        self._copies = NumpyCopies()
         self.loops = loops
         self.is_open = True
         self.branch_points: list[BranchPoint] = []
@@ -93,7 +93,7 @@ class AbstractTrace(BodyTrace):
 
     @property
     def value_count(self) -> int:
-        """How many values the run has made so far."""
+        """The number of values that the run has made so far."""
         return self._count
 
     def new_tracer(self, aval: ShapedArray, is_constant: bool = False) -> AbstractTracer:
@@ -111,38 +111,7 @@ class AbstractTrace(BodyTrace):
         # Python reuses the id of an array that is gone, whose reference is dead then.
         if found is not None and found[0]() is value:
             return found[1]
-        return self._copied(value)
-
-    def _copied(self, value: Any) -> Any:
-        """Return `value` with copies of the NumPy arrays in it, which the body may change.
-
-        What is recorded is computed once all runs are over and the program is traced, or
-        compiled. By then the body may have used the same buffer for other numbers. An array
-        is copied again whenever its content has changed. One copy serves all equal views
-        of the same memory, and one copy of a jaxpr all its uses, because JAX knows jaxprs
-        by identity. A jaxpr is not looked at again: a function that was traced has the
-        constants of that moment.
-        """
-        if isinstance(value, np.ndarray):
-            memory = value.__array_interface__["data"][0], value.strides
-            weak = getattr(value, "weak_type", None)
-            key: Hashable = (memory, value.shape, value.dtype, weak)
-            _, copy = self._copies.get(key, (None, None))
-            if copy is not None and copy.tobytes() == value.tobytes():
-                return copy
-        elif _compat.is_jaxpr(value):
-            key = id(value)
-            if not holds_numpy(value):
-                return value
-            if key in self._copies:
-                return self._copies[key][1]
-        elif type(value) in (tuple, list):
-            return copy_numpy(value, self._copied)
-        else:
-            return value
-        # The original is kept, too, so that nothing else gets its memory or its id.
-        self._copies[key] = value, copy_numpy(value, self._copied)
-        return self._copies[key][1]
+        return self._copies.copied(value)
 
     def close(self) -> None:
         """End the run: from now on its values are refused wherever they are used."""
@@ -195,7 +164,7 @@ class AbstractTrace(BodyTrace):
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if any(map(holds_numpy, params.values())):
-            params = {name: self._copied(value) for name, value in params.items()}
+            params = {name: self._copies.copied(value) for name, value in params.items()}
         avals = [jax.typeof(t) for t in tracers]
         outs, effects = primitive.abstract_eval(*avals, **params)
         calls = is_host_call(primitive, params)
@@ -293,7 +262,7 @@ class AbstractTrace(BodyTrace):
         self, call: Callable[..., list[Any]], operands: Sequence[Any]
     ) -> list[Any]:
         with set_current_trace(_compat.eval_trace):
-            closed = self._copied(jax.make_jaxpr(call)(*operands))
+            closed = self._copies.copied(jax.make_jaxpr(call)(*operands))
         is_pure = not calls_host(closed)
         if not is_pure:
             self.record_refusal("it calls Python itself")

@@ -22,7 +22,14 @@ from jpyfunc._limits import (
 )
 from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
 from jpyfunc._staging.abstract_tracer import NeedsValueError
-from jpyfunc._staging.equations import Atom, BranchPoint, Equation, ValueRef, is_alike, is_one
+from jpyfunc._staging.equations import (
+    Atom,
+    BranchPoint,
+    Equation,
+    ValueRef,
+    is_alike,
+    is_one,
+)
 from jpyfunc._staging.exploration import AbstractRun, LearnedMore, explore
 from jpyfunc._staging.inference import JoinedPaths
 from jpyfunc._staging.loop_search import BackEdge, LoopFindings
@@ -58,7 +65,7 @@ class Back:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LoopHead:
-    """What makes a branch point the head of a loop.
+    """The loop that begins at a branch point.
 
     Attributes:
         names: how to write the arrays that Python's state leads to at the branch point,
@@ -78,8 +85,8 @@ class LoopHead:
         numbers: dict[int, int] = {}
         for i in sorted(self.changed):
             value = self.values[i]
-            assert isinstance(value, ValueRef)
-            numbers.setdefault(value.number, i)
+            if isinstance(value, ValueRef):  # what changes has no other value
+                numbers.setdefault(value.number, i)
         return numbers
 
 
@@ -166,7 +173,7 @@ class BranchNode:
             self._fall_back(Fallback(tuple(reasons) or ("it never returns",)))
 
     def goals(self) -> set[BranchNode | None]:
-        """Where compiled paths from here lead: heads further up, and None for a result."""
+        """Find where compiled paths lead: to heads further up, and None for a result."""
         if isinstance(self.end, Back):
             return {self.end.head}
         if isinstance(self.end, Return):
@@ -174,7 +181,7 @@ class BranchNode:
         return set().union(*(node.goals() for node in self.branches.values())) - {self}
 
     def _go_back(self, edge: BackEdge) -> Fallback | Back:
-        """Make this node the head of a loop, and the end of a path that comes back to it."""
+        """Make this node the head of a loop, and return the end of a path back to it."""
         if self.head is None:
             self.head = LoopHead(edge.names, edge.avals, edge.first, set())
         if self.head.names != edge.names or not is_alike(self.head.values, edge.first):
@@ -264,7 +271,9 @@ def _stage(
         paths.add(run)
         reason = _why_not_compiled(run)
         back = run.trace.loops.back
-        root.add_path(run.trace, Fallback((reason,)) if reason else back or Return(run.results))
+        root.add_path(
+            run.trace, Fallback((reason,)) if reason else back or Return(run.results)
+        )
     root.fill_gaps(f"the {limit} runs on abstract values are used up before they come here")
     if declared is not None and declared.complete:
         # A path that returns something else falls back, and the call says so, with data.

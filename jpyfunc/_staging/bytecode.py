@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import dis
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from types import CodeType
 
 from jpyfunc._limits import BYTECODE_CACHE_SIZE
 
-# What the flags of a code object say of generators, coroutines and the like.
-SUSPENDABLE = 0x20 | 0x80 | 0x100 | 0x200
+# The flags of functions that may be suspended, and resumed from elsewhere.
+SUSPENDABLE = (
+    inspect.CO_GENERATOR
+    | inspect.CO_COROUTINE
+    | inspect.CO_ITERABLE_COROUTINE
+    | inspect.CO_ASYNC_GENERATOR
+)
 _SKIPPED = ("NOP", "EXTENDED_ARG", "RESUME")
 _JUMPS = ("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
 _ENDS = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "INTERPRETER_EXIT")
-# The flag of a comparison that tests its own result.
-_TESTS_RESULT = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class _Instructions:
         ]
 
     def live_after(self, offset: int) -> set[str] | None:
-        """The names of the variables that may be read; None if that is not known."""
+        """Find the names of the variables that may be read; None if that is not known."""
         after = [self._following(k) for k in range(len(self._all))]
         accesses = [_accesses(x) for x in self._all]
         if offset not in self._at or None in accesses:
@@ -87,7 +91,7 @@ class _Instructions:
         return set().union(*(live[n] for n in after[self._at[offset]]))
 
     def _following(self, k: int) -> list[int]:
-        """The instructions that may follow one, also if it raises."""
+        """Find the instructions that may follow one, also if it raises."""
         offset = self._all[k].offset
         handlers = [target for covered, target in self._handlers if offset in covered]
         return [n for n, _ in self._after(k) if n < len(self._all)] + handlers
@@ -107,12 +111,13 @@ class _Instructions:
         name = instruction.opname
         if "JUMP" in name and "IF_" in name:
             return "NONE" not in name
-        if name == "COMPARE_OP":  # Python 3.13
-            return sys.version_info >= (3, 13) and bool((instruction.arg or 0) & _TESTS_RESULT)
+        if name == "COMPARE_OP":  # as of Python 3.13, a flag says so
+            flag = 16
+            return sys.version_info >= (3, 13) and bool((instruction.arg or 0) & flag)
         return name in ("TO_BOOL", "UNARY_NOT")
 
     def _depths(self) -> dict[int, int]:
-        """The depth of the value stack where each instruction tests what it tests."""
+        """Find the depth of the value stack where each instruction tests what it tests."""
         depths: dict[int, int] = {}
         waiting = [(0, 0)]
         while waiting:
@@ -133,7 +138,7 @@ class _Instructions:
         return dis.stack_effect(instruction.opcode, argument, jump=jumps)
 
     def _after(self, k: int) -> Iterator[tuple[int, bool]]:
-        """The instructions that may follow one, each with whether it is jumped to."""
+        """Yield the instructions that may follow one, each with whether it is jumped to."""
         instruction = self._all[k]
         if instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs:
             yield self._at[instruction.argval], True
@@ -141,10 +146,10 @@ class _Instructions:
             yield k + 1, False
 
     def _continuation(self, k: int) -> tuple[int, ...]:
-        """Where a function goes on after a test: where true, and where false.
+        """Find where a function goes on after a test: where true, and where false.
 
-        Where it goes on with the truth value, or the tested value, on its stack, that is
-        at the test alone.
+        If it goes on with the truth value, or the tested value, on its stack, that is at
+        the test alone.
         """
         jump = k
         if self._all[k].opname in ("TO_BOOL", "COMPARE_OP"):
@@ -157,7 +162,7 @@ class _Instructions:
         return (target, following) if "IF_TRUE" in name else (following, target)
 
     def _skip(self, k: int) -> int:
-        """The first instruction from number `k` on that does something."""
+        """Find the first instruction from number `k` on that does something."""
         passed = set()
         while k not in passed:
             passed.add(k)
@@ -185,27 +190,27 @@ class _Instructions:
 
 @functools.lru_cache(BYTECODE_CACHE_SIZE)
 def global_names(code: CodeType) -> tuple[str, ...]:
-    """The global variables that a function and those defined in it load or store."""
+    """Collect the global variables that a function, or one inside it, loads or stores."""
     return _arguments(code, "LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL",
                       "LOAD_FROM_DICT_OR_GLOBALS")  # fmt: skip
 
 
 @functools.lru_cache(BYTECODE_CACHE_SIZE)
 def imported_names(code: CodeType) -> tuple[str, ...]:
-    """The modules that a function and those defined in it import."""
+    """Collect the modules that a function, or one inside it, imports."""
     return _arguments(code, "IMPORT_NAME")
 
 
 @functools.lru_cache(BYTECODE_CACHE_SIZE)
 def attribute_names(code: CodeType) -> frozenset[str]:
-    """All names and strings by which a function may ask for an attribute of a module."""
+    """Collect the names by which a function may ask for an attribute of a module."""
     strings = (x for x in code.co_consts if isinstance(x, str) and x.isidentifier())
     inner = (attribute_names(x) for x in code.co_consts if isinstance(x, CodeType))
     return frozenset(code.co_names).union(strings, *inner)
 
 
 def _accesses(instruction: dis.Instruction) -> tuple[set[str], set[str]] | None:
-    """The local variables that an instruction reads, and those that it surely assigns to.
+    """Find the local variables that an instruction reads, and those that it assigns to.
 
     Returns:
         None for an instruction that is not known.

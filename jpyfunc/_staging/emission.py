@@ -171,14 +171,14 @@ class _Emission:
             values = [self._value(x, scope) for x in node.end.results]
             results = map(_to_joined_dtype, values, self.leaves)
             return vary_alike([*results], self.operands)
-        if isinstance(node.end, Back):
-            assert loop is not None
+        if isinstance(node.end, Back) and loop is not None:  # it is in that of its head
             positions = loop.layout.carried.values()
             following = [self._value(node.end.following[i], scope) for i in positions]
             after = loop.repeat([*map(jnp.asarray, following)])
             return vary_alike(after, self.operands)
         if node.head is not None:
-            return self._emit_loop(LoopLayout.of(node), scope, needed, loop)
+            layout = LoopLayout.of(node, node.head, node.end)
+            return self._emit_loop(layout, scope, needed, loop)
         return self._emit_branches(node, node.end, scope, needed, loop)
 
     def _emit_branches(
@@ -215,8 +215,7 @@ class _Emission:
         outer: _OpenLoop | None,
     ) -> list[jax.Array]:
         """Emit a loop and all that follows it."""
-        head, point = layout.head, layout.head.end
-        assert isinstance(point, BranchPoint)
+        head, point = layout.head, layout.point
         first = [jnp.asarray(scope.known[number]) for number in layout.carried]
         first = vary_alike(first, self.operands)
         answer = layout.tests_first
@@ -250,7 +249,9 @@ class _Emission:
         state = vary_alike([jnp.int32(0), *first, *kept], self.operands)
         tag, *final = while_loop(lambda _, state: state[0] == 0, step, [], state)
         scope.known.update(zip(layout.carried, final, strict=False))
-        return self._emit_exits(layout.exits, tag, final[len(first) :], scope, needed, outer)
+        return self._emit_exits(
+            layout.exits, tag, final[len(first) :], scope, needed, outer
+        )
 
     def _emit_exits(
         self,

@@ -90,7 +90,7 @@ class IterationPair:
         return True
 
     def is_same_value(self, a: Atom, b: Atom) -> bool:
-        """Tell whether a value of the second iteration is the counterpart of the first's."""
+        """Tell whether two values of the two iterations correspond."""
         if not isinstance(a, ValueRef):
             return is_same(a, b)
         if a.number in self._counterparts:
@@ -139,10 +139,10 @@ def is_same(a: Any, b: Any, assumed: frozenset[tuple[int, int]] = frozenset()) -
         return inner((a.__func__, a.__self__), (b.__func__, b.__self__))
     if isinstance(a, functools.partial):
         return inner((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
-    if isinstance(a, Trace) or _compat.is_store(a) or type(a) is object:
+    if isinstance(a, Trace) or type(a) is object or _is_store(a):
         return True  # where a function was traced, and leaves what it finds when called
-    if _compat.is_wrapped_function(a):
-        return inner(_compat.parts_of_function(a), _compat.parts_of_function(b))
+    if hasattr(a, "call_wrapped"):  # a function as JAX wraps it, with custom rules
+        return inner(_wrapped(a), _wrapped(b))
     # What JAX and NumPy make compares by all that it is, or by its identity.
     is_library = type(a).__module__.partition(".")[0] in ("jax", "jaxlib", "numpy")
     return is_library and type(a).__eq__ is not object.__eq__ and bool(a == b)
@@ -159,6 +159,14 @@ def _is_same_array(a: Any, b: Any) -> bool:
 
 def _function(value: Any) -> tuple[Any, ...]:
     return value.__code__, value.__closure__, value.__defaults__, value.__kwdefaults__
+
+
+def _wrapped(function: Any) -> tuple[Any, ...]:
+    return function.f, function.transforms, function.params, function.in_type
+
+
+def _is_store(value: Any) -> bool:
+    return _compat.Store is not None and isinstance(value, _compat.Store)
 
 
 def _contents(cell: Any) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from jax.core import ShapedArray
 
-from jpyfunc._staging.branch_tree import Back, BranchNode, Return
+from jpyfunc._staging.branch_tree import Back, BranchNode, LoopHead, Return
 from jpyfunc._staging.equations import Atom, BranchPoint, Constant, ValueRef
 
 
@@ -31,23 +31,24 @@ class LoopLayout:
 
     Attributes:
         head: where it begins.
+        point: the branch point there.
         carried: the positions of the head's values that it carries, by their numbers.
         exits: where the program leaves it.
     """
 
     head: BranchNode
+    point: BranchPoint
     carried: dict[int, int]
     exits: list[Exit]
 
     @classmethod
-    def of(cls, head: BranchNode) -> LoopLayout:
+    def of(cls, node: BranchNode, head: LoopHead, point: BranchPoint) -> LoopLayout:
         """Lay out the loop that begins at a node."""
-        assert head.head is not None
         exits = [
-            Exit(node, {n: aval for n, aval in made.items() if n in _used_from(node)})
-            for node, made in _exits(head, set(), {})
+            Exit(after, {n: aval for n, aval in made.items() if n in _used_from(after)})
+            for after, made in _exits(node, set(), {})
         ]
-        return cls(head, head.head.carried(), exits)
+        return cls(node, point, head.carried(), exits)
 
     @property
     def tests_first(self) -> bool | None:

@@ -16,7 +16,8 @@ from jpyfunc._staging.abstract_tracer import AbstractTracer
 from jpyfunc._staging.bytecode import SUSPENDABLE, truth_tests
 from jpyfunc._staging.equations import Atom, BranchPoint, Equation
 from jpyfunc._staging.iterations import IterationPair
-from jpyfunc._staging.python_state import PythonState, UnseenStateError
+from jpyfunc._staging.object_contents import UnseenStateError
+from jpyfunc._staging.python_state import PythonState
 from jpyfunc._staging.visits import Visit, frames_up_to, testing_frame
 
 # A truth test of an abstract value is asked in a frame of the body. A *visit* is that
@@ -44,7 +45,7 @@ from jpyfunc._staging.visits import Visit, frames_up_to, testing_frame
 # first iterations often differ from the others.
 
 
-class RunConcluded(BaseException):  # noqa: N818 - it is no error
+class RunConcluded(BaseException):
     """A run need not go on, because it has found out what it was to find out.
 
     A `BaseException`, which no `except Exception` of the body catches.
@@ -78,7 +79,7 @@ Answers = tuple[bool, ...]
 
 @dataclasses.dataclass(slots=True)
 class LoopFindings:
-    """What the runs of one exploration have found about loops.
+    """Findings of the runs of one exploration about loops.
 
     Attributes:
         no_loops: pairs of visits that are no loop, by the position of the first one and
@@ -157,7 +158,7 @@ class LoopSearch:
         if self._pair:
             head, second = self._pair
             if n == 2 * second.index - head.index:
-                self._conclude(trace, tested)
+                self._conclude(trace, tested, head, second)
             return points[n - second.index + head.index].answer
         visit = None if trace.refusal else self._visit(trace, tested)
         if visit is None:
@@ -196,7 +197,7 @@ class LoopSearch:
     def close(self, trace: Any) -> None:
         """End a run. If it has not come to the end of a second iteration, it failed."""
         if self._pair and not self.back and not self.is_to_repeat:
-            self._fail(trace.branch_points)
+            self._fail(trace.branch_points, *self._pair)
 
     def _visit(self, trace: Any, tested: AbstractTracer) -> Visit | None:
         frame = testing_frame()
@@ -246,7 +247,8 @@ class LoopSearch:
             state.look(limit)
         except UnseenStateError:
             raise
-        except Exception as error:  # noqa: BLE001 - an object of a kind that is not known
+        except Exception as error:
+            # An object of a kind that is not known.
             raise UnseenStateError(f"its state cannot be seen: {error}") from error
         finally:
             findings.objects_left -= len(state.facts)
@@ -284,7 +286,7 @@ class LoopSearch:
         return next(x for x in self._visits if x.frame is visit.frame)
 
     def _learn(self, head: Visit, answers: Answers, unready: list[int]) -> bool:
-        """Note that arrays that are to be released are all that keeps a visit from a head."""
+        """Note that only arrays that are to be released keep a visit from being a head."""
         findings = self._findings
         if not findings.may_unfold:
             return False
@@ -296,29 +298,29 @@ class LoopSearch:
         findings.released.setdefault(answers, set()).update(unready)
         return True
 
-    def _conclude(self, trace: Any, tested: AbstractTracer) -> None:
+    def _conclude(
+        self, trace: Any, tested: AbstractTracer, head: Visit, second: Visit
+    ) -> None:
         """End the second iteration, and with it the run.
 
         Raises:
             RunConcluded: always.
         """
-        assert self._pair is not None
-        head, second = self._pair
         points: list[BranchPoint] = trace.branch_points
         third = self._visit(trace, tested)
-        if third is None or not self._is_same_iteration(trace, third):
-            self._fail(points)
+        if third is None or not self._is_same_iteration(trace, head, second, third):
+            self._fail(points, head, second)
             raise RunConcluded
-        first, following = ([*map(trace.atom, x.arrays)] for x in self._pair)
+        first, following = ([*map(trace.atom, x.arrays)] for x in (head, second))
         avals = [*map(jax.typeof, head.arrays)]
         equations = points[second.index].equations
         self.back = BackEdge(head.index, head.names, avals, first, following, equations)
         del points[second.index :]
         raise RunConcluded
 
-    def _is_same_iteration(self, trace: Any, third: Visit) -> bool:
-        assert self._pair is not None
-        head, second = self._pair
+    def _is_same_iteration(
+        self, trace: Any, head: Visit, second: Visit, third: Visit
+    ) -> bool:
         if (
             trace.refusal
             or not self._was_left
@@ -334,15 +336,15 @@ class LoopSearch:
         pair = IterationPair(head.value_count)
         return (
             pair.pair(at_first, at_second)
-            and all(pair.is_same_part(points[k], points[k + j - i]) for k in range(i + 1, j))
+            and all(
+                pair.is_same_part(points[k], points[k + j - i]) for k in range(i + 1, j)
+            )
             and pair.are_same_equations(points[j].equations, trace.equations)
             and all(map(pair.is_same_value, at_second, at_third))
         )
 
-    def _fail(self, points: list[BranchPoint]) -> None:
+    def _fail(self, points: list[BranchPoint], head: Visit, second: Visit) -> None:
         """Note that the two visits are no loop."""
-        assert self._pair is not None
-        head, second = self._pair
         answers = tuple(point.answer for point in points[: second.index])
         self._findings.no_loops.add((head.index, answers))
         self._note_reason(second.frame, "its iterations are not the same")

@@ -54,7 +54,7 @@ class Visit:
 
     @property
     def names(self) -> list[str]:
-        """How to write each of `arrays`."""
+        """The variables of `arrays`, as they are written."""
         return ["the test", *self.state.array_paths]
 
     def is_at(self, other: Visit) -> bool:
@@ -149,7 +149,6 @@ class Visit:
         return any(
             x is not y and id(x) in old and type(x) not in _IMMUTABLE for x, y in pairs
         )
-
 
     def _replaces_arrays_of(self, first: Visit, later: Visit) -> bool:
         """Whether arrays that others may hold, too, are replaced by others."""
