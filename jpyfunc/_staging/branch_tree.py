@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from jax.core import ShapedArray
@@ -72,12 +72,16 @@ class LoopHead:
             the test first.
         avals: theirs.
         values: what they are when the program comes to the loop.
+        unready: the positions of those that it cannot carry as they are.
+        answers: those of the branch points up to the loop.
         changed: positions of those that are not the same in each iteration.
     """
 
     names: list[str]
     avals: list[ShapedArray]
     values: list[Atom]
+    unready: set[int]
+    answers: tuple[bool, ...]
     changed: set[int]
 
     def carried(self) -> dict[int, int]:
@@ -89,8 +93,19 @@ class LoopHead:
                 numbers.setdefault(value.number, i)
         return numbers
 
+    def carry(self, numbers: Collection[int]) -> bool:
+        """Carry the values of these numbers, too, and return whether that is new."""
+        before = len(self.changed)
+        self.changed.update(
+            i
+            for i, x in enumerate(self.values)
+            if isinstance(x, ValueRef) and x.number in numbers
+        )
+        return len(self.changed) > before
+
 
 _NOT_REACHED = Fallback(("no run has come here",))
+_NOT_CARRIED = Fallback(("a loop changes an array whose value the body may use",))
 _DIFFERENT_RUNS = Fallback(("it does something else when it runs again",))
 
 
@@ -147,7 +162,9 @@ class BranchNode:
             passed.append(node)
         if node.end is _NOT_REACHED:
             if isinstance(end, BackEdge):
-                node.equations, node.end = end.equations, passed[end.head]._go_back(end)
+                answers = tuple(point.answer for point in trace.branch_points[: end.head])
+                node.equations = end.equations
+                node.end = passed[end.head]._go_back(end, answers)
             else:
                 node.equations, node.end = trace.equations, end
         else:  # no two scripts have the same path, so the body did not follow this one
@@ -172,6 +189,32 @@ class BranchNode:
             reasons = dict.fromkeys(reason for end in found for reason in end.reasons)
             self._fall_back(Fallback(tuple(reasons) or ("it never returns",)))
 
+    def carry_changes(self, findings: LoopFindings) -> None:
+        """Let loops carry what only loops inside them change.
+
+        A path back to the head of a loop leaves each loop inside at its head, where what
+        that carries is named as it was before it.
+
+        Raises:
+            LearnedMore: a loop carries what it cannot carry as it is.
+        """
+        heads = [(node, node.head) for node in self.nodes() if node.head is not None]
+        inside = [
+            (outer, inner)
+            for node, outer in heads
+            for after, inner in heads
+            if node is not after and node in after.goals()
+        ]
+        grows = True
+        while grows:
+            grows = any([outer.carry(inner.carried()) for outer, inner in inside])
+        for node, head in heads:
+            unready = head.unready & head.changed
+            if unready and findings.release(head.values, head.answers, unready):
+                raise LearnedMore
+            if unready:
+                node._fall_back(_NOT_CARRIED)
+
     def goals(self) -> set[BranchNode | None]:
         """Find where compiled paths lead: to heads further up, and None for a result."""
         if isinstance(self.end, Back):
@@ -180,10 +223,12 @@ class BranchNode:
             return {None}
         return set().union(*(node.goals() for node in self.branches.values())) - {self}
 
-    def _go_back(self, edge: BackEdge) -> Fallback | Back:
+    def _go_back(self, edge: BackEdge, answers: tuple[bool, ...]) -> Fallback | Back:
         """Make this node the head of a loop, and return the end of a path back to it."""
         if self.head is None:
-            self.head = LoopHead(edge.names, edge.avals, edge.first, set())
+            self.head = LoopHead(
+                edge.names, edge.avals, edge.first, edge.unready, answers, set()
+            )
         if self.head.names != edge.names or not is_alike(self.head.values, edge.first):
             return _DIFFERENT_RUNS
         values = enumerate(zip(edge.first, edge.following, strict=True))
@@ -274,6 +319,7 @@ def _stage(
         root.add_path(
             run.trace, Fallback((reason,)) if reason else back or Return(run.results)
         )
+    root.carry_changes(findings)
     root.fill_gaps(f"the {limit} runs on abstract values are used up before they come here")
     if declared is not None and declared.complete:
         # A path that returns something else falls back, and the call says so, with data.

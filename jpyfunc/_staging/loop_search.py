@@ -14,7 +14,7 @@ from jpyfunc._frames import is_library_frame, line_of, place_of_frame
 from jpyfunc._limits import MAX_PICTURED_IN_TOTAL, MAX_PICTURED_OBJECTS
 from jpyfunc._staging.abstract_tracer import AbstractTracer
 from jpyfunc._staging.bytecode import SUSPENDABLE, truth_tests
-from jpyfunc._staging.equations import Atom, BranchPoint, Equation
+from jpyfunc._staging.equations import Atom, BranchPoint, Equation, ValueRef
 from jpyfunc._staging.iterations import IterationPair
 from jpyfunc._staging.object_contents import UnseenStateError
 from jpyfunc._staging.python_state import PythonState
@@ -62,6 +62,8 @@ class BackEdge:
         avals: theirs.
         first: what they are at the head.
         following: what they are in the next iteration.
+        unready: the positions of those at the head that a loop cannot carry as they are;
+            see `Visit.unready`.
         equations: the operations since the last branch point, without those that the body
             adds once it is told that the run has ended.
     """
@@ -71,6 +73,7 @@ class BackEdge:
     avals: list[ShapedArray]
     first: list[Atom]
     following: list[Atom]
+    unready: set[int]
     equations: list[Equation]
 
 
@@ -98,6 +101,27 @@ class LoopFindings:
     released: dict[Answers, set[int]] = dataclasses.field(default_factory=dict)
     reasons: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     objects_left: int = MAX_PICTURED_IN_TOTAL
+
+    def release(self, arrays: list[Any], answers: Answers, positions: set[int]) -> bool:
+        """Let a loop carry arrays that it cannot carry as they are.
+
+        Args:
+            arrays: those at the head, or the atoms that stand for them.
+            answers: those up to the head.
+            positions: of what is to be carried.
+
+        Returns:
+            Whether it will in runs to come: the exploration is to begin again.
+        """
+        if not self.may_unfold:
+            return False
+        if not self.is_unfolded:
+            self.is_unfolded = True
+            return True
+        if not all(isinstance(arrays[i], AbstractTracer | ValueRef) for i in positions):
+            return False
+        self.released.setdefault(answers, set()).update(positions)
+        return True
 
 
 class LoopSearch:
@@ -273,10 +297,10 @@ class LoopSearch:
                 continue
             if (head.index, answers) in findings.no_loops:
                 return None
-            unready = head.unready(visit)
+            unready = {*head.unready()}.intersection(head.changed(visit))
             if not unready:
                 return head
-            if self._learn(head, answers[: head.index], unready):
+            if findings.release(head.arrays, answers[: head.index], unready):
                 self.is_to_repeat = self.has_learned = True
                 raise RunConcluded
         self._note_reason(visit.frame, before[-1].why_unlike(visit))
@@ -284,19 +308,6 @@ class LoopSearch:
 
     def _first(self, visit: Visit) -> Visit:
         return next(x for x in self._visits if x.frame is visit.frame)
-
-    def _learn(self, head: Visit, answers: Answers, unready: list[int]) -> bool:
-        """Note that only arrays that are to be released keep a visit from being a head."""
-        findings = self._findings
-        if not findings.may_unfold:
-            return False
-        if not findings.is_unfolded:
-            findings.is_unfolded = True
-            return True
-        if not all(isinstance(head.arrays[i], AbstractTracer) for i in unready):
-            return False
-        findings.released.setdefault(answers, set()).update(unready)
-        return True
 
     def _conclude(
         self, trace: Any, tested: AbstractTracer, head: Visit, second: Visit
@@ -313,8 +324,10 @@ class LoopSearch:
             raise RunConcluded
         first, following = ([*map(trace.atom, x.arrays)] for x in (head, second))
         avals = [*map(jax.typeof, head.arrays)]
-        equations = points[second.index].equations
-        self.back = BackEdge(head.index, head.names, avals, first, following, equations)
+        equations, unready = points[second.index].equations, {*head.unready()}
+        self.back = BackEdge(
+            head.index, head.names, avals, first, following, unready, equations
+        )
         del points[second.index :]
         raise RunConcluded
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import hashlib
 import struct
 import sys
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jpyfunc._limits import MAX_FINGERPRINT_BYTES
+from jpyfunc._limits import MAX_FINGERPRINT_BYTES, MAX_FINGERPRINT_OBJECTS
 from jpyfunc._staging.abstract_tracer import AbstractTracer
 
 Children = list[tuple[str, Any]]  # what an object leads to, each with its path
@@ -49,6 +50,7 @@ _CONSTANT_KINDS = {
 _CLASS_NAMES = [vars(type)[name].__get__ for name in ("__name__", "__qualname__")]
 _CLASS_ATTRIBUTES = {"__dict__", "__weakref__", "__abstractmethods__", "_abc_impl"}
 _CACHE = type(functools.lru_cache(len))
+_ELSEWHERE = (type, types.ModuleType, types.FunctionType, CodeType, str, int, float)
 # Classes in C whose objects hold what they show, and how to get at it.
 _LAYOUTS: dict[type, Any] = {
     object: lambda value: [],
@@ -174,8 +176,29 @@ def _object_of_jax(value: Any, path: str) -> tuple[Hashable, Children]:
     if issubclass(type(value), Tracer):
         raise UnseenStateError(f"{path} is traced by a transformation of JAX")
     held = getattr(value, "__wrapped__", None)
-    is_users = held is not None and not _is_pure_function(held)
-    return id(value), [(path, held)] if is_users else []
+    if held is not None:
+        return id(value), [] if _is_pure_function(held) else [(path, held)]
+    if _holds_arrays(value):
+        raise UnseenStateError(f"{path} is a {type(value).__name__} that holds arrays")
+    return id(value), []
+
+
+def _holds_arrays(value: Any) -> bool:
+    """Tell whether an object of JAX holds arrays of the body, as a jaxpr may.
+
+    It is not looked into for anything else, so that it need not be known how it holds them.
+    """
+    seen: dict[int, Any] = {}
+    level = [value]
+    while level and len(seen) < MAX_FINGERPRINT_OBJECTS:
+        seen |= {id(x): x for x in level}
+        level = [x for x in gc.get_referents(*level) if id(x) not in seen]
+        if any(issubclass(type(x), AbstractTracer) for x in level):
+            return True
+        functions = [x for x in level if type(x) is types.FunctionType]
+        level = [x for x in level if not issubclass(type(x), _ELSEWHERE)]
+        level += [y for x in functions for y in (x.__closure__, x.__defaults__) if y]
+    return bool(level)
 
 
 def _instance(value: Any, path: str) -> tuple[Hashable, Children]:

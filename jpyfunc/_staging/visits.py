@@ -85,8 +85,8 @@ class Visit:
         """The positions of the arrays that are others at a later visit."""
         return [i for i, (x, y) in enumerate(self._pairs(later)) if x is not y]
 
-    def unready(self, later: Visit) -> list[int]:
-        """The positions of arrays that a loop changes, and that it cannot carry yet.
+    def unready(self) -> list[int]:
+        """The positions of arrays that a loop cannot carry as they are.
 
         They have values, on which the body may act; or they do not vary over the manual
         axes of a mesh, as what changes in a loop does, because its length varies.
@@ -94,9 +94,8 @@ class Visit:
         axes = self._axes()
         return [
             i
-            for i in self.changed(later)
-            if has_value(self.arrays[i])
-            or jax.typeof(self.arrays[i]).manual_axis_type.varying != axes
+            for i, x in enumerate(self.arrays)
+            if has_value(x) or jax.typeof(x).manual_axis_type.varying != axes
         ]
 
     def release(self, positions: Iterable[int]) -> None:
