@@ -165,7 +165,7 @@ def test_memory():
 
 
 def test_batch_of_gradients():
-    """Each element has the gradient of its own number of iterations, by a shared constant."""
+    """Each element has the gradient of its own iterations, by a shared constant."""
     xs, ns = jnp.stack([X, 2 * X]), jnp.array([2, 6])
 
     def total(x, n, w):
@@ -185,6 +185,26 @@ def test_batch_of_gradients():
 
     of_w = jax.jit(jax.grad(of_batch, 1))(xs, W)
     np.testing.assert_allclose(of_w, expected[0][1] + expected[1][1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("derivative", [jax.grad, jax.hessian])
+def test_branches_of_batch(derivative):
+    """In a batch, a `cond` chooses by element among what two loops have saved."""
+
+    def chosen(loop):
+        def run(p, x):
+            def branch(n, step):
+                return lambda: loop(n, lambda y, k: step(y) + 0.1 * k, x, x)
+
+            return jax.lax.cond(p, branch(5, jnp.cos), branch(3000, jnp.sin))
+
+        return run
+
+    ps, xs = jnp.array([True, False, True]), jnp.array([0.3, 0.4, 0.5])
+    found = jax.jit(jax.vmap(derivative(chosen(repeat), 1)))(ps, xs)
+    one_by_one = jax.jit(derivative(chosen(scanned), 1))
+    expected = [one_by_one(p, x) for p, x in zip(ps, xs, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_elements_that_are_done():
@@ -207,7 +227,7 @@ def test_keys_and_flags():
     """Keys, integers and booleans are carried, and have no derivatives."""
 
     def body(_, carry):
-        key, goes_on, x = carry
+        key, _, x = carry
         key, drawn = jax.random.split(key)
         return [key, x > 0.1, x * jax.random.uniform(drawn)]
 

@@ -109,12 +109,10 @@ class _Sweep:
 
     def backward(self) -> Arrays:
         """Pull cotangents back through all iterations, from the last one on."""
-        rows = [b[:-1] for b in self.slots]
         sums = [jnp.zeros(a.shape, a.dtype) for a in self.step.out_avals]
         sums = sums[: self.layout.of_consts]
-        k = 2 * self.layout.slots
-        state = [*self.slots, *rows, self.count.max(), *sums, *self.linear]
-        return _repeat(lambda s: s[k] > 0, self.pull_interval, state, k)[1 + k :]
+        state = [self.count.max(), *sums, *self.linear]
+        return _repeat(lambda s: s[0] > 0, self.pull_interval, state)[1:]
 
     def pull_interval(self, state: Arrays) -> Arrays:
         """Pull cotangents back through the iterations from a slot on, up to `end`.
@@ -122,7 +120,7 @@ class _Sweep:
         The carries of some of them are computed again, at equal distances.
         """
         n, size, stride = self.layout.slots, self.size, self.stride
-        between, others, end = state[:n], state[n:], state[2 * n]
+        end = state[0]
         # The first slot that a stretch can begin with, or the last one before `end`.
         slot = (jnp.maximum(end - size, 0) + stride - 1) // stride
         slot = jnp.minimum(slot, (end - 1) // stride)
@@ -137,16 +135,17 @@ class _Sweep:
             between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
             return [*between, i + 1, *self.next_carry(i, c)]
 
-        state = [*between, begin, *(take(b, slot) for b in self.slots)]
-        state = _repeat(lambda s: s[n] < last, advance, state, n)
-        between, c = state[:n], state[n + 1 :]
+        # Rows that are not written are not read.
+        advanced = [*self.slots, begin, *(take(b, slot) for b in self.slots)]
+        advanced = _repeat(lambda s: s[n] < last, advance, advanced, n)
+        between, c = advanced[:n], advanced[n + 1 :]
         at = (last - begin) // distance
         between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
 
         def pull(state: Arrays) -> Arrays:
             return self.pull_stretch(state, between, begin, distance)
 
-        return [*between, *_repeat(lambda s: s[n] > begin, pull, others, n)]
+        return _repeat(lambda s: s[0] > begin, pull, state)
 
     def pull_stretch(
         self, state: Arrays, between: Arrays, begin: jax.Array, distance: jax.Array
@@ -156,7 +155,7 @@ class _Sweep:
         All their carries are computed again, unless the slots have them already.
         """
         n, k = self.layout.slots, self.layout.of_consts
-        rows, end, others = state[:n], state[n], state[n + 1 :]
+        end, others = state[0], state[1:]
         at = (end - 1 - begin) // distance
         start = jnp.maximum(begin + at * distance, end - self.size)
 
@@ -173,7 +172,7 @@ class _Sweep:
         state = [begin + at * distance, *first]
         _, *c = _repeat(lambda s: s[0] < start, advance, state)
         stop = jnp.where(self.stride == 1, start, end)
-        state = [*rows, start, *c]
+        state = [*(b[:-1] for b in self.slots), start, *c]
         rows = _repeat(lambda s: s[n] < stop, advance_saving, state, n)[:n]
 
         def iteration(state: Arrays) -> Arrays:
@@ -186,7 +185,7 @@ class _Sweep:
             return [i, *sums, *self.masked(i, new[k:], cts)]
 
         others = _repeat(lambda s: s[0] > start, iteration, [end, *others])[1:]
-        return [*rows, start, *others]
+        return [start, *others]
 
     def next_carry(self, i: jax.Array, c: Arrays) -> Arrays:
         """Compute the carries that are saved, after iteration `i`.
