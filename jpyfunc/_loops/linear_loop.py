@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from jpyfunc import _compat
 from jpyfunc._limits import MAX_SLOTS
 from jpyfunc._loops.loop_primitive import free_running_loop, moved, select
-from jpyfunc._loops.saved_carries import put, take
+from jpyfunc._loops.saved_carries import SavedRun, put, take
 from jpyfunc._loops.step_jaxprs import Arrays, call, fixpoint, trace
 
 linear_p = Primitive("linear_while")
@@ -55,6 +55,19 @@ class Layout:
         return 2 + self.consts + self.slots
 
 
+def residuals(saved: SavedRun, consts: Arrays) -> Arrays:
+    """Make the operands of a linear loop that it is not linear in.
+
+    The count and the stride get axes, which make their types unusual. Of two branches of a
+    `lax.cond`, JAX keeps residuals of one type in the same place. In a batch, either branch
+    is computed with those of the other, for elements that did not take it, and a count that
+    is really a stride, or the user's number, would make loops of any length of it.
+    """
+    axes = (saved.count.ndim, saved.count.ndim + 1)
+    count = jnp.expand_dims(saved.count, axes)
+    return [count, saved.stride.reshape(1, 1, 1), *consts, *saved.slots]
+
+
 def _linear_abstract_eval(
     *avals: ShapedArray, advance: ClosedJaxpr, step: ClosedJaxpr, layout: Layout
 ) -> list[ShapedArray]:
@@ -78,6 +91,7 @@ class _Sweep:
     def of(cls, *operands: jax.Array, layout: Layout, **jaxprs: ClosedJaxpr) -> _Sweep:
         """Sort the operands."""
         count, stride, *others = operands
+        count, stride = count[..., 0, 0], stride[0, 0, 0]
         n, m = layout.consts, layout.consts + layout.slots
         return cls(
             count, stride, others[:n], others[n:m], others[m:], layout=layout, **jaxprs
@@ -130,8 +144,8 @@ class _Sweep:
 
         def advance(state: Arrays) -> Arrays:
             between, i, c = state[:n], state[n], state[n + 1 :]
-            at = (i - begin) // distance
-            at = jnp.where((i - begin) % distance == 0, at, size)
+            is_kept = (i < last) & ((i - begin) % distance == 0)
+            at = jnp.where(is_kept, (i - begin) // distance, size)
             between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
             return [*between, i + 1, *self.next_carry(i, c)]
 
@@ -165,14 +179,15 @@ class _Sweep:
 
         def advance_saving(state: Arrays) -> Arrays:
             rows, i, c = state[:n], state[n], state[n + 1 :]
-            rows = [put(b, x, i - start) for b, x in zip(rows, c, strict=True)]
+            at = jnp.where(i < stop, i - start, self.size)
+            rows = [put(b, x, at) for b, x in zip(rows, c, strict=True)]
             return [*rows, i + 1, *self.next_carry(i, c)]
 
         first = [take(b, at) for b in between]
         state = [begin + at * distance, *first]
         _, *c = _repeat(lambda s: s[0] < start, advance, state)
         stop = jnp.where(self.stride == 1, start, end)
-        state = [*(b[:-1] for b in self.slots), start, *c]
+        state = [*self.slots, start, *c]
         rows = _repeat(lambda s: s[n] < stop, advance_saving, state, n)[:n]
 
         def iteration(state: Arrays) -> Arrays:
@@ -326,7 +341,7 @@ def _linear_batching(
         return linear_p.bind(*operands, **params), [None] * len(step.out_avals)
     n, first = 2 + layout.consts, layout.first_linear
     ends_apart = dims[0] is not None
-    rank = 0 if ends_apart else operands[0].ndim
+    rank = 0 if ends_apart else operands[0].ndim - 2
     # Which of the saved carries are batched, as in the loop that saved them.
     of_consts = [d is not None for d in dims[2:n]]
     of_slots = [d is not None for d in dims[n:first]]
@@ -375,7 +390,7 @@ def _with_one_stride(
     not take, its stride and count are zero.
     """
     n, first = 2 + layout.consts, layout.first_linear
-    strides = jnp.moveaxis(operands[1], dims[1] or 0, 0)
+    strides = jnp.moveaxis(operands[1], dims[1] or 0, 0)[:, 0, 0, 0]
     stride = strides.max()
 
     def thin(rows: jax.Array, own: jax.Array) -> jax.Array:
@@ -387,7 +402,7 @@ def _with_one_stride(
         for x, d in zip(operands[n:first], dims[n:first], strict=True)
     ]
     return (
-        [operands[0], stride, *operands[2:n], *slots, *operands[first:]],
+        [operands[0], stride.reshape(1, 1, 1), *operands[2:n], *slots, *operands[first:]],
         [dims[0], None, *dims[2:n], *[0] * len(slots), *dims[first:]],
     )
 

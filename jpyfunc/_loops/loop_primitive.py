@@ -39,8 +39,10 @@ def free_running_loop(
     In a batch, an element that is done stays as it is while others go on: each carry is
     selected from the one before and the next. That would touch all of a buffer in each
     iteration, and make a shared counter one for each element. What is free-running is not
-    selected, so the loop must not care what happens to it after the test was false. `test`
-    may return an array, of which the shapes of all other carries begin with its shape.
+    selected, and goes on to change after the test was false. So nothing that is used may be
+    written there then, not even its own value: its cotangent would be lost, as those of the
+    other carries of an element that is done are passed on as they are. `test` may return an
+    array, with whose shape the shapes of all other carries begin.
     """
     consts, carry = [*map(jnp.asarray, consts)], [*map(jnp.asarray, carry)]
     tested, closed, carry = _traced(test, body, consts, carry)
