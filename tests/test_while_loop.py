@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+import jpyfunc
 from jpyfunc._loops.while_loop import while_loop
 
 
@@ -187,7 +188,11 @@ def test_batch_of_gradients():
     np.testing.assert_allclose(of_w, expected[0][1] + expected[1][1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("derivative", [jax.grad, jax.hessian])
+def grad_of_grad(f, argnum):
+    return jax.grad(jax.grad(f, argnum), argnum)
+
+
+@pytest.mark.parametrize("derivative", [jax.grad, jax.hessian, grad_of_grad])
 def test_branches_of_batch(derivative):
     """In a batch, a `cond` chooses by element among what two loops have saved."""
 
@@ -263,6 +268,26 @@ def test_check_grads():
     with jax.enable_x64(True):
         x, w = np.array(X, float), np.array(W, float)
         check_grads(lambda x, w: repeat(5, layer, x, w).sum(), (x, w), 2, ["fwd", "rev"])
+
+
+def test_stateful_calls():
+    """A stateful call runs once in each iteration, or is refused."""
+    runs = []
+
+    @jpyfunc.py_func(stateful=True)
+    def count(x):
+        runs.append(x)
+        return 2 * x
+
+    def doubled(x):
+        return while_loop(lambda _, c: c[0] < 9, lambda _, c: [count(c[0])], [], [x])[0]
+
+    assert jax.jit(doubled)(1.5) == 12
+    assert len(runs) == 3
+    with pytest.raises(jpyfunc.UnsupportedError, match="a second time"):
+        jax.grad(doubled)(1.5)
+    with pytest.raises(jpyfunc.UnsupportedError, match="every iteration"):
+        jax.vmap(doubled)(jnp.ones(3))
 
 
 def test_forward_alone():

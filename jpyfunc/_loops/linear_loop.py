@@ -27,8 +27,8 @@ linear_p.multiple_results = True
 class Layout:
     """What the operands and results of a linear loop are.
 
-    The operands are the count, the stride, constants, slots, and what the map is linear in.
-    Forward, these are the tangents of constants, then of carries, and the results are the
+    The operands are the count, the stride, the total, constants, slots, and what the map is
+    linear in. Forward, these are the tangents of constants, then of carries, and the results are the
     tangents of carries. Backward, results and linear operands are exchanged.
 
     Attributes:
@@ -52,7 +52,7 @@ class Layout:
     @property
     def first_linear(self) -> int:
         """The number of the first operand that the map is linear in."""
-        return 2 + self.consts + self.slots
+        return 3 + self.consts + self.slots
 
 
 def residuals(saved: SavedRun, consts: Arrays) -> Arrays:
@@ -65,7 +65,8 @@ def residuals(saved: SavedRun, consts: Arrays) -> Arrays:
     """
     axes = (saved.count.ndim, saved.count.ndim + 1)
     count = jnp.expand_dims(saved.count, axes)
-    return [count, saved.stride.reshape(1, 1, 1), *consts, *saved.slots]
+    stride, total = saved.stride.reshape(1, 1, 1), saved.total.reshape(1, 1, 1, 1)
+    return [count, stride, total, *consts, *saved.slots]
 
 
 def _linear_abstract_eval(
@@ -80,6 +81,7 @@ class _Sweep:
 
     count: jax.Array
     stride: jax.Array
+    total: jax.Array
     consts: Arrays
     slots: Arrays
     linear: Arrays
@@ -90,11 +92,17 @@ class _Sweep:
     @classmethod
     def of(cls, *operands: jax.Array, layout: Layout, **jaxprs: ClosedJaxpr) -> _Sweep:
         """Sort the operands."""
-        count, stride, *others = operands
-        count, stride = count[..., 0, 0], stride[0, 0, 0]
+        count, stride, total, *others = operands
         n, m = layout.consts, layout.consts + layout.slots
         return cls(
-            count, stride, others[:n], others[n:m], others[m:], layout=layout, **jaxprs
+            count[..., 0, 0],
+            stride[0, 0, 0],
+            total[..., 0, 0, 0, 0],
+            others[:n],
+            others[n:m],
+            others[m:],
+            layout=layout,
+            **jaxprs,
         )
 
     @property
@@ -118,14 +126,14 @@ class _Sweep:
 
         first = [take(b, jnp.int32(0)) for b in self.slots]
         state = [jnp.int32(0), *first, *tangents]
-        total = self.count.max()
+        total = self.total.max()
         return _repeat(lambda s: s[0] < total, iteration, state)[1 + n :]
 
     def backward(self) -> Arrays:
         """Pull cotangents back through all iterations, from the last one on."""
         sums = [jnp.zeros(a.shape, a.dtype) for a in self.step.out_avals]
         sums = sums[: self.layout.of_consts]
-        state = [self.count.max(), *sums, *self.linear]
+        state = [self.total.max(), *sums, *self.linear]
         return _repeat(lambda s: s[0] > 0, self.pull_interval, state)[1:]
 
     def pull_interval(self, state: Arrays) -> Arrays:
@@ -209,19 +217,20 @@ class _Sweep:
         are multiplied by zero, so they must be finite.
         """
         new = call(self.advance, *self.consts, *c)
-        return self.chosen(i + 1, new, c, self.layout.free_slots)
+        free = self.layout.free_slots
+        return [*new[:free], *_chosen(i + 1 < self.count, new[free:], c[free:])]
 
     def masked(self, i: jax.Array, new: Arrays, old: Arrays) -> Arrays:
-        """Choose the new tangents of the elements that iteration `i` is one of."""
-        return self.chosen(i, new, old, self.layout.free)
+        """Choose the new tangents of the elements that iteration `i` is one of.
 
-    def chosen(self, i: jax.Array, new: Arrays, old: Arrays, free: int) -> Arrays:
-        """Choose the new values, for elements of more than `i` iterations."""
-        if not self.count.ndim:
-            return new
-        goes_on = i < self.count
-        pairs = zip(new[free:], old[free:], strict=True)
-        return [*new[:free], *(select(goes_on, x, y) for x, y in pairs)]
+        What is free-running changed as long as any element went on, in the run that was
+        saved: the total is one for all elements, unless they have different runs.
+        """
+        free = self.layout.free
+        return [
+            *_chosen(i < self.total, new[:free], old[:free]),
+            *_chosen(i < self.count, new[free:], old[free:]),
+        ]
 
     def masked_sums(self, i: jax.Array, new: Arrays) -> Arrays:
         """Choose zeros where none of the elements that a sum is over has iteration `i`."""
@@ -230,6 +239,13 @@ class _Sweep:
         axes = tuple(range(self.layout.rank, self.count.ndim))
         goes_on = (i < self.count).any(axes)
         return [select(goes_on, x, jnp.zeros_like(x)) for x in new]
+
+
+def _chosen(goes_on: jax.Array, new: Arrays, old: Arrays) -> Arrays:
+    """Choose the new values of the elements that go on; without a batch, of all."""
+    if not goes_on.ndim:
+        return new
+    return [select(goes_on, x, y) for x, y in zip(new, old, strict=True)]
 
 
 def _cut(values: Arrays, at: int) -> tuple[Arrays, Arrays]:
@@ -339,11 +355,11 @@ def _linear_batching(
     if all(d is None for d in dims):
         params = dict(advance=advance, step=step, layout=layout)
         return linear_p.bind(*operands, **params), [None] * len(step.out_avals)
-    n, first = 2 + layout.consts, layout.first_linear
+    n, first = 3 + layout.consts, layout.first_linear
     ends_apart = dims[0] is not None
     rank = 0 if ends_apart else operands[0].ndim - 2
     # Which of the saved carries are batched, as in the loop that saved them.
-    of_consts = [d is not None for d in dims[2:n]]
+    of_consts = [d is not None for d in dims[3:n]]
     of_slots = [d is not None for d in dims[n:first]]
     of_slots = fixpoint(
         [
@@ -356,13 +372,14 @@ def _linear_batching(
     carries = [to if flag else None for to, flag in zip(of_carries, of_slots, strict=True)]
     # All that the map is linear in is batched, and so are its results.
     outputs = len(step.out_avals) - layout.of_consts * layout.backward
-    tangents = [0] * layout.free + [rank] * (outputs - layout.free)
+    of_free = 0 if dims[2] is not None else operands[2].ndim - 4
+    tangents = [of_free] * layout.free + [rank] * (outputs - layout.free)
     of_sums = 0 if ends_apart else layout.rank
     both = [of_sums] * layout.of_consts + tangents
     into, out = (tangents, both) if layout.backward else (both, tangents)
     consts = [0 if flag else None for flag in of_consts]
     wanted = [
-        *(0 if ends_apart else None, None),
+        *(None if d is None else 0 for d in dims[:3]),
         *consts,
         *(None if to is None else 1 + to for to in carries),
         *into,
@@ -389,7 +406,7 @@ def _with_one_stride(
     its end are never used, because its count ends before. Of a branch that an element did
     not take, its stride and count are zero.
     """
-    n, first = 2 + layout.consts, layout.first_linear
+    n, first = 3 + layout.consts, layout.first_linear
     strides = jnp.moveaxis(operands[1], dims[1] or 0, 0)[:, 0, 0, 0]
     stride = strides.max()
 

@@ -20,12 +20,14 @@ class SavedRun:
     Attributes:
         results: its carry after the last iteration.
         count: the number of iterations, of each element of a batch.
+        total: the number of iterations until all elements were done.
         stride: slot `j` has the carry before iteration `j * stride`.
         slots: the carries that are saved, with a leading axis.
     """
 
     results: Arrays
     count: jax.Array
+    total: jax.Array
     stride: jax.Array
     slots: Arrays
 
@@ -89,8 +91,8 @@ def run_saving(
         *carry[free:],
     ]
     state = free_running_loop(lambda _, s: goes_on(s), until_full, [], state, ends[3])
-    _, (stride,), slots, free_running, (count,), _, others = split(state)
-    return SavedRun([*free_running, *others], count, stride, slots)
+    (total,), (stride,), slots, free_running, (count,), _, others = split(state)
+    return SavedRun([*free_running, *others], count, total, stride, slots)
 
 
 def _thinned(slots: Arrays) -> Arrays:
