@@ -282,7 +282,9 @@ def test_stateful_calls():
     def doubled(x):
         return while_loop(lambda _, c: c[0] < 9, lambda _, c: [count(c[0])], [], [x])[0]
 
-    assert jax.jit(doubled)(1.5) == 12
+    compiled = jax.jit(doubled).lower(1.5).compile()
+    runs.clear()
+    assert compiled(1.5) == 12
     assert len(runs) == 3
     with pytest.raises(jpyfunc.UnsupportedError, match="a second time"):
         jax.grad(doubled)(1.5)

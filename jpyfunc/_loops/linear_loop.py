@@ -25,11 +25,12 @@ linear_p.multiple_results = True
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """What the operands and results of a linear loop are.
+    """The kinds of operands and results of a linear loop.
 
     The operands are the count, the stride, the total, constants, slots, and what the map is
-    linear in. Forward, these are the tangents of constants, then of carries, and the results are the
-    tangents of carries. Backward, results and linear operands are exchanged.
+    linear in. Forward, these are the tangents of constants, then of carries, and the
+    results are the tangents of carries. Backward, results and linear operands are
+    exchanged.
 
     Attributes:
         consts: how many constants there are.
@@ -107,7 +108,7 @@ class _Sweep:
 
     @property
     def size(self) -> int:
-        """How many rows the slots have, without the spare one."""
+        """The number of rows of the slots, without the spare one."""
         return self.slots[0].shape[0] - 1 if self.slots else MAX_SLOTS
 
     def run(self) -> Arrays:
@@ -164,10 +165,10 @@ class _Sweep:
         at = (last - begin) // distance
         between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
 
-        def pull(state: Arrays) -> Arrays:
+        def one_stretch(state: Arrays) -> Arrays:
             return self.pull_stretch(state, between, begin, distance)
 
-        return _repeat(lambda s: s[0] > begin, pull, state)
+        return _repeat(lambda s: s[0] > begin, one_stretch, state)
 
     def pull_stretch(
         self, state: Arrays, between: Arrays, begin: jax.Array, distance: jax.Array

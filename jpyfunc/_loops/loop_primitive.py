@@ -230,7 +230,7 @@ def moved(x: jax.Array, own: int | None, to: int | None, axis_data: Any) -> jax.
         return x
     if own is None:
         return _compat.broadcast_axis(x, axis_data.size, to, axis_data.explicit_mesh_axis)
-    return _compat.move_axis(x, own, to)
+    return jnp.moveaxis(x, own, to)
 
 
 def _loop_dce(used: Sequence[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
