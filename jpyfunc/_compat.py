@@ -125,7 +125,6 @@ jvp_jaxpr = _ad.jvp_jaxpr
 batch_jaxpr = _batching.batch_jaxpr
 batch_jaxpr_axes = _batching.batch_jaxpr_axes
 broadcast_axis = _batching.broadcast
-move_axis = _batching.moveaxis
 
 # Runs a primitive at once, compiled, and remembers the program by its parameters.
 apply_primitive = _dispatch.apply_primitive

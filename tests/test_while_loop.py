@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+import jpyfunc
 from jpyfunc._loops.while_loop import while_loop
 
 
@@ -165,7 +166,7 @@ def test_memory():
 
 
 def test_batch_of_gradients():
-    """Each element has the gradient of its own number of iterations, by a shared constant."""
+    """Each element has the gradient of its own iterations, by a shared constant."""
     xs, ns = jnp.stack([X, 2 * X]), jnp.array([2, 6])
 
     def total(x, n, w):
@@ -185,6 +186,30 @@ def test_batch_of_gradients():
 
     of_w = jax.jit(jax.grad(of_batch, 1))(xs, W)
     np.testing.assert_allclose(of_w, expected[0][1] + expected[1][1], rtol=1e-4)
+
+
+def grad_of_grad(f, argnum):
+    return jax.grad(jax.grad(f, argnum), argnum)
+
+
+@pytest.mark.parametrize("derivative", [jax.grad, jax.hessian, grad_of_grad])
+def test_branches_of_batch(derivative):
+    """In a batch, a `cond` chooses by element among what two loops have saved."""
+
+    def chosen(loop):
+        def run(p, x):
+            def branch(n, step):
+                return lambda: loop(n, lambda y, k: step(y) + 0.1 * k, x, x)
+
+            return jax.lax.cond(p, branch(5, jnp.cos), branch(3000, jnp.sin))
+
+        return run
+
+    ps, xs = jnp.array([True, False, True]), jnp.array([0.3, 0.4, 0.5])
+    found = jax.jit(jax.vmap(derivative(chosen(repeat), 1)))(ps, xs)
+    one_by_one = jax.jit(derivative(chosen(scanned), 1))
+    expected = [one_by_one(p, x) for p, x in zip(ps, xs, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_elements_that_are_done():
@@ -207,7 +232,7 @@ def test_keys_and_flags():
     """Keys, integers and booleans are carried, and have no derivatives."""
 
     def body(_, carry):
-        key, goes_on, x = carry
+        key, _, x = carry
         key, drawn = jax.random.split(key)
         return [key, x > 0.1, x * jax.random.uniform(drawn)]
 
@@ -243,6 +268,28 @@ def test_check_grads():
     with jax.enable_x64(True):
         x, w = np.array(X, float), np.array(W, float)
         check_grads(lambda x, w: repeat(5, layer, x, w).sum(), (x, w), 2, ["fwd", "rev"])
+
+
+def test_stateful_calls():
+    """A stateful call runs once in each iteration, or is refused."""
+    runs = []
+
+    @jpyfunc.py_func(stateful=True)
+    def count(x):
+        runs.append(x)
+        return 2 * x
+
+    def doubled(x):
+        return while_loop(lambda _, c: c[0] < 9, lambda _, c: [count(c[0])], [], [x])[0]
+
+    compiled = jax.jit(doubled).lower(1.5).compile()
+    runs.clear()
+    assert compiled(1.5) == 12
+    assert len(runs) == 3
+    with pytest.raises(jpyfunc.UnsupportedError, match="a second time"):
+        jax.grad(doubled)(1.5)
+    with pytest.raises(jpyfunc.UnsupportedError, match="every iteration"):
+        jax.vmap(doubled)(jnp.ones(3))
 
 
 def test_forward_alone():

@@ -19,7 +19,7 @@ from jax.interpreters import ad
 
 from jpyfunc import _compat
 from jpyfunc._limits import MAX_SLOTS, MIN_SLOTS, SAVED_BYTES
-from jpyfunc._loops.linear_loop import Layout, is_perturbed, linear_p
+from jpyfunc._loops.linear_loop import Layout, is_perturbed, linear_p, residuals
 from jpyfunc._loops.loop_primitive import loop_p, restricted
 from jpyfunc._loops.saved_carries import run_saving
 from jpyfunc._loops.step_jaxprs import Arrays, call, fixpoint, merge, needed, pick, trace
@@ -189,15 +189,14 @@ def _key(params: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(params[name] for name in ("body", "test", "consts", "free", "linear"))
 
 
-def _residuals(split: _Split, constants: Arrays, carry: Arrays) -> tuple[Arrays, Arrays]:
+def _saving(split: _Split, constants: Arrays, carry: Arrays) -> tuple[Arrays, Arrays]:
     """Run the loop on the primals; return its results and what the linear loop needs."""
     size = sum(x.size * x.dtype.itemsize for x in pick(carry, split.kept))
     slots = min(max(SAVED_BYTES // max(size, 1), MIN_SLOTS), MAX_SLOTS) // 2 * 2
     saved = run_saving(
         split.test, split.body, constants, carry, split.free, split.kept, slots
     )
-    residuals = [saved.count, saved.stride, *pick(constants, split.used), *saved.slots]
-    return saved.results, residuals
+    return saved.results, residuals(saved, pick(constants, split.used))
 
 
 def loop_partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
@@ -212,8 +211,8 @@ def loop_partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
         return loop_p.bind(*known, **params)
     split = _split(*_key(params))
     k = sum(nonlinear[:consts])
-    results, residuals = _residuals(split, primals[:k], primals[k:])
-    operands = [*map(trace.new_const, residuals), *pick(tracers, linear)]
+    results, operands = _saving(split, primals[:k], primals[k:])
+    operands = [*map(trace.new_const, operands), *pick(tracers, linear)]
     pushed = trace.default_process_primitive(linear_p, operands, split.params)
     return merge(linear[consts:], pushed, results)
 
@@ -261,11 +260,11 @@ def loop_transpose(cotangents: Sequence[Any], *operands: Any, **params: Any) -> 
     primals = pick(operands, known)
     k = sum(known[:consts])
     split = _split(*_key(params))
-    _, residuals = _residuals(split, primals[:k], primals[k:])
+    _, known_operands = _saving(split, primals[:k], primals[k:])
     cts = ad.primitive_transposes[linear_p](
         pick(cotangents, linear[consts:]),
-        *residuals,
+        *known_operands,
         *pick(operands, linear),
         **split.params,
     )
-    return merge(linear, cts[len(residuals) :], [None] * sum(known))
+    return merge(linear, cts[len(known_operands) :], [None] * sum(known))

@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from jpyfunc import _compat
 from jpyfunc._limits import MAX_SLOTS
 from jpyfunc._loops.loop_primitive import free_running_loop, moved, select
-from jpyfunc._loops.saved_carries import put, take
+from jpyfunc._loops.saved_carries import SavedRun, put, take
 from jpyfunc._loops.step_jaxprs import Arrays, call, fixpoint, trace
 
 linear_p = Primitive("linear_while")
@@ -25,11 +25,12 @@ linear_p.multiple_results = True
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """What the operands and results of a linear loop are.
+    """The kinds of operands and results of a linear loop.
 
-    The operands are the count, the stride, constants, slots, and what the map is linear in.
-    Forward, these are the tangents of constants, then of carries, and the results are the
-    tangents of carries. Backward, results and linear operands are exchanged.
+    The operands are the count, the stride, the total, constants, slots, and what the map is
+    linear in. Forward, these are the tangents of constants, then of carries, and the
+    results are the tangents of carries. Backward, results and linear operands are
+    exchanged.
 
     Attributes:
         consts: how many constants there are.
@@ -52,7 +53,21 @@ class Layout:
     @property
     def first_linear(self) -> int:
         """The number of the first operand that the map is linear in."""
-        return 2 + self.consts + self.slots
+        return 3 + self.consts + self.slots
+
+
+def residuals(saved: SavedRun, consts: Arrays) -> Arrays:
+    """Make the operands of a linear loop that it is not linear in.
+
+    The count and the stride get axes, which make their types unusual. Of two branches of a
+    `lax.cond`, JAX keeps residuals of one type in the same place. In a batch, either branch
+    is computed with those of the other, for elements that did not take it, and a count that
+    is really a stride, or the user's number, would make loops of any length of it.
+    """
+    axes = (saved.count.ndim, saved.count.ndim + 1)
+    count = jnp.expand_dims(saved.count, axes)
+    stride, total = saved.stride.reshape(1, 1, 1), saved.total.reshape(1, 1, 1, 1)
+    return [count, stride, total, *consts, *saved.slots]
 
 
 def _linear_abstract_eval(
@@ -67,6 +82,7 @@ class _Sweep:
 
     count: jax.Array
     stride: jax.Array
+    total: jax.Array
     consts: Arrays
     slots: Arrays
     linear: Arrays
@@ -77,15 +93,22 @@ class _Sweep:
     @classmethod
     def of(cls, *operands: jax.Array, layout: Layout, **jaxprs: ClosedJaxpr) -> _Sweep:
         """Sort the operands."""
-        count, stride, *others = operands
+        count, stride, total, *others = operands
         n, m = layout.consts, layout.consts + layout.slots
         return cls(
-            count, stride, others[:n], others[n:m], others[m:], layout=layout, **jaxprs
+            count[..., 0, 0],
+            stride[0, 0, 0],
+            total[..., 0, 0, 0, 0],
+            others[:n],
+            others[n:m],
+            others[m:],
+            layout=layout,
+            **jaxprs,
         )
 
     @property
     def size(self) -> int:
-        """How many rows the slots have, without the spare one."""
+        """The number of rows of the slots, without the spare one."""
         return self.slots[0].shape[0] - 1 if self.slots else MAX_SLOTS
 
     def run(self) -> Arrays:
@@ -104,17 +127,15 @@ class _Sweep:
 
         first = [take(b, jnp.int32(0)) for b in self.slots]
         state = [jnp.int32(0), *first, *tangents]
-        total = self.count.max()
+        total = self.total.max()
         return _repeat(lambda s: s[0] < total, iteration, state)[1 + n :]
 
     def backward(self) -> Arrays:
         """Pull cotangents back through all iterations, from the last one on."""
-        rows = [b[:-1] for b in self.slots]
         sums = [jnp.zeros(a.shape, a.dtype) for a in self.step.out_avals]
         sums = sums[: self.layout.of_consts]
-        k = 2 * self.layout.slots
-        state = [*self.slots, *rows, self.count.max(), *sums, *self.linear]
-        return _repeat(lambda s: s[k] > 0, self.pull_interval, state, k)[1 + k :]
+        state = [self.total.max(), *sums, *self.linear]
+        return _repeat(lambda s: s[0] > 0, self.pull_interval, state)[1:]
 
     def pull_interval(self, state: Arrays) -> Arrays:
         """Pull cotangents back through the iterations from a slot on, up to `end`.
@@ -122,7 +143,7 @@ class _Sweep:
         The carries of some of them are computed again, at equal distances.
         """
         n, size, stride = self.layout.slots, self.size, self.stride
-        between, others, end = state[:n], state[n:], state[2 * n]
+        end = state[0]
         # The first slot that a stretch can begin with, or the last one before `end`.
         slot = (jnp.maximum(end - size, 0) + stride - 1) // stride
         slot = jnp.minimum(slot, (end - 1) // stride)
@@ -132,21 +153,22 @@ class _Sweep:
 
         def advance(state: Arrays) -> Arrays:
             between, i, c = state[:n], state[n], state[n + 1 :]
-            at = (i - begin) // distance
-            at = jnp.where((i - begin) % distance == 0, at, size)
+            is_kept = (i < last) & ((i - begin) % distance == 0)
+            at = jnp.where(is_kept, (i - begin) // distance, size)
             between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
             return [*between, i + 1, *self.next_carry(i, c)]
 
-        state = [*between, begin, *(take(b, slot) for b in self.slots)]
-        state = _repeat(lambda s: s[n] < last, advance, state, n)
-        between, c = state[:n], state[n + 1 :]
+        # Rows that are not written are not read.
+        advanced = [*self.slots, begin, *(take(b, slot) for b in self.slots)]
+        advanced = _repeat(lambda s: s[n] < last, advance, advanced, n)
+        between, c = advanced[:n], advanced[n + 1 :]
         at = (last - begin) // distance
         between = [put(b, x, at) for b, x in zip(between, c, strict=True)]
 
-        def pull(state: Arrays) -> Arrays:
+        def one_stretch(state: Arrays) -> Arrays:
             return self.pull_stretch(state, between, begin, distance)
 
-        return [*between, *_repeat(lambda s: s[n] > begin, pull, others, n)]
+        return _repeat(lambda s: s[0] > begin, one_stretch, state)
 
     def pull_stretch(
         self, state: Arrays, between: Arrays, begin: jax.Array, distance: jax.Array
@@ -156,7 +178,7 @@ class _Sweep:
         All their carries are computed again, unless the slots have them already.
         """
         n, k = self.layout.slots, self.layout.of_consts
-        rows, end, others = state[:n], state[n], state[n + 1 :]
+        end, others = state[0], state[1:]
         at = (end - 1 - begin) // distance
         start = jnp.maximum(begin + at * distance, end - self.size)
 
@@ -166,14 +188,15 @@ class _Sweep:
 
         def advance_saving(state: Arrays) -> Arrays:
             rows, i, c = state[:n], state[n], state[n + 1 :]
-            rows = [put(b, x, i - start) for b, x in zip(rows, c, strict=True)]
+            at = jnp.where(i < stop, i - start, self.size)
+            rows = [put(b, x, at) for b, x in zip(rows, c, strict=True)]
             return [*rows, i + 1, *self.next_carry(i, c)]
 
         first = [take(b, at) for b in between]
         state = [begin + at * distance, *first]
         _, *c = _repeat(lambda s: s[0] < start, advance, state)
         stop = jnp.where(self.stride == 1, start, end)
-        state = [*rows, start, *c]
+        state = [*self.slots, start, *c]
         rows = _repeat(lambda s: s[n] < stop, advance_saving, state, n)[:n]
 
         def iteration(state: Arrays) -> Arrays:
@@ -186,7 +209,7 @@ class _Sweep:
             return [i, *sums, *self.masked(i, new[k:], cts)]
 
         others = _repeat(lambda s: s[0] > start, iteration, [end, *others])[1:]
-        return [*rows, start, *others]
+        return [start, *others]
 
     def next_carry(self, i: jax.Array, c: Arrays) -> Arrays:
         """Compute the carries that are saved, after iteration `i`.
@@ -195,19 +218,20 @@ class _Sweep:
         are multiplied by zero, so they must be finite.
         """
         new = call(self.advance, *self.consts, *c)
-        return self.chosen(i + 1, new, c, self.layout.free_slots)
+        free = self.layout.free_slots
+        return [*new[:free], *_chosen(i + 1 < self.count, new[free:], c[free:])]
 
     def masked(self, i: jax.Array, new: Arrays, old: Arrays) -> Arrays:
-        """Choose the new tangents of the elements that iteration `i` is one of."""
-        return self.chosen(i, new, old, self.layout.free)
+        """Choose the new tangents of the elements that iteration `i` is one of.
 
-    def chosen(self, i: jax.Array, new: Arrays, old: Arrays, free: int) -> Arrays:
-        """Choose the new values, for elements of more than `i` iterations."""
-        if not self.count.ndim:
-            return new
-        goes_on = i < self.count
-        pairs = zip(new[free:], old[free:], strict=True)
-        return [*new[:free], *(select(goes_on, x, y) for x, y in pairs)]
+        What is free-running changed as long as any element went on, in the run that was
+        saved: the total is one for all elements, unless they have different runs.
+        """
+        free = self.layout.free
+        return [
+            *_chosen(i < self.total, new[:free], old[:free]),
+            *_chosen(i < self.count, new[free:], old[free:]),
+        ]
 
     def masked_sums(self, i: jax.Array, new: Arrays) -> Arrays:
         """Choose zeros where none of the elements that a sum is over has iteration `i`."""
@@ -216,6 +240,13 @@ class _Sweep:
         axes = tuple(range(self.layout.rank, self.count.ndim))
         goes_on = (i < self.count).any(axes)
         return [select(goes_on, x, jnp.zeros_like(x)) for x in new]
+
+
+def _chosen(goes_on: jax.Array, new: Arrays, old: Arrays) -> Arrays:
+    """Choose the new values of the elements that go on; without a batch, of all."""
+    if not goes_on.ndim:
+        return new
+    return [select(goes_on, x, y) for x, y in zip(new, old, strict=True)]
 
 
 def _cut(values: Arrays, at: int) -> tuple[Arrays, Arrays]:
@@ -325,11 +356,11 @@ def _linear_batching(
     if all(d is None for d in dims):
         params = dict(advance=advance, step=step, layout=layout)
         return linear_p.bind(*operands, **params), [None] * len(step.out_avals)
-    n, first = 2 + layout.consts, layout.first_linear
+    n, first = 3 + layout.consts, layout.first_linear
     ends_apart = dims[0] is not None
-    rank = 0 if ends_apart else operands[0].ndim
+    rank = 0 if ends_apart else operands[0].ndim - 2
     # Which of the saved carries are batched, as in the loop that saved them.
-    of_consts = [d is not None for d in dims[2:n]]
+    of_consts = [d is not None for d in dims[3:n]]
     of_slots = [d is not None for d in dims[n:first]]
     of_slots = fixpoint(
         [
@@ -342,13 +373,14 @@ def _linear_batching(
     carries = [to if flag else None for to, flag in zip(of_carries, of_slots, strict=True)]
     # All that the map is linear in is batched, and so are its results.
     outputs = len(step.out_avals) - layout.of_consts * layout.backward
-    tangents = [0] * layout.free + [rank] * (outputs - layout.free)
+    of_free = 0 if dims[2] is not None else operands[2].ndim - 4
+    tangents = [of_free] * layout.free + [rank] * (outputs - layout.free)
     of_sums = 0 if ends_apart else layout.rank
     both = [of_sums] * layout.of_consts + tangents
     into, out = (tangents, both) if layout.backward else (both, tangents)
     consts = [0 if flag else None for flag in of_consts]
     wanted = [
-        *(0 if ends_apart else None, None),
+        *(None if d is None else 0 for d in dims[:3]),
         *consts,
         *(None if to is None else 1 + to for to in carries),
         *into,
@@ -375,8 +407,8 @@ def _with_one_stride(
     its end are never used, because its count ends before. Of a branch that an element did
     not take, its stride and count are zero.
     """
-    n, first = 2 + layout.consts, layout.first_linear
-    strides = jnp.moveaxis(operands[1], dims[1] or 0, 0)
+    n, first = 3 + layout.consts, layout.first_linear
+    strides = jnp.moveaxis(operands[1], dims[1] or 0, 0)[:, 0, 0, 0]
     stride = strides.max()
 
     def thin(rows: jax.Array, own: jax.Array) -> jax.Array:
@@ -388,7 +420,7 @@ def _with_one_stride(
         for x, d in zip(operands[n:first], dims[n:first], strict=True)
     ]
     return (
-        [operands[0], stride, *operands[2:n], *slots, *operands[first:]],
+        [operands[0], stride.reshape(1, 1, 1), *operands[2:n], *slots, *operands[first:]],
         [dims[0], None, *dims[2:n], *[0] * len(slots), *dims[first:]],
     )
 

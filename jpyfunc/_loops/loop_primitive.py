@@ -39,8 +39,10 @@ def free_running_loop(
     In a batch, an element that is done stays as it is while others go on: each carry is
     selected from the one before and the next. That would touch all of a buffer in each
     iteration, and make a shared counter one for each element. What is free-running is not
-    selected, so the loop must not care what happens to it after the test was false. `test`
-    may return an array, of which the shapes of all other carries begin with its shape.
+    selected, and goes on to change after the test was false. So nothing that is used may be
+    written there then, not even its own value: its cotangent would be lost, as those of the
+    other carries of an element that is done are passed on as they are. `test` may return an
+    array, with whose shape the shapes of all other carries begin.
     """
     consts, carry = [*map(jnp.asarray, consts)], [*map(jnp.asarray, carry)]
     tested, closed, carry = _traced(test, body, consts, carry)
@@ -228,7 +230,7 @@ def moved(x: jax.Array, own: int | None, to: int | None, axis_data: Any) -> jax.
         return x
     if own is None:
         return _compat.broadcast_axis(x, axis_data.size, to, axis_data.explicit_mesh_axis)
-    return _compat.move_axis(x, own, to)
+    return jnp.moveaxis(x, own, to)
 
 
 def _loop_dce(used: Sequence[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:

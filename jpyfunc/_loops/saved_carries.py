@@ -15,19 +15,37 @@ from jpyfunc._loops.step_jaxprs import Arrays, call, pick
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SavedRun:
-    """What a loop left behind.
+    """The results of a loop, and its saved carries.
 
     Attributes:
         results: its carry after the last iteration.
         count: the number of iterations, of each element of a batch.
+        total: the number of iterations until all elements were done.
         stride: slot `j` has the carry before iteration `j * stride`.
         slots: the carries that are saved, with a leading axis.
     """
 
     results: Arrays
     count: jax.Array
+    total: jax.Array
     stride: jax.Array
     slots: Arrays
+
+
+def initial_state(
+    test: ClosedJaxpr, carry: Arrays, free: int, kept: Sequence[bool], size: int
+) -> Arrays:
+    """Make the state of `run_saving` before the first iteration."""
+    now = pick(carry, kept)
+    is_batch = bool(test.out_avals[0].shape)
+    return [
+        *(jnp.int32(0), jnp.int32(1)),
+        *(jnp.broadcast_to(x, (size + 1, *x.shape)) for x in now),
+        *carry[:free],
+        jnp.zeros(test.out_avals[0].shape, jnp.int32),
+        *(now[sum(kept[:free]) :] if is_batch else []),
+        *carry[free:],
+    ]
 
 
 def run_saving(
@@ -79,18 +97,10 @@ def run_saving(
             ends[3],
         )
 
-    now = pick(carry, kept)
-    state = [
-        *(jnp.int32(0), jnp.int32(1)),
-        *(jnp.broadcast_to(x, (size + 1, *x.shape)) for x in now),
-        *carry[:free],
-        jnp.zeros(test.out_avals[0].shape, jnp.int32),
-        *(now[m:] if rank else []),
-        *carry[free:],
-    ]
+    state = initial_state(test, carry, free, kept, size)
     state = free_running_loop(lambda _, s: goes_on(s), until_full, [], state, ends[3])
-    _, (stride,), slots, free_running, (count,), _, others = split(state)
-    return SavedRun([*free_running, *others], count, stride, slots)
+    (total,), (stride,), slots, free_running, (count,), _, others = split(state)
+    return SavedRun([*free_running, *others], count, total, stride, slots)
 
 
 def _thinned(slots: Arrays) -> Arrays:
