@@ -1,5 +1,6 @@
 """Ordinary Python, run eagerly and differentiably from inside compiled JAX."""
 
+from jpyfunc._errors import ExecutorError as ExecutorError
 from jpyfunc._errors import GradientCutWarning as GradientCutWarning
 from jpyfunc._errors import InferenceError as InferenceError
 from jpyfunc._errors import NotDifferentiableError as NotDifferentiableError

@@ -36,6 +36,7 @@ from jpyfunc._errors import (
     refuse_partial,
     see,
 )
+from jpyfunc._executors.tasks import UserCall
 from jpyfunc._hashable import ById, unwrapped
 from jpyfunc._interpreters.eager_trace import runs_now
 from jpyfunc._interpreters.tape_tracer import is_tape_tracer
@@ -103,8 +104,13 @@ def _run(callee: Callee, arguments: Arguments, context: Context, _: object) -> A
     if batch and template is not None and not template.leaves:
         batch.refuse(f"{label}, which returns nothing")
     context.count(runs=1, elements=context.elements - 1)
+    workers = callee.workers
     try:
-        result = context.timed(callee.name, callee.function, *args, **kwargs)
+        if workers is None or workers.are_around:
+            result = context.timed(callee.name, callee.function, *args, **kwargs)
+        else:
+            context.count(elements=1)
+            result = workers.call(UserCall(callee.function, args, kwargs), label)
     except jax.errors.JAXTypeError as error:
         add_inner_jit_remedy(error, label)
         raise
@@ -320,6 +326,7 @@ def _bind(
         callee.is_host_function,
         needed is not None,
         callee.rules,
+        callee.workers,
     )
     stateful = callee.stateful or not template.leaves
     if stateful and callee.vmap_method == "by_branch":

@@ -51,7 +51,7 @@ _COMMON = (np.ndarray, np.generic, bool, int, float, complex)
 def as_declared(
     value: Any,
     shape: tuple[int, ...] | None,
-    dtype: Any,
+    dtype: np.dtype,
     where: Callable[[], str],
 ) -> Array:
     """Convert a result to an array of a declared shape and dtype.
@@ -140,7 +140,7 @@ def as_array(
     return native(array), weak
 
 
-def refuse_mask(value: Any, where: Callable[[], str], role: Role) -> None:
+def refuse_mask(value: object, where: Callable[[], str], role: Role) -> None:
     """Refuse a masked array: as an array, it would lose its mask.
 
     Raises:
@@ -154,14 +154,14 @@ def refuse_mask(value: Any, where: Callable[[], str], role: Role) -> None:
         )
 
 
-def native(array: Any) -> Any:
+def native(array: Array) -> Array:
     """Convert a NumPy array to the machine's byte order: JAX has no other."""
     if isinstance(array, np.ndarray | np.generic) and not array.dtype.isnative:
         return array.astype(array.dtype.newbyteorder("="))
     return array
 
 
-def can_cast(array: Array, weak: bool, dtype: Any) -> bool:
+def can_cast(array: Array, weak: bool, dtype: np.dtype) -> bool:
     """Tell whether an array converts to `dtype` by NumPy's `same_kind` rule.
 
     The rule also holds for the dtypes of ml_dtypes, and gives way where Python has no
@@ -175,7 +175,7 @@ def can_cast(array: Array, weak: bool, dtype: Any) -> bool:
     return is_same_kind(source, target)
 
 
-def out_of_range(array: Array, dtype: Any) -> list[int]:
+def out_of_range(array: Array, dtype: np.dtype) -> list[int]:
     """Find the least and the greatest integer of an array, if `dtype` does not hold them.
 
     NumPy would silently wrap them.
@@ -187,7 +187,7 @@ def out_of_range(array: Array, dtype: Any) -> list[int]:
     return [n for n in ends if not int(limits.min) <= n <= int(limits.max)]
 
 
-def cast(array: Array, dtype: Any) -> Array:
+def cast(array: Array, dtype: np.dtype) -> Array:
     """Convert an array to `dtype`, on the host if NumPy can."""
     if isinstance(array, np.ndarray) and not np.can_cast(array.dtype, dtype, "unsafe"):
         array = jnp.asarray(array)  # NumPy lacks some casts between ml_dtypes
@@ -207,23 +207,23 @@ def describe(value: Any) -> str:
     return f"array of dtype {value.dtype}" if is_leaf and hasattr(value, "dtype") else text
 
 
-def is_key_dtype(dtype: Any) -> bool:
+def is_key_dtype(dtype: object) -> bool:
     """Tell whether `dtype` is that of typed PRNG keys."""
     # `jnp.issubdtype` would raise for what is not a dtype, and every call comes here.
     return getattr(dtype, "type", None) is jax.dtypes.prng_key
 
 
-def is_weak(array: Any) -> bool:
+def is_weak(array: object) -> bool:
     """Tell whether an array, or an aval, is weakly typed; PRNG keys never are."""
     return bool(getattr(array, "weak_type", False))
 
 
-def dtype_source(dtype: Any) -> str:
+def dtype_source(dtype: np.dtype) -> str:
     """Return the source text of a dtype, for errors."""
     return "jax.random.key(0).dtype" if is_key_dtype(dtype) else f"jnp.{dtype}"
 
 
-def _available_source(dtype: Any) -> str:
+def _available_source(dtype: np.dtype) -> str:
     """Return the source text of `dtype`, or of its substitute without 64-bit types."""
     known = kind_of(dtype) is not None
     return dtype_source(jax.dtypes.canonicalize_dtype(dtype) if known else dtype)
@@ -238,7 +238,7 @@ _KINDS = (
 )
 
 
-def kind_of(dtype: Any) -> str | None:
+def kind_of(dtype: np.dtype) -> str | None:
     """Return `'b'`, `'u'`, `'i'`, `'f'` or `'c'`; None if JAX has no such arrays.
 
     `np.dtype.kind` is `'V'` for bfloat16, the float8s and int4.
@@ -256,7 +256,7 @@ def is_same_kind(source: str, target: str) -> bool:
 
 
 def _stack(
-    value: list[Any] | tuple[Any, ...], where: Callable[[], str], role: Role
+    value: list[object] | tuple[object, ...], where: Callable[[], str], role: Role
 ) -> tuple[Array, bool]:
     items = jax.tree.leaves(value)
     weak = all(type(x) in (bool, int, float, complex) for x in items)
@@ -281,7 +281,7 @@ def _is_buffer(value: Any) -> bool:
     return True
 
 
-def _why_not_array(value: Any, role: Role) -> str:
+def _why_not_array(value: object, role: Role) -> str:
     """Say why a value is not an array, and what to do."""
     if isinstance(value, int):
         return (

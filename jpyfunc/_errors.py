@@ -34,6 +34,10 @@ class UnsupportedError(PyFuncError, NotImplementedError):
     """JAX does not support a transform of this call, or the program cannot be exported."""
 
 
+class ExecutorError(PyFuncError, RuntimeError):
+    """An executor did not run a function: it is broken, or cannot pickle it, say."""
+
+
 class GradientCutWarning(UserWarning):
     """A body that is being differentiated reads a value that its gradient flows through.
 

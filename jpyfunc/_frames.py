@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import linecache
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
@@ -32,12 +33,21 @@ def is_library_frame(frame: FrameType) -> bool:
 
 
 def is_called_from(package: str) -> bool:
-    """Tell whether a function of `package` is on this thread's stack."""
-    return any(_package_of(frame) == package for frame, _ in traceback.walk_stack(None))
+    """Tell whether a function of `package`, or of a copy, is on this thread's stack."""
+    return any(
+        package in frame.f_globals.get("__name__", "").split(".")
+        for frame, _ in traceback.walk_stack(None)
+    )
 
 
 def _package_of(frame: FrameType) -> str:
     return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+def is_in_library(frame: FrameType) -> bool:
+    """Tell whether a frame runs a function of Python's library, but not that of a pool."""
+    package = _package_of(frame)
+    return package in sys.stdlib_module_names and package != "concurrent"
 
 
 def place_of(error: BaseException) -> str:

@@ -112,6 +112,15 @@ REFUSAL_CACHE_SIZE = 256
 MAX_UNSTACKED_ROWS = 32
 SHOWN_ELEMENTS = 6
 
+# --- Executors (`_executors`).
+
+# Decorators between a function and its name, which a worker looks for it by.
+MAX_DECORATORS = 64
+# Seconds for which all threads of a pool use no CPU before its next task runs elsewhere:
+# functions that sleep for longer, and a second program that waits for the same pool, have
+# one task more than threads. Seconds from one look to the next, which takes 20 us.
+STALL_SECONDS, STALL_INTERVAL = 1.0, 0.1
+
 # --- Programs and failures (`_runtime`, `_primitive`).
 
 # Bytes below which XLA copies an array inline.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jpyfunc._bodies.user_function import CustomRules
 from jpyfunc._errors import see
+from jpyfunc._executors.workers import Workers, check_executor
 from jpyfunc._hashable import hashable, unwrapped
 from jpyfunc._limits import MAX_ABSTRACT_RUNS
 from jpyfunc._primitive.batching import BATCHERS
@@ -40,6 +41,8 @@ class Options:
     ordered: bool = False
     vmap_method: str | None = None
     staged: bool | int = False
+    executor: Any = None
+    chunksize: int = 1
 
     def completed_with(self, inner: Options) -> Options:
         """Return these options, with those of `inner` where none is given here."""
@@ -69,6 +72,7 @@ class Callee:
         max_runs: the limit of abstract runs to stage it; 0 if it is not staged.
         options: as given, to wrap the function again.
         rules: the derivatives of a `numpy_func`.
+        workers: where the calls of a `numpy_func` run; None for here.
     """
 
     wrapper: Wrapper
@@ -82,6 +86,7 @@ class Callee:
     max_runs: int
     options: Options = dataclasses.field(compare=False)
     rules: CustomRules | None = None
+    workers: Workers | None = None
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -107,6 +112,7 @@ class Callee:
             ("ordered", self.ordered),
             ("vmap_method", self.vmap_method),
             ("staged", self.max_runs),
+            ("executor", self.workers and type(self.workers.executor).__name__),
         ):
             if value:
                 options.append(name if value is True else f"{name}: {value}")
@@ -146,6 +152,11 @@ def check_options(wrapper: Wrapper, func: Callable[..., Any], options: Options) 
     if method == "by_branch" and (wrapper == "numpy_func" or stateful):
         what = "takes NumPy arrays" if wrapper == "numpy_func" else "is stateful"
         raise not_by_branch(label, what)
+    if options.ordered and options.executor is not None:
+        raise ValueError(
+            f"{label}: an executor runs calls side by side, and ordered=True one after "
+            "another. Leave out one of the two." + see("Options of executors")
+        )
     max_runs = _max_runs(label, options.staged)
     if max_runs and stateful:
         raise not_staged(label, "is stateful")
@@ -162,6 +173,7 @@ def check_options(wrapper: Wrapper, func: Callable[..., Any], options: Options) 
         method,
         max_runs,
         options,
+        workers=check_executor(wrapper, label, options.executor, options.chunksize),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, Unpack, overload
 
 import jax
@@ -119,6 +120,7 @@ def py_func(
     ordered: bool = False,
     vmap_method: VmapMethod | None = None,
     staged: bool | int = False,
+    executor: None = None,
 ) -> Any:
     """Run a Python function eagerly, with real values, from inside compiled JAX.
 
@@ -182,6 +184,8 @@ def py_func(
             run on abstract values even if `Tout` is complete, and arrays that it holds are
             compiled in as constants. Functions wrapped by `py_func` that it calls are
             called from the program. `jpyfunc.explain` shows the tree.
+        executor: refused, because the function and its tape are of this process; an option
+            of `numpy_func`.
 
     Returns:
         The results, in the structure of `Tout` (first form), the wrapped function, or a
@@ -223,7 +227,7 @@ def py_func(
 
     Source: `tf.contrib.eager.py_func` of TensorFlow 1, now `tf.py_function`.
     """
-    options = Options(Tout, name, stateful, ordered, vmap_method, staged)
+    options = Options(Tout, name, stateful, ordered, vmap_method, staged, executor)
     return _dispatch("py_func", func, inp, options)
 
 
@@ -302,6 +306,8 @@ def numpy_func(
     stateful: bool = False,
     ordered: bool = False,
     vmap_method: VmapMethod | None = None,
+    executor: Executor | None = None,
+    chunksize: int = 1,
 ) -> Any:
     """Run a Python function on NumPy arrays from inside compiled JAX.
 
@@ -320,6 +326,16 @@ def numpy_func(
         stateful: as for `py_func`.
         ordered: as for `py_func`.
         vmap_method: as for `py_func`, without `"by_branch"`. The default is `"sequential"`.
+        executor: where the function and its rules run: a `concurrent.futures.Executor`, of
+            threads, processes, loky, `dask.distributed` (`client.get_executor()`) or
+            `mpi4py.futures`. The elements of a batch, nested batches included, run side by
+            side; a call, too, that is no batch, runs there. It is yours to shut down. To
+            other processes, operands and results go as NumPy arrays, and the function by
+            `pickle`, that is by name, or by value with loky and dask. A function that calls
+            a program which needs the same executor runs what that needs there and then.
+        chunksize: how many elements of a batch make a task of the executor. With
+            `vmap_method="expand_dims"` or `"broadcast_all"`, the function is called on
+            slices of so many rows.
 
     Returns:
         As `py_func`. Results are `jax.Array`s.
@@ -327,7 +343,12 @@ def numpy_func(
     Raises:
         NotDifferentiableError: a tangent reaches a call that has no rule for the mode of
             differentiation, or the call is differentiated twice.
+        ExecutorError: the executor did not run the function: it is shut down, one of its
+            processes has died, or it cannot pickle the function or what that returns.
         TypeError: as `py_func`, which also documents the other exceptions.
+
+    Warns:
+        UserWarning: the processes of the executor are forks of this one.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np
@@ -340,7 +361,15 @@ def numpy_func(
 
     Source: `tf.numpy_function`.
     """
-    options = Options(Tout, name, stateful, ordered, vmap_method)
+    options = Options(
+        Tout,
+        name,
+        stateful,
+        ordered,
+        vmap_method,
+        executor=executor,
+        chunksize=chunksize,
+    )
     return _dispatch("numpy_func", func, inp, options)
 
 

@@ -21,6 +21,7 @@ from jpyfunc._conversion import (
     kind_of,
 )
 from jpyfunc._errors import ResultError, see
+from jpyfunc._types import PyTreeDef
 
 Shape = tuple[int, ...]
 
@@ -63,11 +64,11 @@ class Template:
         leaves: the declaration of each.
     """
 
-    tree: Any  # PyTreeDef
+    tree: PyTreeDef
     leaves: tuple[Leaf, ...]
 
     @classmethod
-    def undeclared(cls, result: Any, label: str) -> Template:
+    def undeclared(cls, result: object, label: str) -> Template:
         """Make a template that declares the structure of `result`, and nothing else."""
         tree = _flatten(result, label)[1]
         return cls(tree, (Leaf(None, None),) * tree.num_leaves)
@@ -89,7 +90,7 @@ class Template:
         """Name result `index` by its place in what the body returns: `result[0]['a']`."""
         return f"result{jax.tree_util.keystr(key_path(self.tree, index))}"
 
-    def match(self, result: Any, label: str) -> list[Any]:
+    def match(self, result: object, label: str) -> list[object]:
         """Flatten `result`, which must have this structure.
 
         Lists and tuples stand for each other, as in `tf.py_function`.
@@ -102,7 +103,7 @@ class Template:
         leaves, tree = _flatten(result, label)
         return leaves if tree == self.tree else list(_match(self.tree, result, "", label))
 
-    def check(self, result: Any, label: str) -> list[Array]:
+    def check(self, result: object, label: str) -> list[Array]:
         """Flatten what a body returned to arrays of the declared shapes and dtypes.
 
         Works on concrete arrays, and on tracers, where it is differentiable.
@@ -140,7 +141,7 @@ class Template:
         )
 
 
-def _flatten(result: Any, label: str) -> tuple[list[Any], Any]:
+def _flatten(result: object, label: str) -> tuple[list[object], PyTreeDef]:
     try:
         return jax.tree.flatten(result)
     except ValueError as error:
@@ -160,7 +161,7 @@ def why_no_pytree(error: ValueError) -> str:
     return str(error).rstrip(".")
 
 
-def parse(tout: Any, label: str) -> Template:
+def parse(tout: object, label: str) -> Template:
     """Parse a `Tout` that is not a function.
 
     Args:
@@ -180,7 +181,7 @@ def parse(tout: Any, label: str) -> Template:
     )
 
 
-def key_path(tree: Any, index: int) -> tuple[Any, ...]:
+def key_path(tree: PyTreeDef, index: int) -> tuple[object, ...]:
     """Return the keys that lead to leaf `index` of a tree."""
     try:
         numbered = jax.tree.unflatten(tree, range(tree.num_leaves))
@@ -189,7 +190,7 @@ def key_path(tree: Any, index: int) -> tuple[Any, ...]:
         return (jax.tree_util.FlattenedIndexKey(index),)
 
 
-def is_function(tout: Any) -> bool:
+def is_function(tout: object) -> bool:
     """Tell whether a `Tout` is a function, which is called with the arguments.
 
     A callable pytree, such as an equinox module, declares results like itself if it has a
@@ -206,7 +207,7 @@ def is_function(tout: Any) -> bool:
     return not any(is_dtype(x) or _is_like_array(x) for x in jax.tree.leaves(tout))
 
 
-def _is_like_array(leaf: Any) -> bool:
+def _is_like_array(leaf: object) -> bool:
     """Tell whether a leaf declares a shape and a dtype."""
     shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
     return not isinstance(leaf, type) and shape is not None and dtype is not None
@@ -292,12 +293,12 @@ def check_x64(template: Template, label: str) -> None:
 _NUMPY_ONLY = {np.dtype(t) for t in "gG"} - {np.dtype(t) for t in "dD"}
 
 
-def _is_leaf(tree: Any) -> bool:
+def _is_leaf(tree: PyTreeDef) -> bool:
     # `jax.tree_util.treedef_is_leaf` takes an empty list for a leaf.
     return tree.num_nodes == 1 and tree.num_leaves == 1
 
 
-def _is_nothing(tree: Any) -> bool:
+def _is_nothing(tree: PyTreeDef) -> bool:
     """Tell whether a tree is None or an empty container, not an object without leaves."""
     if tree.num_nodes != 1 or tree.num_leaves:
         return False
@@ -305,7 +306,7 @@ def _is_nothing(tree: Any) -> bool:
     return issubclass(kind, type(None) | list | tuple | dict)
 
 
-def _match(tree: Any, result: Any, path: str, label: str) -> list[Any]:
+def _match(tree: PyTreeDef, result: object, path: str, label: str) -> list[object]:
     """Flatten `result`, the part at `path` of what a body returned, as `tree` says."""
     if _is_leaf(tree):
         return [result]
@@ -346,7 +347,7 @@ def _match(tree: Any, result: Any, path: str, label: str) -> list[Any]:
     ]
 
 
-def _static_differences(tree: Any, result: Any, top: Any) -> tuple[str, str]:
+def _static_differences(tree: PyTreeDef, result: object, top: PyTreeDef) -> tuple[str, str]:
     """Say in which static fields the declared object and a result differ, and how."""
     name = type(result).__name__
     dynamic = object()
@@ -367,7 +368,7 @@ def _static_differences(tree: Any, result: Any, top: Any) -> tuple[str, str]:
     return f"{name} with {expected}", f"{name} with {got}"
 
 
-def _field_names(value: Any) -> list[str]:
+def _field_names(value: object) -> list[str]:
     if dataclasses.is_dataclass(value):
         return [field.name for field in dataclasses.fields(value)]
     slots = [
@@ -376,12 +377,12 @@ def _field_names(value: Any) -> list[str]:
     return [*slots, *getattr(value, "__dict__", {})]
 
 
-def _is_one(result: Any) -> bool:
+def _is_one(result: object) -> bool:
     """Tell whether a result is an array or a Python number, and not a list of them."""
     return isinstance(result, bool | int | float | complex) or hasattr(result, "dtype")
 
 
-def _keys(kind: Any) -> list[Any]:
+def _keys(kind: Any) -> list[object]:
     """Return the keys of a `dict` or a subclass, in the order of its leaves."""
     if issubclass(kind[0], defaultdict):
         return list(kind[1][1])  # after the factory of defaults

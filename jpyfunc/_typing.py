@@ -9,6 +9,7 @@ ambiguous, and type checkers would lose the parameters `P` as well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 import jax
@@ -66,6 +67,8 @@ class NumpyFuncOptions(TypedDict, total=False):
     stateful: bool
     ordered: bool
     vmap_method: VmapMethod | None
+    executor: Executor | None
+    chunksize: int
 
 
 class NumpyFuncWrapOptions(NumpyFuncOptions, total=False):
@@ -74,9 +77,12 @@ class NumpyFuncWrapOptions(NumpyFuncOptions, total=False):
     name: str | None
 
 
-class PyFuncOptions(NumpyFuncOptions, total=False):
+class PyFuncOptions(TypedDict, total=False):
     """Keyword options of a call of `py_func` with `inp`."""
 
+    stateful: bool
+    ordered: bool
+    vmap_method: VmapMethod | None
     staged: bool | int
 
 

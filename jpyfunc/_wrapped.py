@@ -74,7 +74,8 @@ class PyFunc(Generic[P, T_co]):
         if found is self and not by_value:
             return name
         callee = self._callee
-        return _unpickle, (callee.wrapper, self.__wrapped__, callee.options, callee.rules)
+        options = replace(callee.options, executor=None)  # one of this process
+        return _unpickle, (callee.wrapper, self.__wrapped__, options, callee.rules)
 
     # A bound method is a `types.MethodType`, which has the attributes of its function. Type
     # checkers bind nothing for `@classmethod` above what is not a function.

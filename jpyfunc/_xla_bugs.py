@@ -1,6 +1,7 @@
 """Workarounds for faults of XLA, which `tests/test_xla_bugs.py` reproduces without them.
 
-Those tests are expected to fail. Once one passes, its workaround can go.
+Those tests are expected to fail. Once one passes, its workaround can go. "Upstream" says
+whether the fault is known, and how to report it; the program to attach is the test.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def constrained(xs: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Ar
     As of jaxlib 0.12, a host call with several results that is annotated to run on one
     device runs on every device if its results are constrained to be replicated. A barrier
     between the call and the constraint prevents that.
+
+    Upstream: no issue known as of 2026-11. "`jax.pure_callback` with two results runs once
+    on each device, with jaxlib 0.12, if both results have a sharding constraint to be
+    replicated; with jaxlib 0.10, or with one result, it runs once."
     """
     xs = jax.lax.optimization_barrier(xs)
     return [jax.lax.with_sharding_constraint(x, sharding) for x in xs]
@@ -37,6 +42,10 @@ def printable(text: str) -> str:
     XLA cuts the message at the first zero byte. It aborts the process if the message is not
     valid UTF-8, as with surrogates, by which Python represents undecodable bytes of file
     names.
+
+    Upstream: no issue known as of 2026-11. "An exception of a callback whose message has a
+    lone surrogate aborts the process, on the CPU; at a zero byte the message of
+    `JaxRuntimeError` ends." Other bindings have had the former (pybind/pybind11#4288).
     """
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
@@ -48,6 +57,11 @@ def raise_without_stack(error: Exception) -> NoReturn:
     frames of the host call and, on the thread that dispatches the program, those of JAX and
     of the user's program. So the traceback gets the frame of a suspended generator as its
     innermost one, which is on no stack.
+
+    Upstream: no issue known as of 2026-11. "The message of `JaxRuntimeError` about a
+    callback that raised lists all frames of the calling thread, not those of the traceback
+    alone: kilobytes of frames of JAX, and of the program that called it." That it has no
+    `__cause__` is another matter (jax-ml/jax#26102).
     """
     nowhere = _suspended.gi_frame
     place = TracebackType(None, nowhere, nowhere.f_lasti, nowhere.f_lineno)
@@ -73,6 +87,11 @@ def sample_of_returned(
     (`LibraryRewriter::AddFusionCandidates` of `xla/backends/cpu/transforms`). One element
     of the array as another operand of the call makes the call a second user, which is
     never fused.
+
+    Upstream: no issue known as of 2026-11. "`jit(f)` fails to compile on the CPU, with
+    `y = x @ x; jax.debug.callback(print, y.sum(1)); return y` in `f` and 600 x 600
+    floats: `LibraryRewriter` fuses the product, which is the root, into the reduction, and
+    then removes it, which is not dead."
 
     Args:
         ctx: the context of the lowering rule.

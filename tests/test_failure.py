@@ -481,6 +481,38 @@ def test_python_does_not_wait_for_a_body_that_waits_forever():
     run_on(1, program, limit=40)
 
 
+def test_python_does_not_wait_for_a_daemon_thread_that_goes_on():
+    """It ends, or is aborted within XLA, as with `jax.pure_callback`."""
+    program = """
+    from jpyfunc._runtime import in_flight
+    in_flight.PATIENCE = 0.5
+
+    @jax.jit
+    @py_func(Tout=same)
+    def body(x):
+        time.sleep(0.01)
+        return x
+
+    x = jnp.ones(())
+    body(x).block_until_ready()
+
+    def forever():
+        while True:
+            body(x)
+
+    for _ in range(3):
+        threading.Thread(target=forever, daemon=True).start()
+    time.sleep(0.2)
+    print("end", flush=True)
+    """
+    running = start_program(DEVICES + textwrap.dedent(program))
+    try:
+        out, _ = running.communicate(timeout=40)
+    finally:
+        running.kill()
+    assert out == "end\n"
+
+
 def test_a_failure_of_an_ordered_call_is_raised_once():
     program = """
     @py_func(Tout=same, ordered=True)

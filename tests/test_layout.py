@@ -107,7 +107,7 @@ def private_attributes(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """Attributes that a module reads, writes or overrides by their private names."""
     for node in ast.walk(tree):
         match node:
-            case ast.Attribute(ast.Name("sys"), attr="_getframe"):
+            case ast.Attribute(ast.Name("sys"), attr="_getframe" | "_current_frames"):
                 continue
             case ast.Attribute(attr=name):
                 pass
@@ -145,7 +145,7 @@ def test_files_classes_and_functions_are_short(path):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
             limit = 250 if isinstance(node, ast.ClassDef) else 60
-            if node.name != "py_func":  # nearly all of which is its docstring
+            if node.name not in ("py_func", "numpy_func"):  # nearly all docstring
                 assert lines <= limit, f"{node.name} has {lines} lines"
 
 

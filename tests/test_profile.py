@@ -361,6 +361,7 @@ def test_as_dict_is_a_copy():
         "runs",
         "body_seconds",
         "overhead_seconds",
+        "wait_seconds",
         "bytes_in",
         "bytes_out",
         "exceptions",

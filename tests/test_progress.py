@@ -190,6 +190,69 @@ def test_a_batch_in_a_body_that_is_differentiated(bars):
 
 
 @soon
+def test_elements_on_an_executor_count_in_whatever_order(transform, bars):
+    others = threading.Semaphore(0)
+
+    def first_waits(x):
+        if x:
+            others.release()
+        else:
+            for _ in range(7):
+                assert others.acquire(timeout=60)
+            time.sleep(0.1)
+        return x
+
+    with ThreadPoolExecutor(2) as pool:
+        body = jpf.numpy_func(first_waits, Tout=SCALAR, executor=pool)
+        with jpf.progress():
+            result = transform(jax.vmap(body))(jnp.arange(8.0))
+        np.testing.assert_array_equal(result, np.arange(8.0))
+    counts = bars()["first_waits"]
+    assert "7/8" in counts
+    assert counts[-1] == "8/8"
+
+
+@soon
+def test_an_element_that_fails_on_an_executor(transform, bars):
+    def picky(x):
+        time.sleep(0.02)
+        if x == 3:
+            raise ValueError("three")
+        return x
+
+    with ThreadPoolExecutor(1) as pool, jpf.progress():
+        body = jpf.numpy_func(picky, Tout=SCALAR, executor=pool)
+        f = transform(jax.vmap(body))
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="three"):
+            f(jnp.arange(50.0)).block_until_ready()
+        assert int(bars()["picky"][-1].split("/")[0]) in range(
+            3, 8
+        )  # not what is cancelled
+        f(jnp.arange(4.0, 8.0)).block_until_ready()
+        assert bars()["picky"][-1] == "4/4"
+
+
+@soon
+def test_rows_on_an_executor(transform, bars):
+    """A function that takes a whole batch in one call gets slices of it."""
+
+    def rows(x):
+        time.sleep(0.02)
+        return 2 * x
+
+    with ThreadPoolExecutor(1) as pool:
+        body = jpf.numpy_func(
+            rows, Tout=SCALAR, vmap_method="expand_dims", executor=pool, chunksize=20
+        )
+        with jpf.progress():
+            result = transform(jax.vmap(body))(jnp.arange(100.0))
+        np.testing.assert_array_equal(result, 2 * np.arange(100.0))
+        with jpf.progress():
+            body(1.0)  # no batch
+    assert {*bars()["rows"]} & {"20/100", "40/100", "60/100", "80/100"}
+
+
+@soon
 def test_shards_share_a_bar(bars):
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("i")

@@ -7,6 +7,7 @@ because ignoring what is no error is an error to both checkers.
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, assert_type
 
 import jax
@@ -66,6 +67,10 @@ assert_type(py_func(pair)(x), tuple[jax.Array, jax.Array])
 assert_type(py_func(step)(State(x, x)), State)
 assert_type(numpy_func(norm, Tout=scalar)(np.ones(3)), jax.Array)
 assert_type(py_func(norm)(np.ones(3)), jax.Array)
+pool = ThreadPoolExecutor(1)
+on_pool = numpy_func(norm, Tout=scalar, executor=pool, chunksize=2)
+assert_type(on_pool(np.ones(3)), jax.Array)
+assert_type(numpy_func(norm, [np.ones(3)], scalar, executor=pool), jax.Array)
 
 # A function that is wrapped again keeps its type, and so does one that JAX transforms.
 assert_type(py_func(wrapped, name="again")(x, m=2.0), jax.Array)
@@ -183,6 +188,7 @@ with jpyfunc.raise_original() as block:
 
 def refused() -> None:
     """Calls that a type checker refuses; each ignored error has to be one."""
+    py_func(norm, Tout=scalar, executor=pool)  # type: ignore[call-overload]
     wrapped("x")  # type: ignore[call-overload]
     wrapped(x, 2.0, 3.0)  # type: ignore[call-overload]
     wrapped(x, other=2.0)  # type: ignore[call-overload]

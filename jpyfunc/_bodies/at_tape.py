@@ -35,6 +35,7 @@ from typing import Any
 from jpyfunc._bodies.body import Body, DerivedBody, put_operands, zeros
 from jpyfunc._bodies.custom_rules import RuleResiduals, apply_fwd
 from jpyfunc._bodies.linear import ElementBody
+from jpyfunc._bodies.steps import Steps
 from jpyfunc._errors import TapeLostError, see
 from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._runtime.context import Context
@@ -117,13 +118,17 @@ class AtTape(DerivedBody, ElementBody):
             return run_on_tape(run, primals, self.under, self.function.label).values
         return run(primals)
 
-    def residuals(self, context: Context, operands: Sequence[Array]) -> RuleResiduals:
+    def residuals(
+        self, context: Context, operands: Sequence[Array]
+    ) -> Steps[RuleResiduals]:
         *primals, ticket = operands
         residuals: Any = tapes.lookup(ticket, self.base.in_avals)
         if residuals is None:
             self._check_repeatable(None)
         self._count(context, residuals)
-        return residuals or apply_fwd(self.function, primals)[1]
+        if residuals is None:
+            _, residuals = yield from apply_fwd(self.function, primals)
+        return residuals
 
     @staticmethod
     def _count(context: Context, tape: Tape | RuleResiduals | None) -> None:

@@ -44,6 +44,7 @@ from jpyfunc._bodies.batch_refusals import Scope, remember_refusal, remembered_r
 from jpyfunc._bodies.body import zeros
 from jpyfunc._bodies.linear import Transpose
 from jpyfunc._bodies.random_draws import drawn_since, generator_states
+from jpyfunc._bodies.steps import Steps, WorkerRun
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._errors import see
 from jpyfunc._frames import warn_at_function
@@ -101,7 +102,7 @@ def evaluate_batch(
 
 
 def _counted(
-    layout: BatchLayout, done: Callable[[], int]
+    layout: BatchLayout, done: Callable[[], float]
 ) -> AbstractContextManager[object]:
     """A block in which a batch runs, and `progress` shows it."""
     base = layout.base
@@ -159,6 +160,7 @@ class BatchElements:
     ) -> None:
         self.layout = layout
         self._context = context
+        self._run: WorkerRun | None = None  # on an executor
         base = layout.base
         ticket = base.ticket_index
         device = None if base.function.is_host_function else context.device
@@ -184,18 +186,35 @@ class BatchElements:
             for stacked, aval in zip(layout.stacked_out, layout.base.out_avals, strict=True)
         ]
 
-    def count_done(self) -> int:
-        """The number of elements that are done."""
-        return int(np.count_nonzero(self.is_done))
+    def count_done(self) -> float:
+        """The number of elements that are done, or would be but for those before them."""
+        run = self._run
+        return int(np.count_nonzero(self.is_done)) if run is None else run.count_done()
 
     def run_each(self, elements: np.ndarray) -> None:
-        """Run those of some elements that are not done, one by one."""
-        for i in elements[~self.is_done[elements]].tolist():
-            values = run_alone(self._function, self.columns, i, self._names)
-            arrays = [np.asarray(value) for value in values]
-            for result, array in zip(self.results, arrays, strict=True):
-                result.add(i, array)
-            self.is_done[i] = True
+        """Run those of some elements that are not done, one by one or on an executor."""
+        waiting = elements[~self.is_done[elements]].tolist()
+        function = self.layout.base.function
+        workers = function.workers_apart
+        if workers is not None:
+            self._run = WorkerRun(function, workers, self._add, self._names.add_note)
+            self._run.run((i, self._steps(i)) for i in waiting)
+            return
+        for i in waiting:
+            self._add(i, run_alone(self._function, self.columns, i, self._names))
+
+    def _steps(self, i: int) -> Steps[list[Array]]:
+        """The computation of one element of a host function."""
+        self._context.count(elements=1)
+        operands = [column.element(i) for column in self.columns]
+        return self.layout.base.steps(self._context, operands)
+
+    def _add(self, i: int, values: Sequence[Array]) -> None:
+        """Add the results of one element, which is done."""
+        arrays = [np.asarray(value) for value in values]
+        for result, array in zip(self.results, arrays, strict=True):
+            result.add(i, array)
+        self.is_done[i] = True
 
     def run_by_branch(self) -> None:
         """Run all elements, by branch unless there is a reason against it."""

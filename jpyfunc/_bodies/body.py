@@ -22,7 +22,9 @@ import numpy as np
 from jax.core import ShapedArray
 
 from jpyfunc._bodies.custom_rules import RuleResiduals
+from jpyfunc._bodies.steps import Steps, run_here, run_on_workers
 from jpyfunc._bodies.user_function import UserFunction
+from jpyfunc._errors import add_inner_jit_remedy
 from jpyfunc._interpreters.tape import Tape
 from jpyfunc._limits import LARGE_ARRAY_BYTES
 from jpyfunc._runtime.context import Context
@@ -99,7 +101,23 @@ class Body:
 
     def run(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         """Compute the results of one run if they are needed, and time it."""
+        if self.function.is_host_function:
+            return self._run_host_function(context, operands)
         return context.timed(self.title, self._compute_if_needed, context, operands)
+
+    def _run_host_function(
+        self, context: Context, operands: Sequence[Array]
+    ) -> list[Array]:
+        steps = self.steps(context, operands)
+        workers = self.function.workers_apart
+        if workers is not None:
+            context.count(elements=1)
+            return run_on_workers(self.title, self.function, workers, steps)
+        try:
+            return context.timed(self.title, run_here, steps)
+        except jax.errors.JAXTypeError as error:
+            add_inner_jit_remedy(error, self.function.label)
+            raise
 
     def _compute_if_needed(
         self, context: Context, operands: Sequence[Array]
@@ -111,6 +129,10 @@ class Body:
 
     def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         """Compute the results, as the kind of the body says."""
+        raise NotImplementedError
+
+    def steps(self, context: Context, operands: Sequence[Array]) -> Steps[list[Array]]:
+        """Compute the results of a host function: `compute`, between the user's calls."""
         raise NotImplementedError
 
     # --- Transformations.
@@ -214,7 +236,9 @@ class Body:
         """
         return None
 
-    def residuals(self, context: Context, operands: Sequence[Array]) -> RuleResiduals:
+    def residuals(
+        self, context: Context, operands: Sequence[Array]
+    ) -> Steps[RuleResiduals]:
         """Look up the residuals of the forward rule, or apply it again."""
         raise NotImplementedError
 

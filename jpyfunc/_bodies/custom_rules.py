@@ -15,9 +15,12 @@ import jax
 import numpy as np
 from jax.core import ShapedArray
 
+from jpyfunc._bodies.blocks import by_block
+from jpyfunc._bodies.steps import Steps
 from jpyfunc._bodies.user_function import UserFunction, read_only
 from jpyfunc._conversion import as_array, can_cast, cast
 from jpyfunc._errors import ResultError, not_linear, see
+from jpyfunc._executors.tasks import UserCall
 from jpyfunc._limits import LINEARITY_TOLERANCE
 from jpyfunc._types import Array, Avals, Indices
 
@@ -26,37 +29,59 @@ class RuleResiduals:
     """The residuals that `fwd` returned, cached in the place of a tape.
 
     Attributes:
-        value: any Python object.
+        values: any Python objects, one for each block of the batch that `fwd` took.
         subset: None, as for a tape of one element: rules never run by branch.
     """
 
     subset = None
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, values: dict[int, Any]) -> None:
+        self.values = values
 
     def arrays(self) -> Iterator[Any]:
         """Everything that the residuals hold, as far as JAX can flatten them."""
-        try:
-            yield from jax.tree.leaves(self.value)
-        except Exception:  # noqa: BLE001 - from a user's pytree, or keys that have no order
-            yield self.value
+        for value in self.values.values():
+            try:
+                yield from jax.tree.leaves(value)
+            except Exception:  # noqa: BLE001 - from a user's pytree, or keys without order
+                yield value
+
+
+def apply_function(function: UserFunction, operands: Sequence[Array]) -> Steps[list[Any]]:
+    """Call the function itself, and check what it returns."""
+    return by_block(function, _apply_function, operands, function.out_avals)
+
+
+def _apply_function(
+    function: UserFunction, _: int, operands: Sequence[Any]
+) -> Steps[list[Any]]:
+    args, kwargs = function.arguments(operands)
+    (result,) = yield [UserCall(function.callable, args, kwargs)]
+    return function.checked(result, function.label)
 
 
 def apply_fwd(
     function: UserFunction, operands: Sequence[Array]
-) -> tuple[list[Any], RuleResiduals]:
+) -> Steps[tuple[list[Any], RuleResiduals]]:
     """Apply the forward rule; return the results and the residuals."""
-    args, kwargs = function.arguments(operands)
-    result = function.rule("fwd")(*args, **kwargs)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise ResultError(
-            f"{function.label}: expected its fwd to return a pair (result, residuals), got "
-            f"{_description(result)}. Write return result, residuals."
-            + see("A rule that returns something else")
-        )
-    values = function.template.check(result[0], f"{function.label}: fwd")
-    return values, RuleResiduals(_owned(result[1]))
+    residuals: dict[int, Any] = {}
+
+    def apply(
+        function: UserFunction, block: int, operands: Sequence[Any]
+    ) -> Steps[list[Any]]:
+        args, kwargs = function.arguments(operands)
+        (result,) = yield [UserCall(function.rule("fwd"), args, kwargs)]
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ResultError(
+                f"{function.label}: expected its fwd to return a pair (result, residuals), "
+                f"got {_description(result)}. Write return result, residuals."
+                + see("A rule that returns something else")
+            )
+        residuals[block] = _owned(result[1])
+        return function.template.check(result[0], f"{function.label}: fwd")
+
+    values = yield from by_block(function, apply, operands, function.out_avals)
+    return values, RuleResiduals(residuals)
 
 
 def _owned(residuals: Any) -> Any:
@@ -80,7 +105,7 @@ def apply_bwd(
     of: Indices,
     cotangents: Sequence[Array],
     wrt: Indices,
-) -> list[Array]:
+) -> Steps[list[Array]]:
     """Apply the backward rule.
 
     Args:
@@ -93,10 +118,22 @@ def apply_bwd(
     Returns:
         One cotangent per entry of `wrt`.
     """
-    bars = _with_zero_tangents(function.out_avals, of, cotangents)
-    y_bar = jax.tree.unflatten(function.template.tree, bars)
+
+    def apply(function: UserFunction, block: int, bars: Sequence[Any]) -> Steps[list[Any]]:
+        bars = _with_zero_tangents(function.out_avals, of, bars)
+        y_bar = jax.tree.unflatten(function.template.tree, bars)
+        (result,) = yield [
+            UserCall(function.rule("bwd"), (residuals.values[block], y_bar), {})
+        ]
+        return _checked_cotangents(function, result, wrt)
+
+    out_avals = tuple(function.in_avals[i].to_tangent_aval() for i in wrt)
+    return by_block(function, apply, cotangents, out_avals)
+
+
+def _checked_cotangents(function: UserFunction, result: Any, wrt: Indices) -> list[Array]:
+    """Check what the backward rule returned; give the cotangents of operands `wrt`."""
     where = f"{function.label}: bwd"
-    result = function.rule("bwd")(residuals.value, y_bar)
     trees = _positional(function, range(len(function.in_avals)))
     if not isinstance(result, tuple | list) or len(result) != len(trees):
         raise ResultError(
@@ -132,7 +169,7 @@ def apply_jvp(
     wrt: Indices,
     tangents: Sequence[Array],
     of: Indices,
-) -> list[Array]:
+) -> Steps[list[Array]]:
     """Apply the JVP rule.
 
     Args:
@@ -145,10 +182,21 @@ def apply_jvp(
     Returns:
         One tangent per entry of `of`.
     """
-    dots = _with_zero_tangents(function.in_avals, wrt, tangents)
+    count = len(operands)
+
+    def apply(function: UserFunction, _: int, arrays: Sequence[Any]) -> Steps[list[Any]]:
+        dots = _with_zero_tangents(function.in_avals, wrt, arrays[count:])
+        pair = [tuple(_positional(function, x)) for x in (arrays[:count], dots)]
+        (result,) = yield [UserCall(function.rule("jvp"), tuple(pair), {})]
+        return _checked_tangents(function, result, of)
+
+    out_avals = tuple(function.out_avals[i].to_tangent_aval() for i in of)
+    return by_block(function, apply, [*operands, *tangents], out_avals)
+
+
+def _checked_tangents(function: UserFunction, result: Any, of: Indices) -> list[Array]:
+    """Check what the JVP rule returned; give the tangents of results `of`."""
     where = f"{function.label}: jvp"
-    arguments = [tuple(_positional(function, values)) for values in (operands, dots)]
-    result = function.rule("jvp")(*arguments)
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise ResultError(
             f"{where}: expected a pair (result, tangent), got {_description(result)}. "
@@ -161,7 +209,7 @@ def apply_jvp(
 
 def apply_transpose(
     function: UserFunction, wrt: Indices, of: Indices, operands: Sequence[Array]
-) -> list[Array]:
+) -> Steps[list[Array]]:
     """Transpose a linear function by its rules `fwd` and `bwd`.
 
     A linear function f(v) = A v is its own derivative at every v, so its VJP at any v is
@@ -196,15 +244,17 @@ def apply_transpose(
         aval = function.in_avals[i]
         sizes = rng.uniform(1.25, 1.5, aval.shape)  # `round` gives 1, and 3 for twice them
         v[i] = (sizes * rng.choice([-1, 1], aval.shape)).astype(aval.dtype)
-    results, residuals = apply_fwd(function, with_zeros(function.in_avals, known | v))
+    at_v = with_zeros(function.in_avals, known | v)
+    results, residuals = yield from apply_fwd(function, at_v)
     scaled = known | {i: -2 * x for i, x in v.items()}
-    scaled_results = function(with_zeros(function.in_avals, scaled))
+    at_scaled = with_zeros(function.in_avals, scaled)
+    scaled_results = yield from apply_function(function, at_scaled)
     for i in of:
         once, other = (np.asarray(x[i], np.complex128) for x in (results, scaled_results))
         error = np.linalg.norm(other + 2 * once)
         if not error <= LINEARITY_TOLERANCE * np.linalg.norm(other):  # NaN fails, too
             raise not_linear(function.label, "it is not: f(-2 * v) differs from -2 * f(v)")
-    return apply_bwd(function, residuals, of, operands[count:], wrt)
+    return (yield from apply_bwd(function, residuals, of, operands[count:], wrt))
 
 
 def with_zeros(avals: Avals, known: Mapping[int, Any]) -> list[Array]:

@@ -26,10 +26,12 @@ from jpyfunc._bodies.body import (
 )
 from jpyfunc._bodies.custom_rules import (
     apply_bwd,
+    apply_function,
     apply_jvp,
     apply_transpose,
     with_zeros,
 )
+from jpyfunc._bodies.steps import Steps
 from jpyfunc._bodies.transpose import transpose_of_operations
 from jpyfunc._errors import no_rule, no_second_order, no_transpose
 from jpyfunc._interpreters.tape import Tape, run_on_tape
@@ -86,13 +88,15 @@ class LinearBody(DerivedBody, ElementBody):
 
     def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         n = len(self.base.in_avals)
+        tape = self._tape(context, operands[:n])
+        return self._apply(tape, put_large_operands(context, operands[n:]))
+
+    def steps(self, context: Context, operands: Sequence[Array]) -> Steps[list[Array]]:
+        n = len(self.base.in_avals)
         operands, linear = operands[:n], operands[n:]
-        if not self.function.rules:
-            tape = self._tape(context, operands)
-            return self._apply(tape, put_large_operands(context, linear))
         if is_void(operands[-1]):
             return zeros(self.out_avals)
-        return self._apply_rule(context, operands, linear)
+        return (yield from self._apply_rule(context, operands, linear))
 
     def _tape(self, context: Context, operands: Sequence[Array]) -> Tape:
         """The cached tape of the base, or that of a new run."""
@@ -110,7 +114,7 @@ class LinearBody(DerivedBody, ElementBody):
 
     def _apply_rule(
         self, context: Context, operands: Sequence[Array], linear: Sequence[Array]
-    ) -> list[Array]:
+    ) -> Steps[list[Array]]:
         """Apply the linear map by the rule of a host function."""
         raise NotImplementedError
 
@@ -151,7 +155,7 @@ class Jvp(LinearBody):
 
     def _apply_rule(
         self, context: Context, operands: Sequence[Array], linear: Sequence[Array]
-    ) -> list[Array]:
+    ) -> Steps[list[Array]]:
         return apply_jvp(self.function, operands[:-1], self.wrt, linear, self.of)
 
 
@@ -191,9 +195,10 @@ class Vjp(LinearBody):
 
     def _apply_rule(
         self, context: Context, operands: Sequence[Array], linear: Sequence[Array]
-    ) -> list[Array]:
-        residuals = self.base.residuals(context, operands)
-        return apply_bwd(self.function, residuals, self.of, linear, self.wrt)
+    ) -> Steps[list[Array]]:
+        residuals = yield from self.base.residuals(context, operands)
+        of, wrt = self.of, self.wrt
+        return (yield from apply_bwd(self.function, residuals, of, linear, wrt))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -239,9 +244,6 @@ class Transpose(LinearBody):
 
     def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         base = self.base
-        if self.function.rules:
-            context.count(runs=1)
-            return self._transpose_by_rules(operands)
         fixed = others(base, self.wrt)
         operands = put_operands(context, operands, self.in_avals)
         known = dict(zip(fixed, operands[: len(fixed)], strict=True))
@@ -258,7 +260,11 @@ class Transpose(LinearBody):
             self.function.label,
         )
 
-    def _transpose_by_rules(self, operands: Sequence[Array]) -> list[Array]:
+    def steps(self, context: Context, operands: Sequence[Array]) -> Steps[list[Array]]:
+        context.count(runs=1)
+        return self._transpose_by_rules(operands)
+
+    def _transpose_by_rules(self, operands: Sequence[Array]) -> Steps[list[Array]]:
         """Transpose a host function, or transpose back what is its transpose.
 
         (A^T)^T = A, so the latter is the function itself, with zeros for the linear
@@ -266,7 +272,8 @@ class Transpose(LinearBody):
         """
         base = self.base
         if not isinstance(base, Transpose):
-            return apply_transpose(self.function, self.wrt, self.of, operands)
+            wrt, of = self.wrt, self.of
+            return (yield from apply_transpose(self.function, wrt, of, operands))
         inner = base.base
         fixed = others(inner, base.wrt)
         given = operands[len(operands) - len(self.of) :]
@@ -274,9 +281,9 @@ class Transpose(LinearBody):
         known |= dict(zip((base.wrt[i] for i in self.of), given, strict=True))
         values = with_zeros(inner.in_avals, known)
         if isinstance(inner, Transpose):
-            results = inner._transpose_by_rules(values)
+            results = yield from inner._transpose_by_rules(values)
         else:
-            results = self.function(values)
+            results = yield from apply_function(self.function, values)
         return [results[base.of[i - len(fixed)]] for i in self.wrt]
 
 

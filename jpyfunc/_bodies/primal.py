@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from jpyfunc._bodies.at_tape import AtTape
 from jpyfunc._bodies.body import Body, put_operands
+from jpyfunc._bodies.custom_rules import apply_function
 from jpyfunc._bodies.linear import ElementBody, Jvp
+from jpyfunc._bodies.steps import Steps
 from jpyfunc._bodies.user_function import UserFunction
 from jpyfunc._bodies.with_tape import WithTape
 from jpyfunc._runtime.context import Context
@@ -56,7 +58,8 @@ class Primal(ElementBody):
 
     def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         context.count(runs=1)
-        function = self.function
-        if not function.is_host_function:
-            operands = put_operands(context, operands, function.in_avals)
-        return function(operands)
+        return self.function(put_operands(context, operands, self.in_avals))
+
+    def steps(self, context: Context, operands: Sequence[Array]) -> Steps[list[Array]]:
+        context.count(runs=1)
+        return apply_function(self.function, operands)

@@ -16,6 +16,7 @@ from jax.core import ShapedArray
 
 from jpyfunc._conversion import is_key_dtype
 from jpyfunc._errors import add_inner_jit_remedy
+from jpyfunc._executors.workers import Workers
 from jpyfunc._hashable import unwrapped
 from jpyfunc._tout import Template
 from jpyfunc._types import Avals
@@ -74,6 +75,8 @@ class UserFunction:
             function is needed. It is so for the calls that are left of a staged function:
             under `jax.vmap`, only some elements take the branch that has the call.
         rules: custom derivative rules of a host function.
+        workers: where the calls of a host function run; None for here.
+        batch_shape: of the elements, if the function takes whole batches at once.
     """
 
     func: Hashable
@@ -85,6 +88,8 @@ class UserFunction:
     is_host_function: bool
     has_predicate: bool = False
     rules: CustomRules | None = None
+    workers: Workers | None = None
+    batch_shape: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -100,6 +105,11 @@ class UserFunction:
     def callable(self) -> Callable[..., Any]:
         """The function itself."""
         return unwrapped(self.func)
+
+    @property
+    def workers_apart(self) -> Workers | None:
+        """The workers that its calls are for; None if they run on this thread."""
+        return None if self.workers is None or self.workers.are_around else self.workers
 
     def rule(self, name: Literal["fwd", "bwd", "jvp"]) -> Any:
         """A custom derivative rule, or None."""
@@ -127,7 +137,11 @@ class UserFunction:
         except jax.errors.JAXTypeError as error:
             add_inner_jit_remedy(error, self.label)
             raise
-        results = self.template.check(result, self.label)
+        return self.checked(result, self.label)
+
+    def checked(self, result: Any, where: str) -> list[Any]:
+        """The results of a call, flat, if they are as declared."""
+        results = self.template.check(result, where)
         return [
             jax.random.key_data(result) if leaf.is_key else result
             for leaf, result in zip(self.template.leaves, results, strict=True)
@@ -180,6 +194,31 @@ class UserFunction:
             template=self.template.replace_shapes(
                 [(size, *(leaf.shape or ())) for leaf in self.template.leaves]
             ),
+            batch_shape=(size, *self.batch_shape),
+        )
+
+    def narrowed(self, shape: tuple[int, ...]) -> UserFunction:
+        """The same function on a block of the batch that it takes at once.
+
+        Args:
+            shape: of the elements in it.
+        """
+        n = len(shape)
+        return dataclasses.replace(
+            self,
+            in_avals=tuple(
+                aval.update(
+                    shape=tuple(
+                        min(pair) for pair in zip(aval.shape[:n], shape, strict=True)
+                    )
+                    + aval.shape[n:]
+                )
+                for aval in self.in_avals
+            ),
+            template=self.template.replace_shapes(
+                [(*shape, *(leaf.shape or ())[n:]) for leaf in self.template.leaves]
+            ),
+            batch_shape=(),
         )
 
 

@@ -12,6 +12,7 @@ from jpyfunc._bodies.at_tape import AtTape
 from jpyfunc._bodies.body import Body, DerivedBody, put_operands
 from jpyfunc._bodies.custom_rules import RuleResiduals, apply_fwd
 from jpyfunc._bodies.linear import ElementBody, Jvp
+from jpyfunc._bodies.steps import Steps
 from jpyfunc._interpreters.tape import Tape, run_on_tape
 from jpyfunc._runtime.context import Context
 from jpyfunc._runtime.profile import Kind
@@ -73,8 +74,6 @@ class WithTape(DerivedBody, ElementBody):
 
     def compute(self, context: Context, operands: Sequence[Array]) -> list[Array]:
         function = self.function
-        if function.rules:
-            return self._compute_by_rule(context, operands)
         operands = put_operands(context, operands, self.in_avals)
         if not tapes.is_enabled:
             return [*self.base.compute(context, operands), self._store(None)]
@@ -82,11 +81,12 @@ class WithTape(DerivedBody, ElementBody):
         tape = run_on_tape(run, operands, self.wrt, function.label)
         return [*tape.values, self._store(tape)]
 
-    def _compute_by_rule(self, context: Context, operands: Sequence[Array]) -> list[Array]:
-        """Compute by the forward rule of a host function, whose residuals are the tape."""
+    def steps(self, context: Context, operands: Sequence[Array]) -> Steps[list[Array]]:
+        # By the forward rule, whose residuals are the tape.
         if not self.function.rule("fwd"):
-            return [*self.base.compute(context, operands), self._store(None)]
-        results, residuals = apply_fwd(self.function, operands)
+            results = yield from self.base.steps(context, operands)
+            return [*results, self._store(None)]
+        results, residuals = yield from apply_fwd(self.function, operands)
         return [*results, self._store(residuals if tapes.is_enabled else None)]
 
     def _store(self, tape: Tape | RuleResiduals | None) -> np.ndarray:

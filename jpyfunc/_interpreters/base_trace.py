@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 from jax.core import Trace
-from jax.extend.core import set_current_trace
+from jax.extend.core import Primitive, set_current_trace
 
 from jpyfunc import _compat
-from jpyfunc._types import Array, Value
+from jpyfunc._types import Array, PyTreeDef, Value
 
 
 class BodyTrace(_compat.KeyedTrace):
@@ -38,25 +38,38 @@ class BodyTrace(_compat.KeyedTrace):
     def state_key(self) -> Any:
         return _compat.EVAL_TRACE_KEY if self._is_transparent else self.own_key
 
-    def stage_value(self, val: Any) -> Any:
+    def stage_value(self, val: object) -> Any:
         return val if isinstance(val, jax.Array) else _compat.eval_trace.stage_value(val)
 
     def process_custom_jvp_call(
-        self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **params: Any
+        self,
+        primitive: Primitive,
+        fun: Any,
+        jvp: Callable[..., object],
+        tracers: Sequence[Value],
+        /,
+        **params: object,
     ) -> Any:
         return self.call_custom(primitive, (fun, jvp), tracers, params)
 
     def process_custom_vjp_call(
-        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **params: Any
+        self,
+        primitive: Primitive,
+        fun: Any,
+        fwd: Callable[..., object],
+        bwd: Callable[..., object],
+        tracers: Sequence[Value],
+        /,
+        **params: object,
     ) -> Any:
         return self.call_custom(primitive, (fun, fwd, bwd), tracers, params)
 
     def call_custom(
         self,
-        primitive: Any,
+        primitive: Primitive,
         functions: Sequence[Any],
         operands: Sequence[Value],
-        params: dict[str, Any],
+        params: dict[str, object],
     ) -> Sequence[Array]:
         """Call a function that has a custom derivative rule; here, without its rule.
 
@@ -70,11 +83,16 @@ class BodyTrace(_compat.KeyedTrace):
             return functions[0].call_wrapped(*operands)
 
     def process_shard_map(
-        self, primitive: Any, fun: Any, tracers: Any, /, **params: Any
+        self,
+        primitive: Primitive,
+        fun: Any,
+        tracers: Sequence[Value],
+        /,
+        **params: object,
     ) -> Any:
         # JAX expects the results in a flat tree of its own, which also knows their
         # structure. So the tree of the call is kept, and its leaves replaced.
-        trees: list[Any] = []
+        trees: list[PyTreeDef] = []
 
         def call(*operands: Value) -> list[Array]:
             trees[:] = [primitive.bind(*operands, subfuns=(fun,), **params)]

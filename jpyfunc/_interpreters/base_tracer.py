@@ -87,16 +87,16 @@ class BodyTracer(Tracer):
     def __complex__(self) -> complex:
         return complex(self.detached("complex()"))
 
-    def item(self, *args: Any) -> Any:
+    def item(self, *args: object) -> Any:
         return self.detached("item()").item(*args)
 
     def tolist(self) -> Any:
         return self.detached("tolist()").tolist()
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, *args: object, **kwargs: object) -> Any:
         return self.exported("NumPy").__array__(*args, **kwargs)
 
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+    def __dlpack__(self, *args: object, **kwargs: object) -> Any:
         return self.exported("another library").__dlpack__(*args, **kwargs)
 
     def tobytes(self, order: str = "C") -> Any:
@@ -110,7 +110,7 @@ class BodyTracer(Tracer):
     def __copy__(self) -> Any:
         return self
 
-    def __deepcopy__(self, memo: Any) -> Any:
+    def __deepcopy__(self, memo: object) -> Any:
         return self
 
     def block_until_ready(self) -> Any:
@@ -172,7 +172,7 @@ class UnreadValue:
     def __float__(self) -> float:
         return float(self._tracer)
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, *args: object, **kwargs: object) -> Any:
         return self._tracer.__array__(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

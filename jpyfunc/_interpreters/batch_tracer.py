@@ -18,6 +18,7 @@ from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import MAX_UNSTACKED_ROWS, SHOWN_ELEMENTS
 from jpyfunc._runtime.context import running_batch, running_batches
 from jpyfunc._runtime.transfers import put
+from jpyfunc._types import Array
 
 
 class CannotBatch(BaseException):
@@ -120,7 +121,7 @@ class BatchTracer(BodyTracer):
             + see("An array kept from a batch")
         )
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[BatchTracer]:
         # As JAX does with arrays, in one operation: `key, other = jax.random.split(key)`.
         if self.aval.shape and self.aval.shape[0] <= MAX_UNSTACKED_ROWS:
             return iter(_unstack(self))
@@ -152,7 +153,7 @@ def _unstack(x: jax.Array) -> list[jax.Array]:
 setattr(BatchTracer, _compat.ASKED_OF_LEAKED, property(BatchTracer.refuse_elsewhere))
 
 
-def data_of(array: Any) -> np.ndarray:
+def data_of(array: Array) -> np.ndarray:
     """An array in NumPy; PRNG keys as their data."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         with set_current_trace(_compat.eval_trace):
@@ -160,7 +161,7 @@ def data_of(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def rows_of(array: Any, index: Any) -> jax.Array:
+def rows_of(array: Any, index: int | np.ndarray | slice) -> jax.Array:
     """`array[index]`, on the device of `array`.
 
     By way of NumPy: JAX would compile the indexing for each size of a subset.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.extend.core import set_current_trace
@@ -55,7 +54,7 @@ def batch_operation(operation: CompiledOperation, axes: Axes) -> BatchedOperatio
 
 def _batched(operation: CompiledOperation, axes: Axes) -> BatchedOperation:
     function = jax.vmap(lambda *operands: operation.call(*operands), axes)
-    avals: list[Any] = [
+    avals: list[jax.ShapeDtypeStruct] = [
         aval if axis is None else aval.update(shape=(2, *aval.shape))
         for aval, axis in zip(operation.avals, axes, strict=True)
     ]

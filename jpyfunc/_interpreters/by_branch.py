@@ -31,9 +31,9 @@ from jpyfunc._interpreters.replay_log import LogEntry, ReplayLog
 from jpyfunc._interpreters.subset import Subset
 from jpyfunc._limits import SHOWN_ELEMENTS
 from jpyfunc._runtime.context import enter_batch
-from jpyfunc._types import Array
+from jpyfunc._types import Array, Value
 
-ElementFunction = Callable[[Sequence[Any]], Sequence[Any]]  # from operands to results
+ElementFunction = Callable[..., Sequence[Array]]  # from operands to results
 
 
 class Column(Protocol):
@@ -166,7 +166,7 @@ def _runs_alone(subset: Subset, root: Subset) -> bool:
 
 def run_alone(
     function: ElementFunction, columns: Sequence[Column], element: int, names: ElementNames
-) -> Sequence[Any]:
+) -> Sequence[Array]:
     """The results of a function for one element."""
     try:
         return function([column.element(element) for column in columns])
@@ -176,7 +176,7 @@ def run_alone(
 
 
 def _run_path(
-    function: ElementFunction, operands: Sequence[Any], trace: ByBranchTrace, path: Path
+    function: ElementFunction, operands: Sequence[Value], trace: ByBranchTrace, path: Path
 ) -> tuple[list[np.ndarray], list[Path]] | Refusal:
     """Run the elements of `path`.
 
@@ -197,7 +197,7 @@ def _run_path(
     return Refusal(trace.refusal) if trace.refusal else (rows, split)
 
 
-def _rows_of(result: Any, subset: Subset) -> np.ndarray:
+def _rows_of(result: Array, subset: Subset) -> np.ndarray:
     """A result as an array with a row for each element of `subset`."""
     count = len(subset.elements)
     if isinstance(result, BatchTracer):
@@ -225,8 +225,8 @@ class ByBranchTrace(EagerTrace):
         self._primitive: Primitive  # that was bound last, for errors
 
     def run(
-        self, function: ElementFunction, operands: Sequence[Any], path: Path
-    ) -> tuple[Sequence[Any], list[Path]]:
+        self, function: ElementFunction, operands: Sequence[Value], path: Path
+    ) -> tuple[Sequence[Array], list[Path]]:
         """Run a function on the elements of `path`.
 
         Args:
@@ -295,7 +295,7 @@ class ByBranchTrace(EagerTrace):
         """The tracer of a padded array with a row for each element of the subset."""
         return BatchTracer(self, self.subset, value)
 
-    def apply(self, operation: Operation, operands: Sequence[Any]) -> list[Any]:
+    def apply(self, operation: Operation, operands: Sequence[Value]) -> list[Array]:
         """Execute an operation for all elements of the subset, or replay it."""
         if isinstance(operation, UncachedOperation):
             with set_current_trace(self):
@@ -306,7 +306,9 @@ class ByBranchTrace(EagerTrace):
             self._log.record(operation, operands, results)
         return [*results]
 
-    def _execute(self, operation: CompiledOperation, operands: Sequence[Any]) -> list[Any]:
+    def _execute(
+        self, operation: CompiledOperation, operands: Sequence[Value]
+    ) -> list[Array]:
         axes = tuple([0 if type(x) is BatchTracer else None for x in operands])
         if 0 not in axes:
             return self._execute_once(operation, operands)
@@ -323,8 +325,8 @@ class ByBranchTrace(EagerTrace):
             return [self.batched(y) for y in many.run(*values)]
 
     def _execute_once(
-        self, operation: CompiledOperation, operands: Sequence[Any]
-    ) -> list[Any]:
+        self, operation: CompiledOperation, operands: Sequence[Value]
+    ) -> list[Array]:
         """Execute an operation whose operands all elements share, once for all of them.
 
         An effect would have to happen for each element, so it is refused.
@@ -337,7 +339,7 @@ class ByBranchTrace(EagerTrace):
             return execute(self.parent, operation, operands)
 
     def process_primitive(
-        self, primitive: Primitive, tracers: Sequence[Any], params: dict[str, Any], /
+        self, primitive: Primitive, tracers: Sequence[Value], params: dict[str, object], /
     ) -> Any:
         if primitive is stop_gradient_p:
             return tracers[0]
@@ -348,9 +350,9 @@ class ByBranchTrace(EagerTrace):
         return super().process_primitive(primitive, tracers, params)
 
     def apply_uncacheable(
-        self, operation: UncachedOperation, operands: Sequence[Any]
-    ) -> list[Any]:
+        self, operation: UncachedOperation, operands: Sequence[Value]
+    ) -> list[Array]:
         self.refuse(f"{self._primitive.name} may be another operation in every run")
 
-    def process_shard_map(self, *_: Any, **__: Any) -> Any:
+    def process_shard_map(self, *_: object, **__: Any) -> Any:
         self.refuse("shard_map")

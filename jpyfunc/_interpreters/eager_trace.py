@@ -111,7 +111,7 @@ class EagerTrace(BodyTrace):
 
 
 def _is_identity(
-    x: Any, new_dtype: Any, weak_type: bool = False, sharding: Any = None, **_: Any
+    x: Any, new_dtype: Any, weak_type: bool = False, sharding: Any = None, **_: object
 ) -> bool:
     """Whether a conversion changes nothing; JAX binds it for any operand with a value."""
     aval = aval_of(x)

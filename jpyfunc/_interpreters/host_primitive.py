@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from jax.extend.core import Primitive
 
@@ -18,10 +17,10 @@ class HostPrimitive(Primitive):
     contain one are run equation by equation.
     """
 
-    def evaluate(self, operands: Sequence[Value], params: dict[str, Any]) -> list[Array]:
+    def evaluate(self, operands: Sequence[Value], params: dict[str, object]) -> list[Array]:
         """Run the Python function, under the current trace."""
         raise NotImplementedError
 
-    def has_rules(self, params: dict[str, Any]) -> bool:
+    def has_rules(self, params: dict[str, object]) -> bool:
         """Whether the function has derivative rules of its own, which are then used."""
         raise NotImplementedError

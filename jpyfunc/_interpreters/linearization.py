@@ -58,7 +58,7 @@ from jpyfunc._interpreters.operations import (
     needs_x64,
     with_weak_type,
 )
-from jpyfunc._types import Array, Indices, Value
+from jpyfunc._types import Array, Aval, Indices, PyTreeDef, Value
 
 Jvp = Callable[..., Sequence[Array]]
 
@@ -73,7 +73,7 @@ def linearize(operation: CompiledOperation, active: Indices) -> Linearization:
 
 def linearize_at(
     operation: UncachedOperation, operands: Sequence[Value], active: Indices
-) -> tuple[list[Any], UncachedLinearization]:
+) -> tuple[list[Array], UncachedLinearization]:
     """Results at these operands, and the derivatives there with respect to `active`."""
     results, jvp, inexact = _linearized(operation.call, operands, active)
     tangents = [_tangent(aval_of(operands[i])) for i in active]
@@ -83,7 +83,7 @@ def linearize_at(
 
 def _linearized(
     call: Function, operands: Sequence[Value], active: Indices
-) -> tuple[list[Any], Jvp, Indices]:
+) -> tuple[list[Array], Jvp, Indices]:
     """Linearize a function at operands, with respect to those at `active`.
 
     Returns:
@@ -91,7 +91,7 @@ def _linearized(
     """
     inexact: list[int] = []
 
-    def restricted(*values: Value) -> tuple[list[Any], list[Any]]:
+    def restricted(*values: Value) -> tuple[list[Array], list[Array]]:
         full = list(operands)
         for i, value in zip(active, values, strict=True):
             full[i] = value
@@ -117,13 +117,13 @@ class _Forward(NamedTuple):
     jaxpr: ClosedJaxpr
     size: int
     inexact: Indices
-    tree: Any
+    tree: PyTreeDef
 
 
 def _trace_forward(operation: CompiledOperation, active: Indices) -> _Forward:
-    found: list[Any] = []
+    found: list[PyTreeDef] = []
 
-    def forward(*operands: Value) -> tuple[list[Any], list[Any]]:
+    def forward(*operands: Value) -> tuple[list[Array], list[Array]]:
         results, jvp, inexact = _linearized(operation.call, operands, active)
         residuals, tree = jax.tree.flatten(jvp)
         found[:] = [inexact, tree]
@@ -203,8 +203,8 @@ class Linearization:
         operation, active = self.operation, self.active
         self.forward = operation
         self._sources: Sequence[int] = range(len(operation.avals))
-        self._residual_avals: Sequence[Any] = operation.avals
-        self._jvp_at: Callable[[Sequence[Any]], Jvp] = lambda operands: _linearized(
+        self._residual_avals: Sequence[jax.ShapeDtypeStruct] = operation.avals
+        self._jvp_at: Callable[[Sequence[Value]], Jvp] = lambda operands: _linearized(
             operation.call, operands, active
         )[1]
 
@@ -212,7 +212,7 @@ class Linearization:
         """Take the residuals from operands, results and what is stored."""
         tree, constants = forward.tree, pruned.constants  # not the jaxpr
 
-        def jvp_at(residuals: Sequence[Any]) -> Jvp:
+        def jvp_at(residuals: Sequence[Value]) -> Jvp:
             rest = iter(residuals)
             leaves = [next(rest) if c is None else c.val for c in constants]
             return jax.tree.unflatten(tree, leaves)
@@ -267,7 +267,7 @@ class Linearization:
             n, tangents = len(self._residual_avals), self._tangents
 
             def call(*operands: Value) -> list[Array]:
-                full: list[Any] = [jnp.zeros(t.shape, t.dtype) for t in tangents]
+                full: list[Value] = [jnp.zeros(t.shape, t.dtype) for t in tangents]
                 for i, tangent in zip(given, operands[n:], strict=True):
                     full[i] = tangent
                 return self._jvp(*operands[:n], *full)
@@ -335,7 +335,7 @@ class UncachedLinearization:
         n = len(self._leaves)
 
         def call(*operands: Value) -> list[Array]:
-            full: list[Any] = [np.zeros(t.shape, t.dtype) for t in self._tangents]
+            full: list[Value] = [np.zeros(t.shape, t.dtype) for t in self._tangents]
             for i, tangent in zip(given, operands[n:], strict=True):
                 full[i] = tangent
             with _enabled_x64(self._tangents):
@@ -364,14 +364,16 @@ def _selected(function: Callable[..., Sequence[Array]], outputs: Sequence[int]) 
     return call
 
 
-def _enabled_x64(avals: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+def _enabled_x64(
+    avals: Sequence[jax.ShapeDtypeStruct],
+) -> contextlib.AbstractContextManager[None]:
     """Enable 64-bit types if a body did so, and had left that when this is called."""
     if any(map(needs_x64, avals)):
         return jax.enable_x64(True)
     return contextlib.nullcontext()
 
 
-def _tangent(aval: Any) -> jax.ShapeDtypeStruct:
+def _tangent(aval: Aval) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 

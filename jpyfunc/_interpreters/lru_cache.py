@@ -7,7 +7,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from jpyfunc._limits import MAX_EVICTED_KEYS
@@ -30,10 +30,10 @@ class LruCache:
         # Entries of dead owners are dropped by the garbage collector, which may run in
         # the middle of `put`, on the same thread.
         self._lock = threading.RLock()
-        self._entries: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Any, object]] = OrderedDict()
         self._evicted: OrderedDict[int, None] = OrderedDict()  # hashes of keys
 
-    def get(self, key: Any) -> Any:
+    def get(self, key: Hashable) -> Any:
         """The value for `key`, or None."""
         # Without the lock, because every operation comes here.
         entry = self._entries.get(key)
@@ -45,9 +45,9 @@ class LruCache:
 
     def put(
         self,
-        key: Any,
-        value: Any,
-        owners: Sequence[Any] = (),
+        key: Hashable,
+        value: object,
+        owners: Sequence[object] = (),
         on_death: Callable[[], None] | None = None,
     ) -> None:
         """Store `value`, for as long as all `owners` live.
@@ -59,7 +59,7 @@ class LruCache:
             on_death: called when the first of them has died.
         """
 
-        def drop(_: Any, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        def drop(_: object, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
             if is_finalizing():  # modules are gone
                 return
             if self._entries.pop(key, None) is not None and on_death is not None:
@@ -71,7 +71,7 @@ class LruCache:
             if len(self._entries) > self._size:
                 self._make_room(key)
 
-    def _make_room(self, key: Any) -> None:
+    def _make_room(self, key: Hashable) -> None:
         if hash(key) in self._evicted:
             self._size *= 2
             self._evicted.clear()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray, eval_jaxpr
-from jax.extend.core import set_current_trace
+from jax.extend.core import ClosedJaxpr, Primitive, set_current_trace
 from jax.extend.core.primitives import jit_p
 
 from jpyfunc import _compat
 from jpyfunc._interpreters.base_trace import BodyTrace
 from jpyfunc._runtime.transfers import put
+from jpyfunc._types import Value
 
 
 class OnDeviceTrace(_compat.EvalTrace, BodyTrace):
@@ -31,7 +33,9 @@ class OnDeviceTrace(_compat.EvalTrace, BodyTrace):
         super().__init__()
         self._device = device
 
-    def process_primitive(self, primitive: Any, args: Any, params: Any, /) -> Any:
+    def process_primitive(
+        self, primitive: Primitive, args: Sequence[Value], params: dict[str, Any], /
+    ) -> Any:
         with set_current_trace(_compat.eval_trace):
             args = [self.move(x) for x in args]
             if primitive is not jit_p:
@@ -54,5 +58,5 @@ class OnDeviceTrace(_compat.EvalTrace, BodyTrace):
 
 
 @_compat.weakref_lru_cache
-def _jitted(jaxpr: Any) -> Any:
+def _jitted(jaxpr: ClosedJaxpr) -> Callable[..., list[jax.Array]]:
     return jax.jit(lambda consts, *args: eval_jaxpr(jaxpr.jaxpr, consts, *args))

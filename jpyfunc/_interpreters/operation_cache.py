@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ _LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes")
 
 
 def operation_of(
-    primitive: Primitive, operands: Sequence[Value], params: dict[str, Any], config: int
+    primitive: Primitive, operands: Sequence[Value], params: dict[str, object], config: int
 ) -> CompiledOperation:
     """The compiled operation of a bind.
 
@@ -81,7 +81,7 @@ def operation_of(
     return operation
 
 
-def bind_function(primitive: Primitive, params: dict[str, Any]) -> Function:
+def bind_function(primitive: Primitive, params: dict[str, object]) -> Function:
     """A bind of `primitive`, as a function to a list of results."""
 
     def call(*operands: Value) -> list[Array]:
@@ -116,7 +116,7 @@ def operation_of_custom(
     primitive: Primitive,
     functions: Sequence[Any],
     operands: Sequence[Value],
-    params: dict[str, Any],
+    params: dict[str, object],
     config: int,
 ) -> CompiledOperation:
     """The compiled operation of a call of one of JAX's functions with custom rules.
@@ -164,7 +164,7 @@ def operation_of_custom(
     return operation
 
 
-def _is_of_jax(function: Any) -> bool:
+def _is_of_jax(function: object) -> bool:
     return (getattr(function, "__module__", None) or "").partition(".")[0] == "jax"
 
 
@@ -174,7 +174,7 @@ def _is_global_of_jax(function: Any) -> bool:
     return _is_of_jax(function) and not getattr(inner, "__closure__", None)
 
 
-def _signature(x: Any) -> tuple[Any, ...]:
+def _signature(x: Value) -> tuple[Hashable, ...]:
     aval = aval_of(x)
     return (aval.shape, aval.dtype, getattr(aval, "weak_type", False))
 
@@ -221,7 +221,7 @@ def _key(value: Any, owners: list[Any]) -> Any:
     return value
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     """`value` with copies of the jaxprs in it."""
     if type(value) is tuple:
         return tuple(map(_copied, value))

@@ -40,9 +40,10 @@ import numpy as np
 from jpyfunc._interpreters.batch_tracer import BatchTracer, data_of
 from jpyfunc._interpreters.operations import CompiledOperation
 from jpyfunc._limits import MAX_LOG_BYTES
+from jpyfunc._types import Value
 
 # An operation, its operands and its results.
-LogEntry = tuple[CompiledOperation, Sequence[Any], Sequence[Any]]
+LogEntry = tuple[CompiledOperation, Sequence[Value], Sequence[Value]]
 
 
 class ReplayLog:
@@ -55,7 +56,7 @@ class ReplayLog:
         self._nbytes = sum(map(_nbytes, entries))
 
     def replay(
-        self, operation: CompiledOperation, operands: Sequence[Any]
+        self, operation: CompiledOperation, operands: Sequence[Value]
     ) -> list[Any] | None:
         """The results of the next operation, or None if it is to be executed."""
         if self._position == len(self._entries):
@@ -68,7 +69,10 @@ class ReplayLog:
         return None
 
     def record(
-        self, operation: CompiledOperation, operands: Sequence[Any], results: Sequence[Any]
+        self,
+        operation: CompiledOperation,
+        operands: Sequence[Value],
+        results: Sequence[Value],
     ) -> None:
         """Add an operation that was executed, if there is room."""
         self._nbytes += _nbytes((operation, operands, results))
@@ -94,7 +98,7 @@ def _nbytes(entry: LogEntry) -> int:
     return size
 
 
-def _unchanging(operand: Any) -> Any:
+def _unchanging(operand: Value) -> Value:
     return np.array(operand) if isinstance(operand, np.ndarray) else operand
 
 

@@ -32,10 +32,10 @@ from jpyfunc._limits import (
     MIN_SWEEPS,
     SWEEP_CACHE_SIZE,
 )
-from jpyfunc._types import Array
+from jpyfunc._types import Array, Value
 
 # From the residuals of each entry and the cotangents of some slots to those of others.
-Sweep = Callable[[list[list[Any]], list[Any]], list[Any]]
+Sweep = Callable[[list[list[Value]], list[Value]], list[Array]]
 
 
 def compiled_sweep(
@@ -92,7 +92,7 @@ class SweepStructure:
         self._met += 1
         return self._compiled if self._met >= MIN_SWEEPS else None
 
-    def _vjp(self, residuals: list[list[Any]], cotangents: list[Any]) -> list[Array]:
+    def _vjp(self, residuals: list[list[Value]], cotangents: list[Value]) -> list[Array]:
         # It is only traced for a tape with these operations, so all of them live.
         entries = [
             TapeEntry(reference(), inputs, first, [], values)

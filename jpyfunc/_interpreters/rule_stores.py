@@ -80,5 +80,5 @@ class _RefillableStore(_Store):
 
     __slots__ = ()
 
-    def store(self, val: Any) -> None:
+    def store(self, val: object) -> None:
         self._val = val

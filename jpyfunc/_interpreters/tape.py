@@ -100,15 +100,15 @@ class TapeTrace(EagerTrace):
         if isinstance(self.parent, TapeTrace):
             self.parent.reads.extend(self.reads)
 
-    def _new(self, value: Any) -> TapeTracer:
+    def _new(self, value: Array) -> TapeTracer:
         self.slots += 1
         return TapeTracer(self, value, self.slots - 1)
 
-    def owns(self, value: Any) -> TypeGuard[TapeTracer]:
+    def owns(self, value: object) -> TypeGuard[TapeTracer]:
         """Whether `value` depends on what this trace watches."""
         return type(value) is TapeTracer and value.body_trace is self
 
-    def _value(self, operand: Any) -> Any:
+    def _value(self, operand: Value) -> Value:
         """An operand as this trace's parent takes it."""
         if type(operand) is not TapeTracer:
             return operand
@@ -166,7 +166,7 @@ class TapeTrace(EagerTrace):
         return results
 
     def process_primitive(
-        self, primitive: Primitive, tracers: Sequence[Value], params: dict[str, Any], /
+        self, primitive: Primitive, tracers: Sequence[Value], params: dict[str, object], /
     ) -> Any:
         if primitive is stop_gradient_p:
             return self._bind(primitive, tracers, params)
@@ -180,7 +180,7 @@ class TapeTrace(EagerTrace):
         return super().process_primitive(primitive, tracers, params)
 
     def _bind(
-        self, primitive: Primitive, operands: Sequence[Value], params: dict[str, Any]
+        self, primitive: Primitive, operands: Sequence[Value], params: dict[str, object]
     ) -> Any:
         """Bind `primitive` under the parent, so that nothing of it is differentiated."""
         with set_current_trace(self.parent):
@@ -191,7 +191,7 @@ class TapeTrace(EagerTrace):
         primitive: Primitive,
         functions: Sequence[Any],
         operands: Sequence[Value],
-        params: dict[str, Any],
+        params: dict[str, object],
     ) -> Sequence[Array]:
         if not any(map(self.owns, operands)):
             return self._bind(primitive, operands, {"subfuns": functions, **params})
@@ -252,7 +252,7 @@ class Tape:
                     x.of_subset(batch.subset) if is_batch_tracer(x) else x for x in values
                 ]
 
-    def arrays(self) -> Iterator[Any]:
+    def arrays(self) -> Iterator[Value]:
         """Every array that the tape holds, some more than once."""
         for values in self._value_lists():
             for x in values:
@@ -396,5 +396,5 @@ class Tape:
             )
 
     @staticmethod
-    def _or_zero(derivative: Any, like: Any) -> Any:
+    def _or_zero(derivative: Array | None, like: Array) -> Array:
         return np.zeros(np.shape(like), like.dtype) if derivative is None else derivative

@@ -36,7 +36,7 @@ class TapeEntry:
         inputs: list[int],
         first: int,
         values: list[Any],
-        residuals: list[Any],
+        residuals: list[Value],
     ) -> None:
         self.linear = linear
         self.inputs = inputs

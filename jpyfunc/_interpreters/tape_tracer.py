@@ -12,6 +12,7 @@ from jpyfunc._errors import GradientCutWarning, NotDifferentiableError, see
 from jpyfunc._frames import line_of, place_of_frame, user_frame, warn_at
 from jpyfunc._interpreters.base_tracer import BodyTracer
 from jpyfunc._interpreters.operations import aval_of
+from jpyfunc._types import Array, Value
 
 REMEDIES = (
     "Write jax.lax.stop_gradient(x) to read the value without its gradient, "
@@ -20,12 +21,12 @@ REMEDIES = (
 )
 
 
-def is_tape_tracer(value: Any) -> TypeGuard[TapeTracer]:
+def is_tape_tracer(value: object) -> TypeGuard[TapeTracer]:
     """Whether `value` is an array that a tape differentiates."""
     return type(value) is TapeTracer
 
 
-def value_if_over(value: Any) -> Any:
+def value_if_over(value: Value) -> Value:
     """The array that a tracer stands for if its run is over; anything else as it is."""
     return value.full_lower() if type(value) is TapeTracer else value
 
@@ -40,7 +41,7 @@ class TapeTracer(BodyTracer):
 
     __slots__ = ("slot", "value")
 
-    def __init__(self, trace: Any, value: Any, slot: int) -> None:
+    def __init__(self, trace: Any, value: Array, slot: int) -> None:
         self.body_trace = trace
         self.aval = aval_of(value)
         self.value = value

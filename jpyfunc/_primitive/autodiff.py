@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +102,7 @@ def _is_differentiated(tangent: Tangent) -> bool:
 
 def _py_func_transpose(
     cotangents: Sequence[Tangent],
-    *operands: Any,
+    *operands: Array,
     params: Params,
 ) -> list[Array | None]:
     """Make the call for the cotangents of the operands that a call is linear in.

@@ -126,10 +126,10 @@ def _with_token(sharding: Any) -> Any:
 
 
 def _thread_token(
-    function: HostFunction, token: Any, *operands: np.ndarray
-) -> tuple[Any, ...]:
+    function: HostFunction, token: np.ndarray, *operands: np.ndarray
+) -> tuple[np.ndarray, ...]:
     return (token, *function(*operands))
 
 
-def _without_last(function: HostFunction, *operands: np.ndarray) -> tuple[Any, ...]:
+def _without_last(function: HostFunction, *operands: np.ndarray) -> tuple[np.ndarray, ...]:
     return function(*operands[:-1])

@@ -85,7 +85,7 @@ class HostCall:
     def _run(
         self, context: Context, operands: Sequence[np.ndarray]
     ) -> tuple[np.ndarray, ...]:
-        device: Any = context.device
+        device: _compat.Device = context.device
         with enter_config(self._config, device), _thread_hooks():
             if self._on_device:
                 with set_current_trace(OnDeviceTrace(device)):
@@ -120,7 +120,7 @@ _NO_HOOKS = nullcontext()
 @contextmanager
 def _entered_thread_hooks() -> Iterator[None]:
     entered: list[Callable[[Any], None]] = []
-    hooks: list[tuple[Any, Any, Callable[[Any], None]]] = [
+    hooks: list[tuple[object, object, Callable[[Any], None]]] = [
         (threading.gettrace(), sys.gettrace(), sys.settrace),
         (threading.getprofile(), sys.getprofile(), sys.setprofile),
     ]

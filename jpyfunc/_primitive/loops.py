@@ -21,8 +21,9 @@ from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError, see
 from jpyfunc._loops.while_loop import loop_p
 from jpyfunc._primitive.effects import StatefulEffect
+from jpyfunc._types import Array
 
-Rule = Callable[..., Any]  # of JAX
+Rule = Callable[..., object]  # of JAX
 
 
 def guard_stateful_calls() -> None:
@@ -46,7 +47,12 @@ def _refusing_in_cond(rule: Rule) -> Rule:
             do not take the branch.
     """
 
-    def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
+    def batch(
+        axis_data: object,
+        operands: Sequence[Array],
+        dims: Sequence[int | None],
+        **params: Any,
+    ) -> Any:
         # `jax.lax.platform_dependent` chooses alike for all elements, whatever `dims` says.
         differ = dims[0] is not None and "branches_platforms" not in params
         for effect in _stateful(*params["branches"]) if differ else ():
@@ -66,7 +72,12 @@ def _refusing_in_while(rule: Rule) -> Rule:
             iterations.
     """
 
-    def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
+    def batch(
+        axis_data: object,
+        operands: Sequence[Array],
+        dims: Sequence[int | None],
+        **params: Any,
+    ) -> Any:
         # Loops without stateful calls do not pay for the search, which JAX repeats.
         for effect in _stateful(params["cond_jaxpr"], params["body_jaxpr"]):
             if _is_test_batched(dims, **params):
@@ -157,7 +168,7 @@ def _refusing_in_linearized_while(rule: Rule) -> Rule:
         UnsupportedError: the loop has a stateful call.
     """
 
-    def partial_eval_while(trace: Any, *tracers: Any, **params: Any) -> Any:
+    def partial_eval_while(trace: object, *tracers: Any, **params: Any) -> Any:
         if not all(t.pval.is_known() for t in tracers):
             for effect in _stateful(*jaxprs_in_params(params)):
                 raise UnsupportedError(
@@ -181,7 +192,9 @@ def _hoisting_unless_stateful(hoist: Rule) -> Rule:
     each iteration.
     """
 
-    def hoist_unless_stateful(jaxpr: Any, consts: Any, size: int, *rest: Any) -> Any:
+    def hoist_unless_stateful(
+        jaxpr: ClosedJaxpr, consts: Sequence[Array], size: int, *rest: object
+    ) -> Any:
         if _stateful(jaxpr):
             return jaxpr, consts, [False] * size, []
         return hoist(jaxpr, consts, size, *rest)

@@ -29,7 +29,7 @@ from jpyfunc._xla_bugs import constrained
 
 
 def _py_func_lowering(
-    ctx: mlir.LoweringRuleContext, *operands: Any, params: Params
+    ctx: mlir.LoweringRuleContext, *operands: ir.Value, params: Params
 ) -> list[ir.Value]:
     """Emit the host call of one bind.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -25,13 +25,13 @@ from jpyfunc._runtime.configuration import Config
 from jpyfunc._runtime.context import current
 from jpyfunc._runtime.profile import measured
 from jpyfunc._runtime.transfers import put
-from jpyfunc._types import Array
+from jpyfunc._types import Array, Value
 
 
 class PyFuncPrimitive(HostPrimitive):
     """The primitive of all calls; in a body, a call is evaluated under the body's trace."""
 
-    def evaluate(self, operands: Sequence[Any], params: dict[str, Any]) -> list[Array]:
+    def evaluate(self, operands: Sequence[Value], params: dict[str, Any]) -> list[Array]:
         body, device = params["params"].body, default_device()
         # A jaxpr that is run equation by equation has literals, which are Python numbers.
         arrays = [
@@ -73,7 +73,7 @@ class Params:
     config: Config
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[Hashable, ...]:
         """The fields, as a key that does not keep these parameters alive."""
         return (self.body, self.stateful, self.ordered, self.vmap_method, self.config)
 
@@ -94,7 +94,7 @@ class Params:
         return self.body.description
 
 
-_living: weakref.WeakValueDictionary[Any, Params] = weakref.WeakValueDictionary()
+_living: weakref.WeakValueDictionary[Hashable, Params] = weakref.WeakValueDictionary()
 
 
 def bind(operands: Sequence[Array], params: Params) -> list[jax.Array]:
@@ -139,7 +139,7 @@ def _py_func_impl(*operands: Array, params: Params) -> list[jax.Array]:
 
 
 def _evaluate(
-    body: Body, operands: Sequence[Array], device: _compat.Device, **changes: Any
+    body: Body, operands: Sequence[Array], device: _compat.Device, **changes: object
 ) -> list[Array]:
     context = dataclasses.replace(current(), device=device, **changes)
     return measured(body.profile_row, context, operands, body.evaluate)

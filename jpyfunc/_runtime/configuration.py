@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jpyfunc import _compat
+from jpyfunc._runtime.nesting import executors_around
 from jpyfunc._runtime.transfers import are_guarded
 
 Config = tuple[Any, ...]
@@ -73,13 +74,16 @@ NOT_CAPTURED = {
         "jax_xla_profile_version", "xla_metadata_context_manager",
     ),
     "where it is set, no program runs, so no body": ("jax_no_execution",),
-    "only code that made one with `jax.make_user_context` sees it": ("user_context",),
+    "only code that made one with `jax.make_user_context` sees it, and ours is captured": (
+        "user_context",
+    ),
 }  # fmt: skip
 
 # JAX's objects for them: reading one takes 40 ns less than reading `jax.config`.
 OPTIONS = tuple(
     _compat.config_states[name] for name in CAPTURED if name in _compat.config_states
 )
+_ALL: tuple[Any, ...] = (*OPTIONS, executors_around)
 _DEBUGGING = tuple(
     _compat.config_states[name] for name in ("jax_debug_nans", "jax_debug_infs")
 )
@@ -87,8 +91,18 @@ _value_of = operator.attrgetter("value")
 
 
 def current_config() -> Config:
-    """Values of `OPTIONS` in force on this thread."""
-    return tuple(map(_value_of, OPTIONS))
+    """Values of `OPTIONS` in force on this thread, then `executors_around`."""
+    return (*map(_value_of, OPTIONS), executors_around.value)
+
+
+def inside(config: Config, executor: int | str) -> Config:
+    """The configuration of a task.
+
+    Args:
+        config: that of the call that waits for it.
+        executor: the id of its executor, or `ANY`.
+    """
+    return (*config[:-1], (*config[-1], executor))
 
 
 def is_debugging() -> bool:
@@ -105,7 +119,7 @@ class enter_config:  # noqa: N801 - a context manager, named like JAX's own
     that is set there does not contain the body's device.
 
     Args:
-        config: one value for each of `OPTIONS`.
+        config: as of `current_config`.
         device: the default device from now on, where uncommitted arrays are put.
     """
 
@@ -130,9 +144,10 @@ class enter_config:  # noqa: N801 - a context manager, named like JAX's own
     def _managers(self) -> list[AbstractContextManager[Any]]:
         """Context managers for what is not in force already; usually none."""
         managers = []
-        if current_config() != self._config:  # at half the cost of a loop
-            for option, value in zip(OPTIONS, self._config, strict=True):
-                if option.value != value:
+        current = current_config()
+        if current != self._config:  # at half the cost of a loop
+            for option, value, now in zip(_ALL, self._config, current, strict=True):
+                if now != value:
                     managers.append(option(value))
         if are_guarded():
             managers.append(jax.transfer_guard("allow"))

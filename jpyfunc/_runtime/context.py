@@ -61,7 +61,7 @@ class Context:
             self.counts.count(**amounts)
 
     def timed(
-        self, title: str, run: Callable[..., Result], /, *args: Any, **kwargs: Any
+        self, title: str, run: Callable[..., Result], /, *args: object, **kwargs: object
     ) -> Result:
         """Run a body, or its derivative, and time it if the call is measured.
 

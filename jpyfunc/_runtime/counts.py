@@ -14,6 +14,7 @@ class Counts:
     runs: int = 0
     body_seconds: float = 0.0
     overhead_seconds: float = 0.0
+    wait_seconds: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
     exceptions: int = 0

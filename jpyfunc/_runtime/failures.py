@@ -194,7 +194,7 @@ def watch() -> None:
     error_type: Any = jax.errors.JaxRuntimeError
     init = error_type.__init__
 
-    def reading_init(self: Any, *args: Any) -> None:
+    def reading_init(self: Any, *args: object) -> None:
         if args and isinstance(args[0], str):
             args = (_read(self, args[0]), *args[1:])
         init(self, *args)

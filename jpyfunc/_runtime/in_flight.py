@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import os
 import threading
 import time
@@ -89,7 +90,8 @@ def _wait_at_exit() -> None:
     Fences tell when the programs of the main thread are done, and live arrays tell it of
     the programs of other threads. If another thread has dropped the results of a program,
     nothing shows that it is in flight until its body begins: hence `QUIET`. A daemon thread
-    may dispatch more at any time, and is not waited for.
+    may dispatch more at any time. Where one is alive, bodies that begin during the wait may
+    be its own, and they prolong it by `PATIENCE` at most.
 
     The wait ends for bodies that themselves wait, and for whatever else may be stuck. In
     the child of a fork there are none of the parent's threads to wait for.
@@ -100,9 +102,13 @@ def _wait_at_exit() -> None:
     arrays = [x for client in clients for x in client.live_arrays()]
     pending: list[Fence] = [*fences(), *arrays]
     idle, last = IdleTimes(), time.monotonic()
+    until = last + PATIENCE if _has_daemons() else math.inf
+    number = next(start_numbers)
     for pause in _pauses():
         pending = [x for x in pending if not x.is_deleted() and not x.is_ready()]
         waiting, now = idle.seconds(), time.monotonic()
+        if not pending and now > until and all(each > number for each in waiting):
+            break
         if waiting:
             last = now
         elif not pending and now > last + QUIET:
@@ -115,3 +121,15 @@ def _wait_at_exit() -> None:
     # A client that is deleted waits for its threads, so these are never deleted.
     for client in clients:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(client))
+
+
+def _has_daemons() -> bool:
+    """Whether a daemon thread is alive that Python code has started.
+
+    A thread of XLA's whose body asks `threading` for the current thread, as logging does,
+    is a daemon named "Dummy-1" from then on.
+    """
+    return any(
+        thread.daemon and not thread.name.startswith("Dummy-")
+        for thread in threading.enumerate()
+    )

@@ -19,6 +19,7 @@ from jpyfunc._runtime.counts import Counts
 from jpyfunc._runtime.in_flight import Flight, take_last
 from jpyfunc._runtime.profile_table import html_of, text_of
 from jpyfunc._runtime.tape_cache import tapes
+from jpyfunc._types import Array, Value
 
 Results = TypeVar("Results")
 FunctionKey = tuple[str, str]  # name and source of a function
@@ -31,13 +32,13 @@ _opening = threading.Lock()
 
 # The row of a table that calls are counted in: the name of a function, the function itself,
 # and what of it is computed.
-ProfileRow = tuple[str, Callable[..., Any], Kind]
+ProfileRow = tuple[str, Callable[..., object], Kind]
 
 
 def measured(
     row: ProfileRow,
     context: Context,
-    operands: Sequence[Any],
+    operands: Sequence[Array],
     execute: Callable[[Context, Sequence[Any]], Results],
 ) -> Results:
     """Execute a call in `context`, and add it to the profiles that are open.
@@ -66,16 +67,16 @@ def measured(
         counts.exceptions = 1
         raise
     finally:
-        counts.overhead_seconds = time.perf_counter() - begin - counts.body_seconds
+        counts.overhead_seconds += time.perf_counter() - begin - counts.body_seconds
         for each in profiles:
             each.add(row, counts)
 
 
-def _nbytes(values: Iterable[Any]) -> int:
+def _nbytes(values: Iterable[Value]) -> int:
     return sum(x.nbytes for x in values if isinstance(x, jax.Array | np.ndarray))
 
 
-def _source(func: Callable[..., Any]) -> str:
+def _source(func: Callable[..., object]) -> str:
     """File and line of a function, or of the class of a callable object."""
     code = code_of(func)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else "built-in"
@@ -84,7 +85,7 @@ def _source(func: Callable[..., Any]) -> str:
 _COMPILING = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
 
 
-def _count_compiling(event: str, duration_secs: float, **_: Any) -> None:
+def _count_compiling(event: str, duration_secs: float, **_: object) -> None:
     """Count time to compile; JAX calls it on the thread that has compiled something."""
     if event.endswith(_COMPILING):
         current().count(compile_seconds=duration_secs)
@@ -114,6 +115,9 @@ class profile:  # noqa: N801 - a context manager, named like JAX's own
     - `overhead_seconds`: the rest of the host round trip: converting operands and results,
       splitting and stacking batches, entering the caller's JAX configuration. What XLA
       does before it reaches Python, some 10 us, is not included.
+    - `wait_seconds`: time in which calls waited for their executor, which is printed below
+      the table. `body_seconds` is then the time in the function alone, added up over the
+      workers, and no part of the time of the call.
     - `bytes_in`, `bytes_out`: sizes of the operands and of the results.
     - `exceptions`: calls that raised. They count in the other columns too.
     - `from_tape`: elements of derivatives that used a cached tape, so that the body did not

@@ -75,6 +75,11 @@ def _reasons(counts: CountsByKind) -> list[str]:
         for function, kinds in counts.items()
         for kind, row in kinds.items()
         if row["one_by_one"]
+    ] + [
+        f"{function}, {kind}, waited {_seconds(row['wait_seconds'])} for its executor"
+        for function, kinds in counts.items()
+        for kind, row in kinds.items()
+        if row["wait_seconds"]
     ]
 
 

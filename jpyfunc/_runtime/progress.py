@@ -26,7 +26,7 @@ _NOTHING = nullcontext()
 
 
 def counted(
-    title: str, function: Callable[..., Any], total: int, done: Callable[[], int]
+    title: str, function: Callable[..., object], total: int, done: Callable[[], float]
 ) -> AbstractContextManager[object]:
     """A block in which a batch runs; the innermost `progress` shows it.
 
@@ -55,9 +55,9 @@ class RunningBatch:
         self,
         display: Display,
         title: str,
-        function: Callable[..., Any],
+        function: Callable[..., object],
         total: int,
-        done: Callable[[], int],
+        done: Callable[[], float],
     ) -> None:
         self.key = (title, id(function))
         self.title, self.total, self.done = title, total, done
@@ -119,7 +119,7 @@ class Bar:
             self.shown.refresh()
 
     def _count(self) -> int:
-        return sum(batch.done() for batch in self.batches)
+        return round(sum(batch.done() for batch in self.batches))
 
 
 class Display(Flight):
@@ -198,9 +198,10 @@ class progress:  # noqa: N801 - a context manager, named like `profile`
 
         simulate: 100%|██████████| 256/256 [00:12<00:00]
 
-    Nested batches are one batch. Elements that run by branch are done when their subset is.
-    A function that takes the whole batch in one call (`vmap_method="expand_dims"` or
-    `"broadcast_all"`) has no elements to count. A derivative is marked: `simulate (vjp)`.
+    Nested batches are one batch. Elements that run by branch are done when their subset is,
+    and those on an executor when their task is, in whatever order. A function that takes
+    the whole batch in one call (`vmap_method="expand_dims"` or `"broadcast_all"`) has
+    elements to count only with an executor. A derivative is marked: `simulate (vjp)`.
 
     Batches of one function that begin at once, on several devices or threads, share a bar.
     A bar that appears below another one, of a batch inside a body for example, goes away

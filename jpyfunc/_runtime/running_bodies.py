@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
+from collections.abc import Iterator
 
 # By thread, the clock of its CPU time, and the number, of the body that runs there.
 _running: dict[int, tuple[int, int]] = {}
@@ -13,6 +14,8 @@ start_numbers = itertools.count()  # of bodies and blocks, in the order in which
 
 # On Windows threads have no clock, and each body counts as one that waits.
 _clock_of = getattr(time, "pthread_getcpuclockid", lambda thread: 0)
+# A clock that never stands still.
+_CLOCK_OF_BUSY = getattr(time, "CLOCK_MONOTONIC", 0)
 
 
 class running_body:  # noqa: N801 - a context manager
@@ -29,6 +32,24 @@ class running_body:  # noqa: N801 - a context manager
     def __exit__(self, *exc_info: object) -> None:
         if self._is_outermost:
             del _running[self._thread]
+
+
+@contextlib.contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """A block in which what runs on this thread waits for other threads or processes.
+
+    They do its work, so it does not count as idle, though it uses no CPU.
+    """
+    thread = threading.get_ident()
+    running = _running.get(thread)
+    if running is None:
+        yield
+        return
+    _running[thread] = (_CLOCK_OF_BUSY, running[1])
+    try:
+        yield
+    finally:
+        _running[thread] = running
 
 
 def is_in_body() -> bool:
@@ -54,6 +75,11 @@ class IdleTimes:
             for number, seconds in used.items()
         }
         return {number: now - since for number, (_, since) in self._last.items()}
+
+
+def cpu_seconds(thread: int) -> float:
+    """The CPU time of a thread; 0.0 if it has ended, or threads have no clock."""
+    return _time_of(_clock_of(thread))
 
 
 def _time_of(clock: int) -> float:

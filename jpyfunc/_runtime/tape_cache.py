@@ -45,7 +45,7 @@ class AnyTape(Protocol):
     def subset(self) -> Any:
         """The elements that the run was of, or None if it was not by branch."""
 
-    def arrays(self) -> Iterator[Any]:
+    def arrays(self) -> Iterator[object]:
         """Every array that the tape holds, some more than once."""
         ...
 
@@ -145,7 +145,7 @@ class CachedTape:
     tape: AnyTape
     in_avals: Avals
     owner: int
-    arrays: dict[int, Any]
+    arrays: dict[int, object]
     nbytes: int
     queue: EvictionQueue
 
@@ -204,7 +204,7 @@ class TapeCache:
     def store(
         self,
         tape: AnyTape | None,
-        function: Callable[..., Any],
+        function: Callable[..., object],
         in_avals: Avals,
         batch_shape: tuple[int, ...] = (),
     ) -> np.ndarray:
@@ -296,7 +296,7 @@ class TapeCache:
             return entry.tape
 
     def _add(
-        self, name: bytes, tape: AnyTape, function: Callable[..., Any], in_avals: Avals
+        self, name: bytes, tape: AnyTape, function: Callable[..., object], in_avals: Avals
     ) -> None:
         # A tape without arrays still takes a slot.
         arrays = {id(x): x for x in tape.arrays()} or {id(tape): None}
@@ -330,7 +330,7 @@ class TapeCache:
         del entry.queue.names[name]
         entry.queue.nbytes -= entry.nbytes
 
-    def _own(self, function: Callable[..., Any], name: bytes) -> int:
+    def _own(self, function: Callable[..., object], name: bytes) -> int:
         """Evict a tape when its function is garbage-collected.
 
         Returns:
@@ -371,7 +371,7 @@ class TapeCache:
                 evicted.append(self._evict(next(iter(queue.names))))
         return evicted
 
-    def _size(self, x: Any) -> int:
+    def _size(self, x: object) -> int:
         """Return the bytes that an array, or an object in residuals, counts as."""
         if isinstance(x, np.ndarray):
             return x.nbytes + ARRAY_OVERHEAD
@@ -384,7 +384,7 @@ class TapeCache:
 _NOT_OWNED = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 
-def _size_of_object(x: Any, least: int) -> int:
+def _size_of_object(x: object, least: int) -> int:
     """The size of a Python object by its `nbytes`, or else with what it refers to.
 
     Python does not know what a library holds beside that, as SciPy holds the factors of a
@@ -396,7 +396,7 @@ def _size_of_object(x: Any, least: int) -> int:
     stated = getattr(x, "nbytes", None)
     if isinstance(stated, int):
         return stated + ARRAY_OVERHEAD
-    seen: dict[int, Any] = {}
+    seen: dict[int, object] = {}
     pending, size = [x], 0
     while pending and len(seen) < MAX_REFERENTS:
         each = pending.pop()

@@ -14,12 +14,14 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,18 @@ def products(a, branch=True):
         if branch and y.sum() < -1e9:
             y = y + 1
     return y.sum()
+
+
+def sleep_20_ms(x):
+    time.sleep(0.02)
+    return x
+
+
+def compute_5_ms(x):
+    total = 0
+    for i in range(200_000):
+        total += i
+    return x + np.float32(0 * total)
 
 
 @dataclasses.dataclass
@@ -392,6 +406,42 @@ def rules_row() -> Row:
     )  # fmt: skip
 
 
+def executor_rows() -> Iterator[Row]:
+    """Batches on the workers of an executor."""
+
+    def batch(body, **options):
+        function = jax.jit(jax.vmap(jpf.numpy_func(body, Tout=SCALAR, **options)))
+        return lambda xs: function(xs)
+
+    def row(work, peer_name, ours, peer, count, most, rounds):
+        xs = np.arange(count, dtype=np.float32)
+        return compare(work, peer_name, lambda: ours(xs), lambda: peer(xs), most, rounds)
+
+    alone = "our own, without executor"
+    with ThreadPoolExecutor(16) as pool:
+        yield row(
+            "64 elements of 20 ms of sleep, 16 threads", alone,
+            batch(sleep_20_ms, executor=pool), batch(sleep_20_ms), 64, 0.1, 3,
+        )  # fmt: skip
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        work = "200 elements of 5 ms of Python, 2 processes, chunksize 10"
+        ours = batch(compute_5_ms, executor=pool, chunksize=10)
+
+        def by_hand(xs):
+            return np.stack([*pool.map(compute_5_ms, xs, chunksize=10)])
+
+        yield row(work, "executor.map by hand", ours, by_hand, 200, 1.2, 7)
+        yield row(work, alone, ours, batch(compute_5_ms), 200, 0.65, 7)
+    with ThreadPoolExecutor(1) as pool:
+        for chunksize, most in ((1, 5), (100, 1.3)):
+            yield row(
+                f"10,000 elements of nothing, one thread, chunksize {chunksize}", alone,
+                batch(identity, executor=pool, chunksize=chunksize), batch(identity),
+                10_000, most, 7,
+            )  # fmt: skip
+
+
 def session_row() -> Row:
     """Measure what `Session.run` adds to a call of the same function under `jax.jit`.
 
@@ -516,6 +566,7 @@ def main() -> int:
     progress(batch_rows())
     progress(staged_rows())
     progress(derivative_rows())
+    progress(executor_rows())
     progress(iter([rules_row(), session_row()]))
     if "tensorflow" in peers:
         progress(tensorflow_rows(peers["tensorflow"]))

@@ -1,0 +1,1 @@
+"""Host functions on an executor: from the call to the worker and back."""
