@@ -87,7 +87,7 @@ class Explanation:
             `place`, `line`, `true` and `false` of the branch that follows, or `returns`
             (True), or `repeats`, the place of the loop whose next iteration follows, or
             `calls`, the reasons for a call of Python. A branch that is the head of a loop
-            has `carries`, too: the arrays that the loop changes, by variable.
+            has `carries`, too: the arrays that the loop carries, by variable.
         """
         tree, result = self._tree, self._tree.result
         is_failure = isinstance(result, Exception)
@@ -122,11 +122,14 @@ class Explanation:
         return "\n".join([self._head(), *lines])
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        """Yield the tree as lines of text, and the loops that are none, with depths."""
-        yield from _lines(self._tree.root, 1)
+        """Yield the loops that are none, and the tree, as lines of text with depths."""
         for (place, line), reason in self._tree.unrolled.items():
-            yield 1, f"not a loop: {line}  [{_short(place).removeprefix(' at ')}]"
+            yield (
+                1,
+                f"not compiled as a loop: {line}  [{_short(place).removeprefix(' at ')}]",
+            )
             yield 2, reason
+        yield from _lines(self._tree.root, 1)
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -185,7 +188,7 @@ def _lines(node: BranchNode, depth: int) -> Iterator[tuple[int, str]]:
         yield depth, f"{node.end.line}  [{place}]"
         if node.head is not None:
             carried = [f"{name}: {aval}" for name, aval in _carries(node.head).items()]
-            yield depth, f"a loop that changes {', '.join(carried)}"
+            yield depth, f"a loop that carries {', '.join(carried)}"
         for answer in (True, False):
             (first, text), *rest = _lines(node.branches[answer], depth + 1)
             yield first, f"{answer}: {text}"

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import random
-import sys
+import re
 import threading
 import types
 
@@ -650,7 +650,7 @@ def test_explain_shows_what_a_loop_changes():
     assert head["carries"] == {"x": "float32[]"}
     assert head["true"]["repeats"] == head["place"]
     text = repr(found)
-    for part in ("1 loop", "a loop that changes x: float32[]", "next iteration"):
+    for part in ("1 loop", "a loop that carries x: float32[]", "next iteration"):
         assert part in text
     assert "next iteration" in found._repr_html_()
 
@@ -680,21 +680,22 @@ def draws(x):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (grows, "xs is not the same in each iteration"),
-        (counts, r"n\[0\] is a Python number"),
-        (draws, "drawn is a Random, whose state cannot be seen"),
-        (lambda x: inside_for(x, x, x), "inside a for or a with: move it into a function"),
-        (lambda x: generator(x, x, x), "a generator or a coroutine runs it"),
+        (grows, "'xs' grows: write into an array"),
+        (counts, r"'n\[0\]' is a Python number"),
+        (draws, "'drawn' is a Random, whose state cannot be seen"),
+        (
+            lambda x: inside_for(x, x, x),
+            "inside a for or with block: move it into a function",
+        ),
+        (lambda x: generator(x, x, x), "it runs in a generator or a coroutine"),
     ],
 )
 def test_explain_says_why_a_loop_is_none(body, reason):
     found = explain(py_func(body, staged=4, Tout=SCALAR), SCALAR)
     (entry, *_) = found.as_dict()["unrolled"]
     assert entry["line"].startswith("while ")
-    assert entry["reason"] == pytest.approx(entry["reason"])
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(entry["reason"])
-    assert "not a loop: while " in repr(found)
+    assert re.search(reason, entry["reason"])
+    assert "not compiled as a loop: while " in repr(found)
 
 
 def test_bytecode_of_a_loop():
@@ -719,9 +720,8 @@ def test_looking_at_the_state_changes_nothing():
         made = Counted()
         while x > 1:
             x = x / 2
-        return x + made.x * 0
+        return x + (made is None)
 
     Counted.count = 0
-    explain(body, SCALAR)
-    assert Counted.count <= explain(body, SCALAR).as_dict()["runs"] * 2
-    assert sys.getrefcount(body) < 10
+    assert explain(body, SCALAR).as_dict()["complete"]
+    assert Counted.count == 0

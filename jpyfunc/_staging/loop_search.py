@@ -228,10 +228,12 @@ class LoopSearch:
         if frame is None:
             return None
         test = truth_tests(frame.f_code).get(frame.f_lasti)
+        key = frame, test.continuation if test else (-1, frame.f_lasti)
+        self._times[key] += 1
+        if test is None and self._times[key] > 1:
+            self._note_reason(frame, "a function in C tests it: use `and` and `or`")
         if test is None or not test.repeats:
             return None
-        key = frame, test.continuation
-        self._times[key] += 1
         try:
             frames, state = self._state(frame, test.depth)
         except UnseenStateError as error:
@@ -259,10 +261,12 @@ class LoopSearch:
         """
         frames = frames_up_to(frame, self._entry)
         if any(x.f_code.co_flags & SUSPENDABLE for x in frames):
-            raise UnseenStateError("a generator or a coroutine runs it")
+            raise UnseenStateError(
+                "it runs in a generator or a coroutine: move it into an ordinary function"
+            )
         if depth != 1:
             raise UnseenStateError(
-                "it is inside a for or a with: move it into a function of its own"
+                "it is inside a for or with block: move it into a function of its own"
             )
         findings = self._findings
         limit = min(MAX_PICTURED_OBJECTS, findings.objects_left)
@@ -273,13 +277,18 @@ class LoopSearch:
             raise
         except Exception as error:
             # An object of a kind that is not known.
-            raise UnseenStateError(f"its state cannot be seen: {error}") from error
+            raise UnseenStateError(
+                f"the state of Python cannot be seen: {error}"
+            ) from error
         finally:
             findings.objects_left -= len(state.facts)
         return tuple(frames), state
 
     def _note_reason(self, frame: FrameType, why: str) -> None:
-        self._findings.reasons[place_of_frame(frame), line_of(frame)] = why
+        key = place_of_frame(frame), line_of(frame)
+        # The first of a Python number: it is what changes in each iteration.
+        if "is a Python number" not in self._findings.reasons.get(key, ""):
+            self._findings.reasons[key] = why
 
     def _head_of(self, visit: Visit, answers: Answers) -> Visit | None:
         """Find an earlier visit that may be the head of a loop.
@@ -360,5 +369,6 @@ class LoopSearch:
         """Note that the two visits are no loop."""
         answers = tuple(point.answer for point in points[: second.index])
         self._findings.no_loops.add((head.index, answers))
-        self._note_reason(second.frame, "its iterations are not the same")
+        why = "two iterations in a row are not the same operations"
+        self._note_reason(second.frame, why)
         self.is_to_repeat = True

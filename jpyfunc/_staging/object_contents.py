@@ -138,14 +138,16 @@ def _builtin(value: Any, path: str) -> tuple[Hashable, Children]:
     if owner is None or isinstance(owner, types.ModuleType):
         name = getattr(owner, "__name__", None) or value.__module__ or "builtins"
         if not is_pure_module(name):
-            raise UnseenStateError(f"{path}, of {name}, may have a state")
+            raise UnseenStateError(
+                f"{path!r} is a function of {name}, which may have hidden state"
+            )
         return id(value), []
     return value.__name__, [(path, owner)]
 
 
 def _numpy_array(value: Any, path: str) -> tuple[Hashable, Children]:
     if value.dtype.hasobject:
-        raise UnseenStateError(f"{path} is an array of Python objects")
+        raise UnseenStateError(f"{path!r} is an array of Python objects")
     data = value.tobytes()
     if len(data) > MAX_FINGERPRINT_BYTES:
         data = hashlib.blake2b(data).digest()
@@ -174,12 +176,14 @@ def _object_of_jax(value: Any, path: str) -> tuple[Hashable, Children]:
     if issubclass(type(value), functools.partial):  # jax.tree_util.Partial
         return _instance(value, path)
     if issubclass(type(value), Tracer):
-        raise UnseenStateError(f"{path} is traced by a transformation of JAX")
+        raise UnseenStateError(
+            f"{path!r} is traced by a transformation of JAX inside the body"
+        )
     held = getattr(value, "__wrapped__", None)
     if held is not None:
         return id(value), [] if _is_pure_function(held) else [(path, held)]
     if _holds_arrays(value):
-        raise UnseenStateError(f"{path} is a {type(value).__name__} that holds arrays")
+        raise UnseenStateError(f"{path!r} is a {type(value).__name__} that holds arrays")
     return id(value), []
 
 
@@ -208,12 +212,14 @@ def _instance(value: Any, path: str) -> tuple[Hashable, Children]:
     pointers = len(slots) + _added_pointers(kind, layout)
     own = kind.__basicsize__ - layout.__basicsize__ - pointers * struct.calcsize("P")
     if layout not in _LAYOUTS or own > 0:
-        raise UnseenStateError(f"{path} is a {kind.__name__}, whose state cannot be seen")
+        raise UnseenStateError(f"{path!r} is a {kind.__name__}, whose state cannot be seen")
     found = [] if kind in _LAYOUTS else [(path, kind)]
     items = [*_LAYOUTS[layout](value)]
     if layout in (set, frozenset):
         if not all(type(x) in _ATOMS for x in items):
-            raise UnseenStateError(f"{path} is a set of objects, in any order")
+            raise UnseenStateError(
+                f"{path!r} is a set of objects, whose order is not fixed"
+            )
         items.append(sys.getsizeof(value))  # which the order depends on
     if issubclass(layout, dict):
         skipped = len(items) % 2  # the factory of a defaultdict

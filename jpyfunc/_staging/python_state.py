@@ -98,7 +98,7 @@ class PythonState:
             if a != b and path:
                 yield path, a, b
         if len(self.facts) != len(other.facts):
-            yield "what its variables lead to", None, None
+            yield "what the variables lead to", None, None
 
     def _note(self, fact: Hashable, path: str) -> None:
         self.facts.append(fact)
@@ -112,7 +112,7 @@ class PythonState:
         while waiting:
             path, value = waiting.pop()
             if len(self.facts) >= self._limit:
-                raise UnseenStateError("its variables lead to too many objects")
+                raise UnseenStateError("the variables lead to too many objects")
             if is_array_kind(type(value)):
                 self._note("array", path)
                 self.arrays.append(value)
@@ -193,7 +193,8 @@ class PythonState:
         refused = _REFUSED_BUILTINS.intersection(global_names(code)) - variables.keys()
         refused |= _OF_FRAMES.intersection(code.co_names)
         if refused:
-            raise UnseenStateError(f"{code.co_name} uses {min(refused)}")
+            what = "which sees more than its arguments"
+            raise UnseenStateError(f"{code.co_name!r} uses {min(refused)}, {what}")
         known = collections.ChainMap(variables, builtins)
         found = [(n, known[n]) for n in global_names(code) if n in known]
         for name in imported_names(code):

@@ -113,19 +113,15 @@ class Visit:
     def why_unlike(self, later: Visit) -> str:
         """Say what differs at a later visit at the same place, and what helps."""
         for path, a, b in self.state.differences(later.state):
-            if a is None or b is None or a[0] is not b[0] or a[0] not in (int, float):
-                return f"{path} is not the same in each iteration"
-            return (
-                f"{path} is a Python number, {a[1]} and then {b[1]}: use an array, or "
-                "jpyfunc.range"
-            )
+            return _why_unlike(path, a, b)
         for path, a, b in self._changed_avals(later):
-            return f"{path} is {a.str_short()} and then {b.str_short()}"
+            change = f"{path!r} is {a.str_short()}, then {b.str_short()}"
+            return f"{change}: keep the shape and dtype of what changes"
         if not self._shares_arrays_like(later):
-            return "two variables are one array at first, and two later, or the reverse"
+            return "two variables hold one array in one iteration, and two in another"
         if all(x is y for x, y in self._pairs(later)[1:]):
             return "no array changes from one iteration to the next"
-        return "its iterations are not the same"
+        return "two iterations in a row are not the same operations"
 
     def _pairs(self, later: Visit) -> list[tuple[Any, Any]]:
         return list(zip(self.arrays, later.arrays, strict=True))
@@ -155,6 +151,21 @@ class Visit:
             x is not y and is_abstract(x) and x.number < first.value_count
             for x, y in self._pairs(later)
         )
+
+
+def _why_unlike(path: str, a: Any, b: Any) -> str:
+    """Say how two facts about a variable differ; None is that there is no such fact."""
+    if not (isinstance(a, tuple) and isinstance(b, tuple)) or a[0] is not b[0]:
+        return f"{path!r} differs from one iteration to the next"
+    kind = a[0]
+    if kind in (int, float):
+        return (
+            f"{path!r} is a Python number ({a[1]}, then {b[1]}): use an array, or "
+            "jpyfunc.range"
+        )
+    if kind in (list, dict) and b[-1] > a[-1]:
+        return f"{path!r} grows: write into an array instead, x.at[i].set(...)"
+    return f"{path!r} differs from one iteration to the next"
 
 
 def has_value(array: Any) -> bool:
