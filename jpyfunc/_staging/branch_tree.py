@@ -147,7 +147,8 @@ class BranchNode:
         All up to the first branch point where the run took a branch of its own was met by
         earlier runs. It must be alike, or the body falls back there: see `is_alike`.
         """
-        node, passed = self, [self]
+        node: BranchNode = self
+        passed: list[BranchNode] = [node]
         for point in trace.branch_points:
             if node.end is _NOT_REACHED:
                 node.equations, node.end = point.equations, point

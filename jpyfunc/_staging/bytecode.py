@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from types import CodeType
+from typing import Any
 
 from jpyfunc._limits import BYTECODE_CACHE_SIZE
 
@@ -65,7 +66,7 @@ class _Instructions:
     """The instructions of a function, and how they follow each other."""
 
     def __init__(self, code: CodeType) -> None:
-        bytecode = dis.Bytecode(code)
+        bytecode: Any = dis.Bytecode(code)
         self._all = list(bytecode)
         self._at = {x.offset: k for k, x in enumerate(self._all)}
         self._handlers = [

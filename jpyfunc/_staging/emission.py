@@ -171,10 +171,11 @@ class _Emission:
             values = [self._value(x, scope) for x in node.end.results]
             results = map(_to_joined_dtype, values, self.leaves)
             return vary_alike([*results], self.operands)
-        if isinstance(node.end, Back) and loop is not None:  # it is in that of its head
-            positions = loop.layout.carried.values()
+        if isinstance(node.end, Back):
+            head: Any = loop  # a path back to a head is in the loop of that
+            positions = head.layout.carried.values()
             following = [self._value(node.end.following[i], scope) for i in positions]
-            after = loop.repeat([*map(jnp.asarray, following)])
+            after = head.repeat([*map(jnp.asarray, following)])
             return vary_alike(after, self.operands)
         if node.head is not None:
             layout = LoopLayout.of(node, node.head, node.end)

@@ -45,7 +45,7 @@ _ATOMS = {
 _CONSTANT_KINDS = {
     np.ufunc, CodeType, types.MemberDescriptorType, types.GetSetDescriptorType,
     types.MethodDescriptorType, types.WrapperDescriptorType,
-    types.ClassMethodDescriptorType, type(collections.namedtuple("_", "x").x),
+    types.ClassMethodDescriptorType, type(vars(collections.namedtuple("_", "x"))["x"]),
 }  # fmt: skip
 _CLASS_NAMES = [vars(type)[name].__get__ for name in ("__name__", "__qualname__")]
 _CLASS_ATTRIBUTES = {"__dict__", "__weakref__", "__abstractmethods__", "_abc_impl"}
