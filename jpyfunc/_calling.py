@@ -416,4 +416,5 @@ def _on_abstract_values(
         ).unflatten()
         return callee.function(*args, **kwargs)
 
-    return on_values
+    # A search for loops asks for the code of the body.
+    return functools.update_wrapper(on_values, callee.function, (), ())

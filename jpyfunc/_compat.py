@@ -25,6 +25,8 @@ from jax._src import linear_util as _linear_util
 from jax._src import mesh as _mesh
 from jax._src import sharding_impls as _sharding_impls
 from jax._src import util as _util
+from jax._src.interpreters import ad as _ad
+from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import mlir as _mlir
 from jax._src.lax.control_flow import loops as _loops
 from jax._src.lib import xla_client as _xla_client
@@ -118,6 +120,16 @@ class no_mesh:  # [all] # noqa: N801
         _mesh_state.device_context.set_local(self._concrete)
         self._abstract.__exit__(*exc_info)
 
+
+# A jaxpr, differentiated with respect to some operands, or batched along some axes. Each
+# also tells which results have tangents, or are batched; no public function does.
+jvp_jaxpr = _ad.jvp_jaxpr
+batch_jaxpr = _batching.batch_jaxpr
+batch_jaxpr_axes = _batching.batch_jaxpr_axes
+broadcast_axis = _batching.broadcast
+
+# Runs a primitive at once, compiled, and remembers the program by its parameters.
+apply_primitive = _dispatch.apply_primitive
 
 # Where the thread's concrete mesh is: [until 0.11.1] `config`, [since 0.11.2] `mesh`.
 _mesh_state: Any = _mesh if hasattr(_mesh, "device_context") else _config

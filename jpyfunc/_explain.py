@@ -12,7 +12,14 @@ from jpyfunc._arguments import Arguments
 from jpyfunc._calling import branch_tree
 from jpyfunc._errors import see
 from jpyfunc._py_func import py_func
-from jpyfunc._staging.branch_tree import BranchNode, BranchTree, Fallback
+from jpyfunc._staging.branch_tree import (
+    Back,
+    BranchNode,
+    BranchTree,
+    Fallback,
+    LoopHead,
+    Return,
+)
 from jpyfunc._staging.equations import BranchPoint
 from jpyfunc._wrapped import PyFunc, callee_of
 
@@ -74,10 +81,13 @@ class Explanation:
         Returns:
             `name`; `complete`, whether nothing calls Python; `operations` of JAX in
             total; `runs` on abstract values that it took; `result`, the `Tout` that was
-            inferred, or None; `error`, why it was not, or None; and `tree`. Each node of
-            the tree has `operations`, and either `place`, `line`, `true` and `false` of
-            the branch that follows, or `returns` (True), or `calls`, the reasons for a
-            call of Python.
+            inferred, or None; `error`, why it was not, or None; `unrolled`, a list of
+            the loops that are not compiled as loops, each with `place`, `line` and
+            `reason`; and `tree`. Each node of the tree has `operations`, and either
+            `place`, `line`, `true` and `false` of the branch that follows, or `returns`
+            (True), or `repeats`, the place of the loop whose next iteration follows, or
+            `calls`, the reasons for a call of Python. A branch that is the head of a loop
+            has `carries`, too: the arrays that the loop carries, by variable.
         """
         tree, result = self._tree, self._tree.result
         is_failure = isinstance(result, Exception)
@@ -88,28 +98,43 @@ class Explanation:
             "runs": tree.runs,
             "result": None if is_failure else str(result),
             "error": str(result) if is_failure else None,
+            "unrolled": [
+                {"place": place.removeprefix(" at "), "line": line, "reason": reason}
+                for (place, line), reason in tree.unrolled.items()
+            ],
             "tree": _as_dict(tree.root),
         }
 
     def _head(self) -> str:
         tree = self._tree
         ends = [node.end for node in tree.root.nodes()]
-        paths = sum(not isinstance(end, BranchPoint) for end in ends)
+        paths = sum(isinstance(end, Return | Fallback) for end in ends)
+        loops = sum(node.head is not None for node in tree.root.nodes())
         calls = sum(isinstance(end, Fallback) for end in ends)
         text = f"{self._name}: {_count(tree.size, 'operation')}, {_count(paths, 'path')}"
+        text += f", {_count(loops, 'loop')}" if loops else ""
         verb = "calls" if calls == 1 else "call"
         text += f", {calls} of which {verb} Python" if calls else ", all compiled"
         return text + (f"\n{tree.result}" if isinstance(tree.result, Exception) else "")
 
     def __repr__(self) -> str:
-        lines = [self._head()]
-        lines += ["  " * depth + text for depth, text in _lines(self._tree.root, 1)]
-        return "\n".join(lines)
+        lines = ["  " * depth + text for depth, text in self._lines()]
+        return "\n".join([self._head(), *lines])
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """Yield the loops that are none, and the tree, as lines of text with depths."""
+        for (place, line), reason in self._tree.unrolled.items():
+            yield (
+                1,
+                f"not compiled as a loop: {line}  [{_short(place).removeprefix(' at ')}]",
+            )
+            yield 2, reason
+        yield from _lines(self._tree.root, 1)
 
     def _repr_html_(self) -> str:
         rows = "".join(
             f'<div style="margin-left: {1.5 * depth}em">{html.escape(text)}</div>'
-            for depth, text in _lines(self._tree.root, 1)
+            for depth, text in self._lines()
         )
         head = html.escape(self._head()).replace("\n", "<br>")
         return f'<div style="font-family: monospace">{head}{rows}</div>'
@@ -128,14 +153,28 @@ def _as_dict(node: BranchNode) -> dict[str, Any]:
     entry: dict[str, Any] = {"operations": node.size}
     if isinstance(node.end, Fallback):
         return entry | {"calls": list(node.end.reasons)}
+    if isinstance(node.end, Back):
+        return entry | {"repeats": _place(node.end.head)}
     if not isinstance(node.end, BranchPoint):
         return entry | {"returns": True}
+    if node.head is not None:
+        entry["carries"] = _carries(node.head)
     return entry | {
-        "place": node.end.place.removeprefix(" at "),
+        "place": _place(node),
         "line": node.end.line,
         "true": _as_dict(node.branches[True]),
         "false": _as_dict(node.branches[False]),
     }
+
+
+def _place(node: BranchNode) -> str:
+    return node.end.place.removeprefix(" at ") if isinstance(node.end, BranchPoint) else ""
+
+
+def _carries(head: LoopHead) -> dict[str, str]:
+    """The variables that a loop changes, with shape and dtype; the test is none."""
+    positions = [i for i in head.carried().values() if i > 0]
+    return {head.names[i]: head.avals[i].str_short() for i in positions}
 
 
 def _lines(node: BranchNode, depth: int) -> Iterator[tuple[int, str]]:
@@ -147,9 +186,15 @@ def _lines(node: BranchNode, depth: int) -> Iterator[tuple[int, str]]:
     elif isinstance(node.end, BranchPoint):
         place = _short(node.end.place).removeprefix(" at ")
         yield depth, f"{node.end.line}  [{place}]"
+        if node.head is not None:
+            carried = [f"{name}: {aval}" for name, aval in _carries(node.head).items()]
+            yield depth, f"a loop that carries {', '.join(carried)}"
         for answer in (True, False):
             (first, text), *rest = _lines(node.branches[answer], depth + 1)
             yield first, f"{answer}: {text}"
             yield from rest
+    elif isinstance(node.end, Back):
+        place = _short(f" at {_place(node.end.head)}").removeprefix(" at ")
+        yield depth, f"next iteration  [{place}]"
     else:
         yield depth, "returns"

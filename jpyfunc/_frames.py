@@ -24,10 +24,12 @@ def user_frame(frames: Iterable[FrameType] | None = None) -> FrameType | None:
     """
     if frames is None:
         frames = (frame for frame, _ in traceback.walk_stack(None))
-    for frame in frames:
-        if _package_of(frame) not in _LIBRARIES:
-            return frame
-    return None
+    return next((frame for frame in frames if not is_library_frame(frame)), None)
+
+
+def is_library_frame(frame: FrameType) -> bool:
+    """Tell whether a frame runs code of a library, and not the user's."""
+    return _package_of(frame) in _LIBRARIES
 
 
 def is_called_from(package: str) -> bool:

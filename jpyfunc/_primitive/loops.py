@@ -1,4 +1,4 @@
-"""Stateful calls in `cond`, `while_loop` and `scan`: run as often as written, or refused.
+"""Stateful calls in `cond`, loops and `scan`: run as often as written, or refused.
 
 A stateful call must run exactly as often as the program says, but some rules of these
 primitives would run it more often, or less: under `vmap`, `cond` executes all branches;
@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 from jax.extend.core.primitives import jit_p
 from jax.interpreters import batching, partial_eval
 
 from jpyfunc import _compat
 from jpyfunc._errors import UnsupportedError, see
+from jpyfunc._loops.while_loop import loop_p
 from jpyfunc._primitive.effects import StatefulEffect
 from jpyfunc._types import Array
 
@@ -26,13 +27,15 @@ Rule = Callable[..., object]  # of JAX
 
 
 def guard_stateful_calls() -> None:
-    """Replace the rules of `cond`, `while_loop` and `scan` that could repeat a call."""
+    """Replace the rules of `cond`, loops and `scan` that could repeat a call."""
     batchers = batching.fancy_primitive_batchers
     cond_p, while_p = jax.lax.cond_p, jax.lax.while_p
     batchers[cond_p] = _refusing_in_cond(batchers[cond_p])
     batchers[while_p] = _refusing_in_while(batchers[while_p])
     partial_evals = partial_eval.custom_partial_eval_rules
     partial_evals[while_p] = _refusing_in_linearized_while(partial_evals[while_p])
+    batchers[loop_p] = _refusing_in_loop(batchers[loop_p])
+    partial_evals[loop_p] = _refusing_in_linearized_while(partial_evals[loop_p])
     _compat.wrap_hoisting_of_scan(_hoisting_unless_stateful)
 
 
@@ -78,11 +81,26 @@ def _refusing_in_while(rule: Rule) -> Rule:
         # Loops without stateful calls do not pay for the search, which JAX repeats.
         for effect in _stateful(params["cond_jaxpr"], params["body_jaxpr"]):
             if _is_test_batched(dims, **params):
-                raise _refusal(
-                    effect,
-                    "while_loop",
-                    "executes every iteration for every element, those that are done too",
-                )
+                raise _refusal_in_while(effect)
+        return rule(axis_data, operands, dims, **params)
+
+    return batch
+
+
+def _refusing_in_loop(rule: Rule) -> Rule:
+    """Batching rule of our own loop, with the same refusal."""
+
+    def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
+        test, body, n = params["test"], params["body"], params["consts"]
+        for effect in _stateful(test, body):
+            if _is_test_batched(
+                [*dims[:n], *dims],
+                cond_jaxpr=test,
+                cond_nconsts=n,
+                body_jaxpr=body,
+                body_nconsts=n,
+            ):
+                raise _refusal_in_while(effect)
         return rule(axis_data, operands, dims, **params)
 
     return batch
@@ -123,6 +141,14 @@ def _batched(jaxpr: ClosedJaxpr | Jaxpr, operands: Sequence[bool]) -> list[bool]
     return [id(v) in live for v in inner.outvars]
 
 
+def _refusal_in_while(effect: StatefulEffect) -> UnsupportedError:
+    return _refusal(
+        effect,
+        "while_loop",
+        "executes every iteration for every element, those that are done too",
+    )
+
+
 def _refusal(effect: StatefulEffect, what: str, does: str) -> UnsupportedError:
     return UnsupportedError(
         f"{effect.name} is stateful and is called inside {what} under vmap, which {does}. "
@@ -144,7 +170,7 @@ def _refusing_in_linearized_while(rule: Rule) -> Rule:
 
     def partial_eval_while(trace: object, *tracers: Any, **params: Any) -> Any:
         if not all(t.pval.is_known() for t in tracers):
-            for effect in _stateful(params["cond_jaxpr"], params["body_jaxpr"]):
+            for effect in _stateful(*jaxprs_in_params(params)):
                 raise UnsupportedError(
                     f"{effect.name} is stateful and is called inside a while_loop that "
                     "is linearized, which would run the loop a second time for the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,9 @@ from jpyfunc._staging.equations import (
     ValueRef,
     operation_count,
 )
-from jpyfunc._staging.numpy_constants import copy_numpy, holds_numpy
+from jpyfunc._staging.loop_search import LoopSearch
+from jpyfunc._staging.numpy_constants import NumpyCopies, holds_numpy
+from jpyfunc._staging.visits import has_value
 
 
 class TooManyBranchPoints(BaseException):
@@ -56,7 +58,9 @@ class AbstractTrace(BodyTrace):
         is_open: whether the body is still running.
     """
 
-    def __init__(self, label: str, script: Sequence[bool], shapes_only: bool) -> None:
+    def __init__(
+        self, label: str, script: Sequence[bool], shapes_only: bool, loops: LoopSearch
+    ) -> None:
         """Begin a run.
 
         Args:
@@ -64,6 +68,7 @@ class AbstractTrace(BodyTrace):
             script: the answers to the first truth tests; further ones are answered False.
             shapes_only: whether to look into functions with custom derivative rules, which
                 are then lost, rather than to record each as one operation.
+            loops: finds the loops of the run.
         """
         super().__init__()
         self._label = label
@@ -71,7 +76,8 @@ class AbstractTrace(BodyTrace):
         self._shapes_only = shapes_only
         self._count = 0
         self._constants: dict[int, tuple[weakref.ref[jax.Array], Constant]] = {}
-        self._copies: dict[Hashable, tuple[Any, Any]] = {}  # originals and copies
+        self._copies = NumpyCopies()
+        self.loops = loops
         self.is_open = True
         self.branch_points: list[BranchPoint] = []
         self.equations: list[Equation] = []
@@ -85,10 +91,15 @@ class AbstractTrace(BodyTrace):
             return "a branch"
         return f"the branch{self.branch_points[n - 1].place}"
 
-    def new_tracer(self, aval: ShapedArray) -> AbstractTracer:
+    @property
+    def value_count(self) -> int:
+        """The number of values that the run has made so far."""
+        return self._count
+
+    def new_tracer(self, aval: ShapedArray, is_constant: bool = False) -> AbstractTracer:
         """Make the next value of the run."""
         self._count += 1
-        return AbstractTracer(self, aval, self._count - 1)
+        return AbstractTracer(self, aval, self._count - 1, is_constant)
 
     def atom(self, value: Any) -> Atom:
         """Return `value` as it is recorded, as an operand or as a result of the body."""
@@ -100,42 +111,12 @@ class AbstractTrace(BodyTrace):
         # Python reuses the id of an array that is gone, whose reference is dead then.
         if found is not None and found[0]() is value:
             return found[1]
-        return self._copied(value)
-
-    def _copied(self, value: Any) -> Any:
-        """Return `value` with copies of the NumPy arrays in it, which the body may change.
-
-        What is recorded is computed once all runs are over and the program is traced, or
-        compiled. By then the body may have used the same buffer for other numbers. An array
-        is copied again whenever its content has changed. One copy serves all equal views
-        of the same memory, and one copy of a jaxpr all its uses, because JAX knows jaxprs
-        by identity. A jaxpr is not looked at again: a function that was traced has the
-        constants of that moment.
-        """
-        if isinstance(value, np.ndarray):
-            memory = value.__array_interface__["data"][0], value.strides
-            weak = getattr(value, "weak_type", None)
-            key: Hashable = (memory, value.shape, value.dtype, weak)
-            _, copy = self._copies.get(key, (None, None))
-            if copy is not None and copy.tobytes() == value.tobytes():
-                return copy
-        elif _compat.is_jaxpr(value):
-            key = id(value)
-            if not holds_numpy(value):
-                return value
-            if key in self._copies:
-                return self._copies[key][1]
-        elif type(value) in (tuple, list):
-            return copy_numpy(value, self._copied)
-        else:
-            return value
-        # The original is kept, too, so that nothing else gets its memory or its id.
-        self._copies[key] = value, copy_numpy(value, self._copied)
-        return self._copies[key][1]
+        return self._copies.copied(value)
 
     def close(self) -> None:
         """End the run: from now on its values are refused wherever they are used."""
         self.is_open = False
+        self.loops.close(self)
         self._constants.clear()
         self._copies.clear()
 
@@ -162,11 +143,13 @@ class AbstractTrace(BodyTrace):
 
         Raises:
             TooManyBranchPoints: the run has come to too many.
+            RunConcluded: the run need not go on.
         """
         n = len(self.branch_points)
         if n >= MAX_BRANCH_POINTS:
             raise TooManyBranchPoints
         answer = self._script[n] if n < len(self._script) else False
+        answer = self.loops.answer(self, test, answer)
         frame = user_frame()
         place, line = place_of_frame(frame), line_of(frame)
         self.branch_points.append(
@@ -181,7 +164,7 @@ class AbstractTrace(BodyTrace):
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if any(map(holds_numpy, params.values())):
-            params = {name: self._copied(value) for name, value in params.items()}
+            params = {name: self._copies.copied(value) for name, value in params.items()}
         avals = [jax.typeof(t) for t in tracers]
         outs, effects = primitive.abstract_eval(*avals, **params)
         calls = is_host_call(primitive, params)
@@ -193,16 +176,17 @@ class AbstractTrace(BodyTrace):
             # gets the predicate of its path: see `emission`.
             self.record_refusal("it calls Python itself")
         outs = outs if primitive.multiple_results else [outs]
+        is_pure = not effects and not calls
         jaxpr = params.get("jaxpr")
         signature = primitive, params
         if primitive is jit_p and any(map(is_abstract, jaxpr.consts)):
             # A jitted function has closed over values of the run. They are operands, too.
             call, operands = _compat.opened(jaxpr), [*jaxpr.consts, *tracers]
             size = operation_count(jaxpr)
-            results = self._record(signature, call, operands, outs, size)
+            results = self._record(signature, call, operands, outs, size, is_pure)
         else:
             size = sum(map(operation_count, jaxprs_in_params(params))) or 1
-            call, is_pure = bind_function(primitive, params), not effects and not calls
+            call = bind_function(primitive, params)
             results = self._record(signature, call, tracers, outs, size, is_pure)
         return results if primitive.multiple_results else results[0]
 
@@ -213,27 +197,34 @@ class AbstractTrace(BodyTrace):
         operands: Sequence[Any],
         avals: Sequence[ShapedArray],
         size: int,
-        is_pure: bool = True,
+        is_pure: bool,
     ) -> list[Any]:
         """Record an operation, unless its results are known, and return its results.
 
         What depends on no operand of the body is computed at once, whatever its size: the
         body gets an array, which it may look at and keep for good, as it does with data.
+        A loop that carries such an array needs the operations, too: see `LoopFindings`.
         """
         atoms = tuple(map(self.atom, operands))
-        signature = (*signature, *avals)
+        self.loops.note_operation()
         # Over manual axes there are no arrays outside of the program.
         is_local = not any(aval.manual_axis_type.varying for aval in avals)
-        if is_pure and is_local and not any(isinstance(x, Tracer) for x in operands):
+        is_constant = is_pure and is_local and all(map(_is_constant, operands))
+        if is_constant and not self.loops.is_unfolded:
             depths = [x.equation.depth for x in atoms if isinstance(x, Constant)]
             depth = 1 + max(depths, default=0)
-            equation = Equation(signature, call, atoms, 0, size, depth)
-            with set_current_trace(_compat.eval_trace):
-                results = list(call(*operands))
+            equation = Equation(signature, (*avals,), call, atoms, 0, size, depth)
+            results = _computed(call, operands)
             self._remember_constants(equation, results)
             return results
-        self.equations.append(Equation(signature, call, atoms, self._count, size))
-        return [self.new_tracer(aval) for aval in avals]
+        equation = Equation(signature, (*avals,), call, atoms, self._count, size)
+        self.equations.append(equation)
+        tracers = [self.new_tracer(aval, is_constant) for aval in avals]
+        if is_constant and all(map(has_value, filter(is_abstract, operands))):
+            values = [x.value if is_abstract(x) else x for x in operands]
+            for tracer, value in zip(tracers, _computed(call, values), strict=True):
+                tracer.value = value
+        return tracers
 
     def _remember_constants(self, equation: Equation, results: Sequence[jax.Array]) -> None:
         """Remember how results were computed that are too large to embed in the program.
@@ -271,7 +262,7 @@ class AbstractTrace(BodyTrace):
         self, call: Callable[..., list[Any]], operands: Sequence[Any]
     ) -> list[Any]:
         with set_current_trace(_compat.eval_trace):
-            closed = self._copied(jax.make_jaxpr(call)(*operands))
+            closed = self._copies.copied(jax.make_jaxpr(call)(*operands))
         is_pure = not calls_host(closed)
         if not is_pure:
             self.record_refusal("it calls Python itself")
@@ -280,3 +271,15 @@ class AbstractTrace(BodyTrace):
         return self._record(
             (closed,), _compat.opened(closed), operands, outs, size, is_pure
         )
+
+
+def _is_constant(operand: Any) -> bool:
+    """Tell whether an operand depends on no operand of the body."""
+    return operand.is_constant if is_abstract(operand) else not isinstance(operand, Tracer)
+
+
+def _computed(
+    call: Callable[..., Sequence[Any]], operands: Sequence[Any]
+) -> list[jax.Array]:
+    with set_current_trace(_compat.eval_trace):
+        return list(call(*operands))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
+from jax.sharding import ManualAxisType
 
 from jpyfunc._frames import line_of, user_frame
 from jpyfunc._interpreters.base_tracer import BodyTracer, UnreadValue
@@ -23,14 +25,21 @@ class AbstractTracer(BodyTracer):
 
     Attributes:
         number: its position among the values of the run.
+        is_constant: whether it depends on no operand of the body.
+        value: of a constant, its data, which the body may look at; None once a loop has
+            carried it, or what it was computed from.
     """
 
-    __slots__ = ("_aval", "number")
+    __slots__ = ("_aval", "is_constant", "number", "value")
 
-    def __init__(self, trace: Any, aval: ShapedArray, number: int) -> None:
+    def __init__(
+        self, trace: Any, aval: ShapedArray, number: int, is_constant: bool = False
+    ) -> None:
         self.body_trace = trace
         self._aval = aval
         self.number = number
+        self.is_constant = is_constant
+        self.value: jax.Array | None = None
 
     @property
     def aval(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -40,7 +49,16 @@ class AbstractTracer(BodyTracer):
             raise self.body_trace.left_behind()
         return self._aval
 
+    def release(self, axes: frozenset[str]) -> None:
+        """Have no value from now on, and vary over these manual axes: a loop changes it."""
+        self.value = None
+        if self._aval.manual_axis_type.varying != axes:
+            varying = ManualAxisType(varying=axes)
+            self._aval = self._aval.update(manual_axis_type=varying)
+
     def to_concrete_value(self) -> Any:
+        if self.value is not None:
+            return self.value
         # A test in a function that the body differentiates or maps is asked of a tracer of
         # `jax.grad` or `jax.vmap`, which asks for its primal's value here.
         if self.aval.dtype == jnp.bool_ and self.aval.size == 1:
@@ -48,14 +66,21 @@ class AbstractTracer(BodyTracer):
         return None
 
     def decide(self) -> bool:
-        return self.body_trace.answer(self)
+        return self.body_trace.answer(self) if self.value is None else bool(self.value)
 
-    def concrete(self, use: str) -> NoReturn:
-        """Refuse a use that needs the value.
+    def placement(self, name: str) -> Any:
+        return super().placement(name) if self.value is None else getattr(self.value, name)
+
+    def concrete(self, use: str) -> jax.Array:
+        """Return the value of a constant, and refuse a use that needs another.
 
         Raises:
-            NeedsValueError: always.
+            NeedsValueError: it has none.
         """
+        if self.value is not None:
+            return self.value
+        if self.is_constant:
+            self.body_trace.loops.keep_folded()
         use = f"{use} of {self.aval.str_short()}"
         self.body_trace.record_refusal(use)
         raise NeedsValueError(use)

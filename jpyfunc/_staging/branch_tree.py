@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from jax.core import ShapedArray
@@ -22,9 +22,17 @@ from jpyfunc._limits import (
 )
 from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
 from jpyfunc._staging.abstract_tracer import NeedsValueError
-from jpyfunc._staging.equations import Atom, BranchPoint, Equation, is_alike
-from jpyfunc._staging.exploration import AbstractRun, explore
+from jpyfunc._staging.equations import (
+    Atom,
+    BranchPoint,
+    Equation,
+    ValueRef,
+    is_alike,
+    is_one,
+)
+from jpyfunc._staging.exploration import AbstractRun, LearnedMore, explore
 from jpyfunc._staging.inference import JoinedPaths
+from jpyfunc._staging.loop_search import BackEdge, LoopFindings
 from jpyfunc._tout import Template
 
 
@@ -42,11 +50,66 @@ class Fallback:
     reasons: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Back:
+    """The end of a path that comes back to the head of a loop.
+
+    Attributes:
+        head: a node further up, whose branch point the path comes back to.
+        following: what the values of the head are in the next iteration.
+    """
+
+    head: BranchNode
+    following: list[Atom]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class LoopHead:
+    """The loop that begins at a branch point.
+
+    Attributes:
+        names: how to write the arrays that Python's state leads to at the branch point,
+            the test first.
+        avals: theirs.
+        values: what they are when the program comes to the loop.
+        unready: the positions of those that it cannot carry as they are.
+        answers: those of the branch points up to the loop.
+        changed: positions of those that are not the same in each iteration.
+    """
+
+    names: list[str]
+    avals: list[ShapedArray]
+    values: list[Atom]
+    unready: set[int]
+    answers: tuple[bool, ...]
+    changed: set[int]
+
+    def carried(self) -> dict[int, int]:
+        """The positions of the values that the loop carries, by their numbers."""
+        numbers: dict[int, int] = {}
+        for i in sorted(self.changed):
+            value = self.values[i]
+            if isinstance(value, ValueRef):  # what changes has no other value
+                numbers.setdefault(value.number, i)
+        return numbers
+
+    def carry(self, numbers: Collection[int]) -> bool:
+        """Carry the values of these numbers, too, and return whether that is new."""
+        before = len(self.changed)
+        self.changed.update(
+            i
+            for i, x in enumerate(self.values)
+            if isinstance(x, ValueRef) and x.number in numbers
+        )
+        return len(self.changed) > before
+
+
 _NOT_REACHED = Fallback(("no run has come here",))
+_NOT_CARRIED = Fallback(("a loop changes an array whose value the body may use",))
 _DIFFERENT_RUNS = Fallback(("it does something else when it runs again",))
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class BranchNode:
     """The operations between two branch points, and what follows them.
 
@@ -54,11 +117,13 @@ class BranchNode:
         equations: the operations.
         end: the branch point after them, or the end of the path.
         branches: what follows a branch point, by its answer.
+        head: what makes the branch point the head of a loop, or None.
     """
 
     equations: list[Equation] = dataclasses.field(default_factory=list)
-    end: BranchPoint | Return | Fallback = _NOT_REACHED
+    end: BranchPoint | Return | Fallback | Back = _NOT_REACHED
     branches: dict[bool, BranchNode] = dataclasses.field(default_factory=dict)
+    head: LoopHead | None = None
 
     @property
     def size(self) -> int:
@@ -76,13 +141,14 @@ class BranchNode:
         """Whether the body is called on some path from here."""
         return any(isinstance(node.end, Fallback) for node in self.nodes())
 
-    def add_path(self, trace: AbstractTrace, end: Return | Fallback) -> None:
+    def add_path(self, trace: AbstractTrace, end: Return | Fallback | BackEdge) -> None:
         """Add a run to the tree that begins here.
 
         All up to the first branch point where the run took a branch of its own was met by
         earlier runs. It must be alike, or the body falls back there: see `is_alike`.
         """
-        node = self
+        node: BranchNode = self
+        passed: list[BranchNode] = [node]
         for point in trace.branch_points:
             if node.end is _NOT_REACHED:
                 node.equations, node.end = point.equations, point
@@ -94,13 +160,19 @@ class BranchNode:
                 node._fall_back(_DIFFERENT_RUNS)
                 return
             node = node.branches.setdefault(point.answer, BranchNode())
+            passed.append(node)
         if node.end is _NOT_REACHED:
-            node.equations, node.end = trace.equations, end
+            if isinstance(end, BackEdge):
+                answers = tuple(point.answer for point in trace.branch_points[: end.head])
+                node.equations = end.equations
+                node.end = passed[end.head]._go_back(end, answers)
+            else:
+                node.equations, node.end = trace.equations, end
         else:  # no two scripts have the same path, so the body did not follow this one
             node._fall_back(_DIFFERENT_RUNS)
 
     def fill_gaps(self, reason: str) -> None:
-        """Fall back where no run came, and before a branch point whose branches both do.
+        """Fall back where no run came, and before a branch point after which all paths do.
 
         A call does all that the body does, so the operations that lead to it are dropped.
         """
@@ -112,14 +184,60 @@ class BranchNode:
             return
         for answer in (False, True):
             self.branches.setdefault(answer, BranchNode()).fill_gaps(reason)
-        ends = [self.branches[answer].end for answer in (True, False)]
-        fallbacks = [end for end in ends if isinstance(end, Fallback)]
-        if len(fallbacks) == 2:
-            reasons = dict.fromkeys(reason for end in fallbacks for reason in end.reasons)
-            self._fall_back(Fallback(tuple(reasons)))
+        if not self.goals():
+            ends = [node.end for node in self.nodes()]
+            found = [end for end in ends if isinstance(end, Fallback)]
+            reasons = dict.fromkeys(reason for end in found for reason in end.reasons)
+            self._fall_back(Fallback(tuple(reasons) or ("it never returns",)))
+
+    def carry_changes(self, findings: LoopFindings) -> None:
+        """Let loops carry what only loops inside them change.
+
+        A path back to the head of a loop leaves each loop inside at its head, where what
+        that carries is named as it was before it.
+
+        Raises:
+            LearnedMore: a loop carries what it cannot carry as it is.
+        """
+        heads = [(node, node.head) for node in self.nodes() if node.head is not None]
+        inside = [
+            (outer, inner)
+            for node, outer in heads
+            for after, inner in heads
+            if node is not after and node in after.goals()
+        ]
+        grows = True
+        while grows:
+            grows = any([outer.carry(inner.carried()) for outer, inner in inside])
+        for node, head in heads:
+            unready = head.unready & head.changed
+            if unready and findings.release(head.values, head.answers, unready):
+                raise LearnedMore
+            if unready:
+                node._fall_back(_NOT_CARRIED)
+
+    def goals(self) -> set[BranchNode | None]:
+        """Find where compiled paths lead: to heads further up, and None for a result."""
+        if isinstance(self.end, Back):
+            return {self.end.head}
+        if isinstance(self.end, Return):
+            return {None}
+        return set().union(*(node.goals() for node in self.branches.values())) - {self}
+
+    def _go_back(self, edge: BackEdge, answers: tuple[bool, ...]) -> Fallback | Back:
+        """Make this node the head of a loop, and return the end of a path back to it."""
+        if self.head is None:
+            self.head = LoopHead(
+                edge.names, edge.avals, edge.first, edge.unready, answers, set()
+            )
+        if self.head.names != edge.names or not is_alike(self.head.values, edge.first):
+            return _DIFFERENT_RUNS
+        values = enumerate(zip(edge.first, edge.following, strict=True))
+        self.head.changed.update(i for i, (a, b) in values if not is_one(a, b))
+        return Back(self, edge.following)
 
     def _fall_back(self, end: Fallback) -> None:
-        self.equations, self.end, self.branches = [], end, {}
+        self.equations, self.end, self.branches, self.head = [], end, {}, None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,16 +249,31 @@ class BranchTree:
         result: what it returns, complete, or the error that says why that cannot be
             inferred.
         runs: how many runs on abstract values it took.
+        no_heads: why a truth test that is repeated is not the head of a loop, by its
+            place and line.
     """
 
     root: BranchNode
     result: Template | InferenceError | ResultError
     runs: int
+    no_heads: dict[tuple[str, str], str]
 
     @property
     def size(self) -> int:
         """The number of JAX operations in it."""
         return sum(node.size for node in self.root.nodes())
+
+    @property
+    def unrolled(self) -> dict[tuple[str, str], str]:
+        """Why loops are none that are not compiled to their end, by place and line."""
+        if not self.root.falls_back and isinstance(self.result, Template):
+            return {}
+        heads = {
+            (node.end.place, node.end.line)
+            for node in self.root.nodes()
+            if node.head is not None and isinstance(node.end, BranchPoint)
+        }
+        return {key: why for key, why in self.no_heads.items() if key not in heads}
 
 
 def stage(
@@ -159,17 +292,40 @@ def stage(
         label: what errors call the function.
         limit: the number of runs on abstract values at most.
     """
+    findings = LoopFindings()
+    while True:
+        try:
+            return _stage(func, avals, declared, label, limit, findings)
+        except LearnedMore:
+            continue
+
+
+def _stage(
+    func: Callable[[list[Any]], Any],
+    avals: Sequence[ShapedArray],
+    declared: Template | None,
+    label: str,
+    limit: int,
+    findings: LoopFindings,
+) -> BranchTree:
     root, paths, runs = BranchNode(), JoinedPaths(declared, label), 0
-    for run in explore(func, avals, declared, label, limit, shapes_only=False):
+    explored = explore(
+        func, avals, declared, label, limit, shapes_only=False, findings=findings
+    )
+    for run in explored:
         runs += 1
         paths.add(run)
         reason = _why_not_compiled(run)
-        root.add_path(run.trace, Fallback((reason,)) if reason else Return(run.results))
+        back = run.trace.loops.back
+        root.add_path(
+            run.trace, Fallback((reason,)) if reason else back or Return(run.results)
+        )
+    root.carry_changes(findings)
     root.fill_gaps(f"the {limit} runs on abstract values are used up before they come here")
     if declared is not None and declared.complete:
         # A path that returns something else falls back, and the call says so, with data.
-        return BranchTree(root, declared, runs)
-    return BranchTree(root, paths.result(), runs)
+        return BranchTree(root, declared, runs, findings.reasons)
+    return BranchTree(root, paths.result(), runs, findings.reasons)
 
 
 def _why_not_compiled(run: AbstractRun) -> str:

@@ -37,8 +37,8 @@ class Equation:
     """One recorded operation.
 
     Attributes:
-        signature: the primitive or jaxpr, its parameters, and the avals of the results.
-            Runs are compared by it.
+        signature: the primitive and its parameters, or the jaxpr. Runs are compared by it.
+        avals: those of the results.
         call: computes the list of results from the operands.
         operands: `ValueRef`s, `Constant`s, arrays and Python numbers.
         first: number of the first result.
@@ -48,6 +48,7 @@ class Equation:
     """
 
     signature: tuple[Any, ...]
+    avals: tuple[ShapedArray, ...]
     call: Callable[..., Sequence[Any]]
     operands: tuple[Atom, ...]
     first: int
@@ -124,14 +125,20 @@ def is_alike(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(is_alike(a[k], b[k]) for k in a)
     if isinstance(a, Equation):
-        return is_alike((a.signature, a.operands), (b.signature, b.operands))
+        own = (a.signature, a.avals, a.operands), (b.signature, b.avals, b.operands)
+        return is_alike(*own)
     if _compat.is_jaxpr(a):
-        return is_alike(_content(a), _content(b))
+        return is_alike(content_of(a), content_of(b))
     # Two of one type that differ as objects: each run has made its own, as said above.
     is_function = callable(a) or hasattr(a, "call_wrapped")
     if is_function or type(a).__eq__ is object.__eq__:
         return True
     return bool(a == b) or (a != a and b != b)  # NaN
+
+
+def is_one(a: Atom, b: Atom) -> bool:
+    """Tell whether two atoms are one value of one run."""
+    return a is b or (isinstance(a, ValueRef) and isinstance(b, ValueRef) and a == b)
 
 
 def _is_alike_array(a: Any, b: Any) -> bool:
@@ -141,8 +148,8 @@ def _is_alike_array(a: Any, b: Any) -> bool:
     if isinstance(a, Constant) and isinstance(b, Constant):
         # Not their operands: constants may share these, so that following them would visit
         # some exponentially often.
-        own = (a.index, a.equation.signature), (b.index, b.equation.signature)
-        return is_alike(*own)
+        x, y = a.equation, b.equation
+        return is_alike((a.index, x.signature, x.avals), (b.index, y.signature, y.avals))
     if isinstance(a, Constant) or isinstance(b, Constant) or a.size > MAX_CONSTANT_SIZE:
         return True
     with set_current_trace(_compat.eval_trace):
@@ -151,13 +158,13 @@ def _is_alike_array(a: Any, b: Any) -> bool:
     return data[0].tobytes() == data[1].tobytes()
 
 
-def _content(jaxpr: Any) -> Any:
+def content_of(jaxpr: Any) -> Any:
     """Return a jaxpr as nested lists, with numbers for its variables."""
     numbers: dict[int, int] = {}
 
     def atom(x: Any) -> Any:
         is_literal = isinstance(x, Literal)
-        return x.val if is_literal else (numbers.setdefault(id(x), len(numbers)), x.aval)
+        return x.val if is_literal else numbers.setdefault(id(x), len(numbers)), x.aval
 
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     operands = [atom(x) for x in (*inner.constvars, *inner.invars)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import heapq
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -13,12 +14,18 @@ from jax.core import ShapedArray
 from jax.extend.core import set_current_trace, take_current_trace
 
 from jpyfunc._conversion import Array, is_weak
+from jpyfunc._frames import code_of
 from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
 from jpyfunc._staging.equations import Atom
+from jpyfunc._staging.loop_search import LoopFindings, LoopSearch, RunConcluded
 from jpyfunc._staging.muted_streams import mute_streams
 from jpyfunc._tout import Leaf, Template
 
 Result = TypeVar("Result")
+
+
+class LearnedMore(Exception):  # noqa: N818 - it is no error
+    """An exploration has found out how runs are to be recorded, and has to begin again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,8 +78,8 @@ class AbstractRun:
         trace: the record of what it did.
         template: what it returned, complete, or None if it did not return.
         results: the results as they are recorded, one per leaf of the template.
-        error: how it ended, if it did not return: an `Exception`, or
-            `TooManyBranchPoints`.
+        error: how it ended, if it did neither return nor come back to the head of a
+            loop: an `Exception`, or `TooManyBranchPoints`.
     """
 
     trace: AbstractTrace
@@ -102,6 +109,7 @@ def explore(
     limit: int,
     *,
     shapes_only: bool,
+    findings: LoopFindings,
 ) -> Iterator[AbstractRun]:
     """Run a body on abstract values, taking both branches at each truth test.
 
@@ -114,6 +122,10 @@ def explore(
         shapes_only: whether the record may be wrong about values: a function with a custom
             derivative rule is then looked into, and may branch. Otherwise it is recorded
             as one operation, with its rule, and may not branch.
+        findings: about loops. They hold for these arguments alone.
+
+    Raises:
+        LearnedMore: the exploration is to begin again, with the same `findings`.
     """
     waiting: list[tuple[int, int, list[bool]]] = [(0, 0, [])]  # length, discovery, script
     discovered = 0
@@ -123,15 +135,20 @@ def explore(
         if not waiting:
             break
         _, _, script = heapq.heappop(waiting)
-        trace = AbstractTrace(label, script, shapes_only)
-        # Set for the run alone: whoever takes the runs from here is outside of it.
-        token = _current.set(current)
-        try:
-            run = _run(func, avals, declared, label, trace)
-        finally:
-            _current.reset(token)
+        run = None
+        while run is None or run.trace.loops.is_to_repeat:
+            loops = LoopSearch(findings, len(script), sys._getframe(), code_of(func))
+            trace = AbstractTrace(label, script, shapes_only, loops)
+            # Set for the run alone: whoever takes the runs from here is outside of it.
+            token = _current.set(current)
+            try:
+                run = _run(func, avals, declared, label, trace)
+            finally:
+                _current.reset(token)
+            if loops.has_learned:
+                raise LearnedMore
         yield run
-        answers = [point.answer for point in trace.branch_points]
+        answers = [point.answer for point in run.trace.branch_points]
         for i in range(len(script), len(answers)):
             discovered += 1
             heapq.heappush(waiting, (i + 1, discovered, [*answers[:i], True]))
@@ -144,16 +161,19 @@ def _run(
     label: str,
     trace: AbstractTrace,
 ) -> AbstractRun:
+    template, results, error = None, [], None
     try:
         with mute_streams(), take_current_trace(), set_current_trace(trace):
             result = func([*map(trace.new_tracer, avals)])
             template, arrays = _template_of(result, declared, label)
             results = [*map(trace.atom, arrays)]
-    except (TooManyBranchPoints, Exception) as error:  # noqa: BLE001 - the caller judges it
-        return AbstractRun(trace, None, [], error)
+    except (RunConcluded, TooManyBranchPoints, Exception) as raised:  # noqa: BLE001 - the caller judges it
+        error = raised
     finally:
         trace.close()
-    return AbstractRun(trace, template, results, None)
+    if trace.loops.back:  # however the body has taken the exception that says so
+        return AbstractRun(trace, None, [], None)
+    return AbstractRun(trace, template, results, error)
 
 
 def _template_of(

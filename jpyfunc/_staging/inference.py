@@ -23,6 +23,7 @@ from jpyfunc._limits import (
 from jpyfunc._staging.abstract_trace import TooManyBranchPoints
 from jpyfunc._staging.abstract_tracer import NeedsValueError
 from jpyfunc._staging.exploration import AbstractRun, explore
+from jpyfunc._staging.loop_search import LoopFindings
 from jpyfunc._tout import Leaf, Template
 
 # What a body raises where it needs a value.
@@ -57,7 +58,17 @@ def infer(
         ResultError: a branch returns what the template does not allow.
     """
     paths = JoinedPaths(declared, label)
-    runs = explore(func, avals, declared, label, MAX_ABSTRACT_RUNS, shapes_only=True)
+    # A loop that carries known arrays is run as often as they say.
+    findings = LoopFindings(may_unfold=False)
+    runs = explore(
+        func,
+        avals,
+        declared,
+        label,
+        MAX_ABSTRACT_RUNS,
+        shapes_only=True,
+        findings=findings,
+    )
     for run in runs:
         paths.add(run)
         # This path may return something else than all others, which nothing would tell

@@ -8,7 +8,7 @@ have a copy of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -86,3 +86,47 @@ def _copy_in_atom(atom: Any) -> Any:
 
 def _are_same(copies: Any, originals: Any) -> bool:
     return all(a is b for a, b in zip(copies, originals, strict=True))
+
+
+class NumpyCopies:
+    """Copies of the NumPy arrays that one run of a body has used.
+
+    What is recorded is computed once all runs are over and the program is traced, or
+    compiled. By then the body may have used the same buffer for other numbers.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[Hashable, tuple[Any, Any]] = {}  # originals and copies
+
+    def copied(self, value: Any) -> Any:
+        """Return `value` with copies of the NumPy arrays in it, which the body may change.
+
+        An array is copied again whenever its content has changed. One copy serves all equal
+        views of the same memory, and one copy of a jaxpr all its uses, because JAX knows
+        jaxprs by identity. A jaxpr is not looked at again: a function that was traced has
+        the constants of that moment.
+        """
+        if isinstance(value, np.ndarray):
+            memory = value.__array_interface__["data"][0], value.strides
+            weak = getattr(value, "weak_type", None)
+            key: Hashable = (memory, value.shape, value.dtype, weak)
+            _, copy = self._copies.get(key, (None, None))
+            if copy is not None and copy.tobytes() == value.tobytes():
+                return copy
+        elif _compat.is_jaxpr(value):
+            key = id(value)
+            if not holds_numpy(value):
+                return value
+            if key in self._copies:
+                return self._copies[key][1]
+        elif type(value) in (tuple, list):
+            return copy_numpy(value, self.copied)
+        else:
+            return value
+        # The original is kept, too, so that nothing else gets its memory or its id.
+        self._copies[key] = value, copy_numpy(value, self.copied)
+        return self._copies[key][1]
+
+    def clear(self) -> None:
+        """Let all go, once the run is over."""
+        self._copies.clear()

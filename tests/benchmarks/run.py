@@ -91,6 +91,29 @@ def newton(a):
     return x
 
 
+def newton_in_lax(a):
+    def test(x):
+        return abs(x * x - a) > 1e-4 * a
+
+    return jax.lax.while_loop(test, lambda x: 0.5 * (x + a / x), a)
+
+
+def collatz(n):
+    steps = jnp.int32(0)
+    while n != 1:
+        n = n // 2 if n % 2 == 0 else 3 * n + 1
+        steps = steps + 1
+    return steps
+
+
+def collatz_in_lax(n):
+    def step(state):
+        n, steps = state
+        return jax.lax.cond(n % 2 == 0, lambda: n // 2, lambda: 3 * n + 1), steps + 1
+
+    return jax.lax.while_loop(lambda state: state[0] != 1, step, (n, jnp.int32(0)))[1]
+
+
 def newton_by_hand(a):
     return jax.pure_callback(newton, SCALAR, a, vmap_method="sequential")
 
@@ -292,13 +315,34 @@ def staged_rows() -> Iterator[Row]:
         "log_huber staged, first value_and_grad", "lax.cond by hand",
         first(staged), first(with_cond), 3.0,
     )  # fmt: skip
+
+
+def loop_rows() -> Iterator[Row]:
+    """Python loops in staged bodies beside `lax.while_loop` by hand."""
     random = np.random.default_rng(0).uniform(1, 100, 1000).astype(np.float32)
-    mine, theirs = itertools.cycle(random), itertools.cycle(random)
-    tree = jax.jit(jpf.py_func(newton, Tout=SCALAR, staged=True))
-    call = jax.jit(jpf.py_func(newton, Tout=SCALAR))
+    root, steps = (jpf.py_func(f, staged=True) for f in (newton, collatz))
+    for name, ours, peer, arg in (
+        ("Newton's square root staged, forward", root, newton_in_lax, jnp.float32(49)),
+        ("Collatz steps of 97 staged", steps, collatz_in_lax, jnp.int32(97)),
+        (
+            "Newton's square root staged, vmap of 1000",
+            jax.vmap(root), jax.vmap(newton_in_lax), random,
+        ),
+    ):  # fmt: skip
+        ours, peer = jax.jit(ours), jax.jit(peer)
+        yield compare(
+            name, "lax.while_loop by hand",
+            lambda ours=ours, arg=arg: ours(arg),
+            lambda peer=peer, arg=arg: peer(arg), 1.1,
+        )  # fmt: skip
+
+    def first(f):
+        # A new function each time, so that nothing is known of it.
+        return lambda: jax.jit(lambda a: f(a))(jnp.float32(49))
+
     yield compare(
-        "Newton's square root, staged", "our own, unstaged",
-        lambda: tree(next(mine)), lambda: call(next(theirs)), 0.3,
+        "Newton's square root staged, first call", "lax.while_loop by hand",
+        first(root), first(newton_in_lax), 3.0,
     )  # fmt: skip
 
 
@@ -565,6 +609,7 @@ def main() -> int:
     progress(host_call_rows())
     progress(batch_rows())
     progress(staged_rows())
+    progress(loop_rows())
     progress(derivative_rows())
     progress(executor_rows())
     progress(iter([rules_row(), session_row()]))

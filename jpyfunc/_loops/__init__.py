@@ -1,0 +1,1 @@
+"""A while loop that is differentiable in both modes."""

@@ -1,0 +1,176 @@
+"""Tell whether two iterations of a loop, as they were recorded, are exactly the same."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Trace, Tracer
+from jax.extend.core import set_current_trace
+
+from jpyfunc import _compat
+from jpyfunc._staging.equations import (
+    Atom,
+    BranchPoint,
+    Constant,
+    Equation,
+    ValueRef,
+    content_of,
+    is_one,
+)
+
+# Two runs of a body are compared to find out that it is no function of its operands, and
+# what is new in each run and yet no different is taken for equal: see `equations`. That
+# would not do here. What an iteration does depends on the state that the one before left,
+# as far as that is seen, and on what is not seen. Whatever differs between two iterations
+# may do so because of that. So they are the same only if each operation has the same
+# primitive, parameters and constants, to the bit, and each operand was computed at the
+# same place of the iteration, or is carried at the same place, or is older than the loop.
+
+_ATOMS = (bool, int, str, bytes, type(None), type, np.dtype)
+
+
+class IterationPair:
+    """Compare one iteration with the next, value by value.
+
+    A value of the first iteration corresponds to one of the second. What is older than both
+    corresponds to itself.
+    """
+
+    def __init__(self, oldest: int) -> None:
+        """Begin.
+
+        Args:
+            oldest: number of the first value that the first iteration may make.
+        """
+        self._oldest = oldest
+        self._counterparts: dict[int, Atom] = {}
+
+    def pair(self, first: Sequence[Atom], second: Sequence[Atom]) -> bool:
+        """Let values that are carried into the iterations correspond.
+
+        Returns:
+            Whether each of them has one counterpart.
+        """
+        for a, b in zip(first, second, strict=True):
+            if not isinstance(a, ValueRef):
+                if not self.is_same_value(a, b):
+                    return False
+            elif not is_one(self._counterparts.setdefault(a.number, b), b):
+                return False
+        return True
+
+    def is_same_part(self, first: BranchPoint, second: BranchPoint) -> bool:
+        """Tell whether the same was done before two branch points, and is tested there."""
+        return self.are_same_equations(
+            first.equations, second.equations
+        ) and self.is_same_value(first.test, second.test)
+
+    def are_same_equations(
+        self, first: Sequence[Equation], second: Sequence[Equation]
+    ) -> bool:
+        """Tell whether operations are the same; then their results correspond, too."""
+        return len(first) == len(second) and all(map(self._is_same_equation, first, second))
+
+    def _is_same_equation(self, a: Equation, b: Equation) -> bool:
+        if (
+            len(a.operands) != len(b.operands)
+            or a.avals != b.avals
+            or not all(map(self.is_same_value, a.operands, b.operands))
+            or not is_same(a.signature, b.signature)
+        ):
+            return False
+        for i in range(len(a.avals)):
+            self._counterparts[a.first + i] = ValueRef(b.first + i)
+        return True
+
+    def is_same_value(self, a: Atom, b: Atom) -> bool:
+        """Tell whether two values of the two iterations correspond."""
+        if not isinstance(a, ValueRef):
+            return is_same(a, b)
+        if a.number in self._counterparts:
+            return is_one(self._counterparts[a.number], b)
+        return a.number < self._oldest and a == b
+
+
+def is_same(a: Any, b: Any, assumed: frozenset[tuple[int, int]] = frozenset()) -> bool:
+    """Tell whether two parameters, constants or parts of them do the same.
+
+    Args:
+        a: the one.
+        b: the other.
+        assumed: ids of functions and constants that are being compared.
+    """
+    if a is b:
+        return True
+    if type(a) is not type(b) or isinstance(a, Tracer):
+        return False
+    if isinstance(a, _ATOMS):
+        return bool(a == b)
+    if isinstance(a, np.generic | np.ndarray | jax.Array):
+        return _is_same_array(a, b)
+    if isinstance(a, float | complex):
+        return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    inner = functools.partial(is_same, assumed=assumed | {(id(a), id(b))})
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(inner, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(inner(a[k], b[k]) for k in a)
+    if _compat.is_jaxpr(a):
+        return inner(content_of(a), content_of(b))
+    if (id(a), id(b)) in assumed:
+        return True
+    if isinstance(a, Constant):
+        return inner((a.index, a.equation), (b.index, b.equation))
+    if isinstance(a, Equation):
+        return inner((a.signature, a.avals, a.operands), (b.signature, b.avals, b.operands))
+    if isinstance(a, types.CellType):
+        return inner(_contents(a), _contents(b))
+    if isinstance(a, types.FunctionType):
+        return a.__globals__ is b.__globals__ and inner(_function(a), _function(b))
+    if isinstance(a, types.CodeType | frozenset | set):
+        return a == b
+    if isinstance(a, types.MethodType):
+        return inner((a.__func__, a.__self__), (b.__func__, b.__self__))
+    if isinstance(a, functools.partial):
+        return inner((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+    if isinstance(a, Trace) or type(a) is object or _is_store(a):
+        return True  # where a function was traced, and leaves what it finds when called
+    if hasattr(a, "call_wrapped"):  # a function as JAX wraps it, with custom rules
+        return inner(_wrapped(a), _wrapped(b))
+    # What JAX and NumPy make compares by all that it is, or by its identity.
+    is_library = type(a).__module__.partition(".")[0] in ("jax", "jaxlib", "numpy")
+    return is_library and type(a).__eq__ is not object.__eq__ and bool(a == b)
+
+
+def _is_same_array(a: Any, b: Any) -> bool:
+    if jax.typeof(a) != jax.typeof(b):
+        return False
+    with set_current_trace(_compat.eval_trace):
+        is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        data = [np.asarray(jax.random.key_data(x) if is_key else x) for x in (a, b)]
+    return data[0].tobytes() == data[1].tobytes()
+
+
+def _function(value: Any) -> tuple[Any, ...]:
+    return value.__code__, value.__closure__, value.__defaults__, value.__kwdefaults__
+
+
+def _wrapped(function: Any) -> tuple[Any, ...]:
+    return function.f, function.transforms, function.params, function.in_type
+
+
+def _is_store(value: Any) -> bool:
+    return _compat.Store is not None and isinstance(value, _compat.Store)
+
+
+def _contents(cell: Any) -> tuple[Any, ...]:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()

@@ -1,0 +1,119 @@
+"""Lay out a loop of a branch tree: what it carries, and where the program leaves it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from jax.core import ShapedArray
+
+from jpyfunc._staging.branch_tree import Back, BranchNode, LoopHead, Return
+from jpyfunc._staging.equations import Atom, BranchPoint, Constant, ValueRef
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exit:
+    """A place where the program leaves a loop.
+
+    Attributes:
+        node: what follows, none of which comes back to the head.
+        kept: the values of the last iteration that it uses, by number, with their avals;
+            None if that of the same number before the loop has the same one.
+    """
+
+    node: BranchNode
+    kept: dict[int, ShapedArray | None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoopLayout:
+    """The shape of a loop.
+
+    Attributes:
+        head: where it begins.
+        point: the branch point there.
+        carried: the positions of the head's values that it carries, by their numbers.
+        exits: where the program leaves it.
+    """
+
+    head: BranchNode
+    point: BranchPoint
+    carried: dict[int, int]
+    exits: list[Exit]
+
+    @classmethod
+    def of(cls, node: BranchNode, head: LoopHead, point: BranchPoint) -> LoopLayout:
+        """Lay out the loop that begins at a node."""
+        exits = [
+            Exit(after, {n: aval for n, aval in made.items() if n in _used_from(after)})
+            for after, made in _exits(node, set(), {})
+        ]
+        return cls(node, point, head.carried(), exits)
+
+    @property
+    def tests_first(self) -> bool | None:
+        """The answer that goes on if the other one alone leaves the loop; else None."""
+        for answer, node in self.head.branches.items():
+            if [x.node for x in self.exits] == [node]:
+                return not answer
+        return None
+
+
+def _exits(
+    node: BranchNode, heads: set[BranchNode], made: dict[int, ShapedArray | None]
+) -> Iterator[tuple[BranchNode, dict[int, ShapedArray | None]]]:
+    """Find the exits below a node of a loop, each with what was made on the way there.
+
+    Args:
+        node: the head of the loop, or a node below it.
+        heads: the head, and those of inner loops on the way from it.
+        made: the values that were made on the way.
+    """
+    if heads:
+        if heads.isdisjoint(node.goals()):
+            yield node, made
+            return
+        made = made | {
+            equation.first + i: aval
+            for equation in node.equations
+            for i, aval in enumerate(equation.avals)
+        }
+        if node.head is not None:  # its loop changes what it carries
+            made = {n: None for n in node.head.carried()} | made
+    if node.head is not None:
+        heads = heads | {node}
+    for after in node.branches.values():
+        yield from _exits(after, heads, made)
+
+
+def _used_from(node: BranchNode) -> set[int]:
+    """The numbers of the values that a node and what follows use and do not make."""
+    used = {n for after in node.branches.values() for n in _used_from(after)}
+    used.update(_numbers(_ends_with(node)))
+    for equation in reversed(node.equations):
+        used.difference_update(range(equation.first, equation.first + len(equation.avals)))
+        used.update(_numbers(equation.operands))
+    return used
+
+
+def _ends_with(node: BranchNode) -> list[Atom]:
+    """The values that the end of a node uses."""
+    atoms: list[Atom] = []
+    if node.head is not None:
+        atoms += [ValueRef(n) for n in node.head.carried()]
+    if isinstance(node.end, BranchPoint):
+        atoms.append(node.end.test)
+    elif isinstance(node.end, Return):
+        atoms += node.end.results
+    elif isinstance(node.end, Back) and node.end.head.head is not None:
+        carried = node.end.head.head.carried()
+        atoms += [node.end.following[i] for i in carried.values()]
+    return atoms
+
+
+def _numbers(atoms: list[Atom] | tuple[Atom, ...]) -> Iterator[int]:
+    for atom in atoms:
+        if isinstance(atom, ValueRef):
+            yield atom.number
+        elif isinstance(atom, Constant):
+            yield from _numbers(atom.equation.operands)

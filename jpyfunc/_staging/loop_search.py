@@ -1,0 +1,374 @@
+"""Find the loops of a body: a run that comes back to a state that it was in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from types import CodeType, FrameType
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+
+from jpyfunc._frames import is_library_frame, line_of, place_of_frame
+from jpyfunc._limits import MAX_PICTURED_IN_TOTAL, MAX_PICTURED_OBJECTS
+from jpyfunc._staging.abstract_tracer import AbstractTracer
+from jpyfunc._staging.bytecode import SUSPENDABLE, truth_tests
+from jpyfunc._staging.equations import Atom, BranchPoint, Equation, ValueRef
+from jpyfunc._staging.iterations import IterationPair
+from jpyfunc._staging.object_contents import UnseenStateError
+from jpyfunc._staging.python_state import PythonState
+from jpyfunc._staging.visits import Visit, frames_up_to, testing_frame
+
+# A truth test of an abstract value is asked in a frame of the body. A *visit* is that
+# frame, where it stands, and a picture of all that its variables, and those of the frames
+# around it, lead to: see `python_state`. Let a run visit one frame twice at one place, and
+# let the two pictures be the same but for the arrays. Python will then do from the second
+# visit on what it did from the first one on, with other arrays: the path may end there,
+# with an edge back to the first visit, the *head* of a loop. The arrays at the head are
+# carried: those at the second visit are what they are in the next iteration. What keeps
+# this from being wrong:
+#
+# - Arrays that are one object at the head are one at the second visit, and those that are
+#   not, are not: the body may ask `x is y`.
+# - The instruction at which the frame stands tests by itself, with nothing else on its
+#   value stack. Code in C that makes several tests stands at one instruction all the time;
+#   a comparison of lists does, too, so the instruction must have been left in between.
+# - Another iteration is run, with the same answers. It must be the same to the bit: see
+#   `iterations`. And an array must have changed, or the body would never end.
+# - No generator is on the way: it may be resumed from elsewhere.
+# - An object of Python, or an array, that is replaced in an iteration was made since the
+#   frame was first visited. An older one may be held where nothing can be seen: on the
+#   value stack of a caller, or by code in C that calls the function again.
+#
+# If something does not hold, the pair of visits is no loop, and later ones are tried: the
+# first iterations often differ from the others.
+
+
+class RunConcluded(BaseException):
+    """A run need not go on, because it has found out what it was to find out.
+
+    A `BaseException`, which no `except Exception` of the body catches.
+    """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BackEdge:
+    """The end of a path that comes back to one of its branch points.
+
+    Attributes:
+        head: the position of that branch point in the run.
+        names: how to write the arrays that Python's state leads to, the test first.
+        avals: theirs.
+        first: what they are at the head.
+        following: what they are in the next iteration.
+        unready: the positions of those at the head that a loop cannot carry as they are;
+            see `Visit.unready`.
+        equations: the operations since the last branch point, without those that the body
+            adds once it is told that the run has ended.
+    """
+
+    head: int
+    names: list[str]
+    avals: list[ShapedArray]
+    first: list[Atom]
+    following: list[Atom]
+    unready: set[int]
+    equations: list[Equation]
+
+
+Answers = tuple[bool, ...]
+
+
+@dataclasses.dataclass(slots=True)
+class LoopFindings:
+    """Findings of the runs of one exploration about loops.
+
+    Attributes:
+        no_loops: pairs of visits that are no loop, by the position of the first one and
+            the answers up to the second one.
+        is_unfolded: whether what is computed from known arrays alone is recorded, too.
+        may_unfold: whether that may be tried.
+        released: positions of the arrays that a loop carries, and that are known when it
+            begins, by the answers up to its head.
+        reasons: why a place is not the head of a loop, by place and line.
+        objects_left: how many objects may still be looked at.
+    """
+
+    no_loops: set[tuple[int, Answers]] = dataclasses.field(default_factory=set)
+    is_unfolded: bool = False
+    may_unfold: bool = True
+    released: dict[Answers, set[int]] = dataclasses.field(default_factory=dict)
+    reasons: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    objects_left: int = MAX_PICTURED_IN_TOTAL
+
+    def release(self, arrays: list[Any], answers: Answers, positions: set[int]) -> bool:
+        """Let a loop carry arrays that it cannot carry as they are.
+
+        Args:
+            arrays: those at the head, or the atoms that stand for them.
+            answers: those up to the head.
+            positions: of what is to be carried.
+
+        Returns:
+            Whether it will in runs to come: the exploration is to begin again.
+        """
+        if not self.may_unfold:
+            return False
+        if not self.is_unfolded:
+            self.is_unfolded = True
+            return True
+        if not all(isinstance(arrays[i], AbstractTracer | ValueRef) for i in positions):
+            return False
+        self.released.setdefault(answers, set()).update(positions)
+        return True
+
+
+class LoopSearch:
+    """The visits of one run, and the comparison of two of its iterations.
+
+    Attributes:
+        back: where the run came back to, or None.
+        is_to_repeat: whether the run ended because of what it has added to the findings,
+            and is to be run again.
+        has_learned: whether all earlier runs are to be run again, too.
+        is_unfolded: whether what is computed from known arrays alone is recorded, too.
+    """
+
+    def __init__(
+        self,
+        findings: LoopFindings,
+        script_length: int,
+        entry: FrameType,
+        body_code: CodeType | None,
+    ) -> None:
+        """Begin a run.
+
+        Args:
+            findings: of earlier runs; those of this run are added.
+            script_length: how many truth tests are answered as in an earlier run, which
+                has looked at them.
+            entry: the frame that calls the body.
+            body_code: the code of the body, if it is written in Python.
+        """
+        self.back: BackEdge | None = None
+        self.is_to_repeat = False
+        self.has_learned = False
+        self._findings = findings
+        self._script_length = script_length
+        self._entry = entry
+        self._body_code = body_code
+        self._visits: list[Visit] = []
+        self._times: Counter[tuple[FrameType, tuple[int, ...]]] = Counter()
+        self._pair: tuple[Visit, Visit] | None = None  # that is being checked
+        self._was_left = False  # whether the frame has left the second visit's instruction
+        self.is_unfolded = findings.is_unfolded
+
+    def answer(self, trace: Any, tested: AbstractTracer, answer: bool) -> bool:
+        """Return the answer to a truth test, and look for a loop.
+
+        Args:
+            trace: that of the run.
+            tested: what is tested.
+            answer: what the script says.
+
+        Raises:
+            RunConcluded: the run need not go on.
+        """
+        if self.back or self.is_to_repeat:  # the body has caught the exception
+            raise RunConcluded
+        points: list[BranchPoint] = trace.branch_points
+        n = len(points)
+        if self._pair:
+            head, second = self._pair
+            if n == 2 * second.index - head.index:
+                self._conclude(trace, tested, head, second)
+            return points[n - second.index + head.index].answer
+        visit = None if trace.refusal else self._visit(trace, tested)
+        if visit is None:
+            return answer
+        answers = tuple(point.answer for point in points)
+        visit.release(self._findings.released.get(answers, ()))
+        if n >= self._script_length:
+            head_visit = self._head_of(visit, answers)
+            if head_visit is not None:
+                self._pair = head_visit, visit
+                answer = points[head_visit.index].answer
+                # The next iteration begins with arrays without values, like the first.
+                visit.release(head_visit.changed(visit))
+        self._visits.append(visit)
+        return answer
+
+    def note_operation(self) -> None:
+        """Note that an operation is recorded."""
+        if self._pair and not self._was_left:
+            second = self._pair[1]
+            self._was_left = second.frame.f_lasti != second.offset
+
+    def keep_folded(self) -> None:
+        """Begin again without loops that carry known arrays: the body needs the values.
+
+        Raises:
+            RunConcluded: always.
+        """
+        findings = self._findings
+        findings.may_unfold = findings.is_unfolded = False
+        findings.released.clear()
+        findings.no_loops.clear()
+        self.is_to_repeat = self.has_learned = True
+        raise RunConcluded
+
+    def close(self, trace: Any) -> None:
+        """End a run. If it has not come to the end of a second iteration, it failed."""
+        if self._pair and not self.back and not self.is_to_repeat:
+            self._fail(trace.branch_points, *self._pair)
+
+    def _visit(self, trace: Any, tested: AbstractTracer) -> Visit | None:
+        frame = testing_frame()
+        if frame is None:
+            return None
+        test = truth_tests(frame.f_code).get(frame.f_lasti)
+        key = frame, test.continuation if test else (-1, frame.f_lasti)
+        self._times[key] += 1
+        if test is None and self._times[key] > 1:
+            self._note_reason(frame, "a function in C tests it: use `and` and `or`")
+        if test is None or not test.repeats:
+            return None
+        try:
+            frames, state = self._state(frame, test.depth)
+        except UnseenStateError as error:
+            if self._times[key] > 1:
+                self._note_reason(frame, str(error))
+            return None
+        return Visit(
+            len(trace.branch_points),
+            frames,
+            test,
+            frame.f_lasti,
+            state,
+            [tested, *state.arrays],
+            trace.value_count,
+            len(state.frames) == 1 and frame.f_code is self._body_code,
+        )
+
+    def _state(
+        self, frame: FrameType, depth: int
+    ) -> tuple[tuple[FrameType, ...], PythonState]:
+        """Look at the state of Python in a frame and those around it.
+
+        Raises:
+            UnseenStateError: it cannot be seen.
+        """
+        frames = frames_up_to(frame, self._entry)
+        if any(x.f_code.co_flags & SUSPENDABLE for x in frames):
+            raise UnseenStateError(
+                "it runs in a generator or a coroutine: move it into an ordinary function"
+            )
+        if depth != 1:
+            raise UnseenStateError(
+                "it is inside a for or with block: move it into a function of its own"
+            )
+        findings = self._findings
+        limit = min(MAX_PICTURED_OBJECTS, findings.objects_left)
+        state = PythonState([x for x in frames if not is_library_frame(x)])
+        try:
+            state.look(limit)
+        except UnseenStateError:
+            raise
+        except Exception as error:
+            # An object of a kind that is not known.
+            raise UnseenStateError(
+                f"the state of Python cannot be seen: {error}"
+            ) from error
+        finally:
+            findings.objects_left -= len(state.facts)
+        return tuple(frames), state
+
+    def _note_reason(self, frame: FrameType, why: str) -> None:
+        key = place_of_frame(frame), line_of(frame)
+        # The first of a Python number: it is what changes in each iteration.
+        if "is a Python number" not in self._findings.reasons.get(key, ""):
+            self._findings.reasons[key] = why
+
+    def _head_of(self, visit: Visit, answers: Answers) -> Visit | None:
+        """Find an earlier visit that may be the head of a loop.
+
+        Raises:
+            RunConcluded: there is one, if runs are recorded in another way.
+        """
+        findings = self._findings
+        before = [x for x in self._visits if x.is_at(visit)]
+        if not before:
+            return None
+        first = self._first(visit)
+        for head in reversed(before):
+            if not head.is_like(visit, first):
+                continue
+            if (head.index, answers) in findings.no_loops:
+                return None
+            unready = {*head.unready()}.intersection(head.changed(visit))
+            if not unready:
+                return head
+            if findings.release(head.arrays, answers[: head.index], unready):
+                self.is_to_repeat = self.has_learned = True
+                raise RunConcluded
+        self._note_reason(visit.frame, before[-1].why_unlike(visit))
+        return None
+
+    def _first(self, visit: Visit) -> Visit:
+        return next(x for x in self._visits if x.frame is visit.frame)
+
+    def _conclude(
+        self, trace: Any, tested: AbstractTracer, head: Visit, second: Visit
+    ) -> None:
+        """End the second iteration, and with it the run.
+
+        Raises:
+            RunConcluded: always.
+        """
+        points: list[BranchPoint] = trace.branch_points
+        third = self._visit(trace, tested)
+        if third is None or not self._is_same_iteration(trace, head, second, third):
+            self._fail(points, head, second)
+            raise RunConcluded
+        first, following = ([*map(trace.atom, x.arrays)] for x in (head, second))
+        avals = [*map(jax.typeof, head.arrays)]
+        equations, unready = points[second.index].equations, {*head.unready()}
+        self.back = BackEdge(
+            head.index, head.names, avals, first, following, unready, equations
+        )
+        del points[second.index :]
+        raise RunConcluded
+
+    def _is_same_iteration(
+        self, trace: Any, head: Visit, second: Visit, third: Visit
+    ) -> bool:
+        if (
+            trace.refusal
+            or not self._was_left
+            or not second.is_at(third)
+            or not second.is_like(third, self._first(second))
+        ):
+            return False
+        i, j = head.index, second.index
+        points: list[BranchPoint] = trace.branch_points
+        at_first, at_second, at_third = (
+            [*map(trace.atom, x.arrays)] for x in (head, second, third)
+        )
+        pair = IterationPair(head.value_count)
+        return (
+            pair.pair(at_first, at_second)
+            and all(
+                pair.is_same_part(points[k], points[k + j - i]) for k in range(i + 1, j)
+            )
+            and pair.are_same_equations(points[j].equations, trace.equations)
+            and all(map(pair.is_same_value, at_second, at_third))
+        )
+
+    def _fail(self, points: list[BranchPoint], head: Visit, second: Visit) -> None:
+        """Note that the two visits are no loop."""
+        answers = tuple(point.answer for point in points[: second.index])
+        self._findings.no_loops.add((head.index, answers))
+        why = "two iterations in a row are not the same operations"
+        self._note_reason(second.frame, why)
+        self.is_to_repeat = True
