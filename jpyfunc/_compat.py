@@ -122,14 +122,10 @@ class no_mesh:  # [all] # noqa: N801
 
 
 # A jaxpr, differentiated with respect to some operands, or batched along some axes. Each
-# also tells which results have tangents, or are batched; no public function does.
+# also tells which results have tangents, or are batched; no public function does. [all]
 jvp_jaxpr = _ad.jvp_jaxpr
 batch_jaxpr = _batching.batch_jaxpr
 batch_jaxpr_axes = _batching.batch_jaxpr_axes
-broadcast_axis = _batching.broadcast
-
-# Runs a primitive at once, compiled, and remembers the program by its parameters.
-apply_primitive = _dispatch.apply_primitive
 
 # Where the thread's concrete mesh is: [until 0.11.1] `config`, [since 0.11.2] `mesh`.
 _mesh_state: Any = _mesh if hasattr(_mesh, "device_context") else _config
@@ -145,14 +141,10 @@ class KeyedTrace(_core.Trace):  # [all]
 
     JAX's constructor of traces sets that attribute to a weak reference to the trace. It is
     part of the keys of `jax.jit`, and what `get_opaque_trace_state` compares.
-
-    Attributes:
-        own_key: what JAX has set.
-        shared_key: what the caches of `jax.jit` get.
     """
 
-    own_key: Any
-    shared_key: Any
+    own_key: Any  # what JAX has set
+    shared_key: Any  # what the caches of `jax.jit` get
 
     @property
     def state_key(self) -> Any:
@@ -231,18 +223,13 @@ def register_effect(effect_type: type[Effect], *, ordered: bool) -> None:  # [al
 
     Also keep what has it through partial evaluation, though no derivative needs it.
     """
-    _effects.lowerable_effects.add_type(effect_type)
-    _effects.partial_eval_kept_effects.add_type(effect_type)
-    _effects.control_flow_allowed_effects.add_type(effect_type)
-    _effects.custom_derivatives_allowed_effects.add_type(effect_type)
-    if ordered:
-        _effects.ordered_effects.add_type(effect_type)
-        _effects.shardable_ordered_effects.add_type(effect_type)
+    names = "lowerable partial_eval_kept control_flow_allowed custom_derivatives_allowed"
+    for name in (names + " ordered shardable_ordered" * ordered).split():
+        getattr(_effects, f"{name}_effects").add_type(effect_type)
 
 
-def hold_weakly(parameter: type) -> None:  # [all]
-    """Keep JAX's caches of abstract evaluation from holding parameters of a type alive."""
-    _util.weakref_cache_key_types.add(parameter)
+# Keeps JAX's caches of abstract evaluation from holding parameters of a type alive. [all]
+hold_weakly = _util.weakref_cache_key_types.add
 
 
 def register_dce(primitive: Any, rule: Any) -> None:  # [all]
@@ -251,9 +238,8 @@ def register_dce(primitive: Any, rule: Any) -> None:  # [all]
     partial_eval.dce_rules[primitive] = lambda used, *rest: rule(used, rest[-1])
 
 
-def lower_with_devices(primitive: Any) -> None:  # [all]
-    """Ask JAX to tell the lowering rule of `primitive` which devices will run it."""
-    _dispatch.prim_requires_devices_during_lowering.add(primitive)
+# Asks JAX to tell the lowering rule of a primitive which devices will run it. [all]
+lower_with_devices = _dispatch.prim_requires_devices_during_lowering.add
 
 
 def wrap_hoisting_of_scan(wrap: Any) -> None:  # [all]

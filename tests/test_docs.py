@@ -175,6 +175,11 @@ WITHOUT_HEADING = {
     ("inference", "no_result"),  # `_why_no_result` names it
     ("exceptions", "leave_host_call"),  # `failure_text` names it
     ("_apply", "_without_shape"),  # the error that it quotes names it
+    ("loop_primitive", "_traced"),  # our own mistakes alone raise these
+    ("loop_primitive", "next_carry"),
+    ("loop_primitive", "_promoted"),
+    ("while_loop", "while_loop"),
+    ("while_loop", "scalar_test"),
     ("_frames", "warn_at"),  # its callers name it
     ("_frames", "warn_at_function"),  # its callers name it
 }

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 
 from jpyfunc import _compat
 from jpyfunc._limits import MAX_SLOTS
@@ -426,7 +426,7 @@ def _with_one_stride(
 
 
 linear_p.def_abstract_eval(_linear_abstract_eval)
-linear_p.def_impl(functools.partial(_compat.apply_primitive, linear_p))
+linear_p.def_impl(functools.partial(xla.apply_primitive, linear_p))
 mlir.register_lowering(linear_p, mlir.lower_fun(_run, multiple_results=True))
 ad.primitive_jvps[linear_p] = _linear_jvp
 ad.primitive_transposes[linear_p] = _linear_transpose

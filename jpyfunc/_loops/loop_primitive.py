@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Effect, JaxprEqn, Primitive
-from jax.interpreters import batching, mlir, partial_eval
+from jax.interpreters import batching, mlir, partial_eval, xla
 
 from jpyfunc import _compat
 from jpyfunc._loops.step_jaxprs import (
@@ -229,7 +229,7 @@ def moved(x: jax.Array, own: int | None, to: int | None, axis_data: Any) -> jax.
     if to is None:
         return x
     if own is None:
-        return _compat.broadcast_axis(x, axis_data.size, to, axis_data.explicit_mesh_axis)
+        return batching.broadcast(x, axis_data.size, to, axis_data.explicit_mesh_axis)
     return jnp.moveaxis(x, own, to)
 
 
@@ -272,7 +272,7 @@ def restricted(
 
 
 loop_p.def_effectful_abstract_eval(_loop_abstract_eval)
-loop_p.def_impl(functools.partial(_compat.apply_primitive, loop_p))
+loop_p.def_impl(functools.partial(xla.apply_primitive, loop_p))
 mlir.register_lowering(loop_p, mlir.lower_fun(_run, multiple_results=True))
 batching.fancy_primitive_batchers[loop_p] = _loop_batching
 _compat.register_dce(loop_p, _loop_dce)
