@@ -194,8 +194,12 @@ def errors_made(module):
         for node in ast.walk(function):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                # Python shows the text of a KeyError as a literal, in one line.
-                if re.search(r"(?<!Key)(Error|[Ww]arn(ing)?|warn_at(_function)?)$", name):
+                # Python shows the text of a KeyError as a literal, in one line; that of an
+                # UnseenStateError is a reason, which `explain` shows.
+                is_shown = name not in ("KeyError", "UnseenStateError")
+                if is_shown and re.search(
+                    r"(Error|[Ww]arn(ing)?|warn_at(_function)?)$", name
+                ):
                     yield function.name, ast.get_source_segment(source, node)
 
 

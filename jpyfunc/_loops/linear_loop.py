@@ -344,7 +344,7 @@ def _linear_batching(
     advance: ClosedJaxpr,
     step: ClosedJaxpr,
     layout: Layout,
-) -> tuple[Arrays, list[int | None]]:
+) -> tuple[Arrays, Sequence[int | None]]:
     """Batch the map, in all that it is linear in.
 
     The stride is that of all elements: it depends on how often any of them went on. It has
@@ -419,9 +419,10 @@ def _with_one_stride(
         jax.vmap(thin, (d, 0))(x, strides)
         for x, d in zip(operands[n:first], dims[n:first], strict=True)
     ]
+    of_slots: list[int | None] = [0] * len(slots)
     return (
         [operands[0], stride.reshape(1, 1, 1), *operands[2:n], *slots, *operands[first:]],
-        [dims[0], None, *dims[2:n], *[0] * len(slots), *dims[first:]],
+        [dims[0], None, *dims[2:n], *of_slots, *dims[first:]],
     )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
+from jax.core import ShapedArray, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Effect, JaxprEqn, Primitive
-from jax.interpreters import batching, mlir, partial_eval, xla
+from jax.interpreters import batching, mlir, xla
 
 from jpyfunc import _compat
 from jpyfunc._loops.step_jaxprs import (
@@ -21,6 +21,7 @@ from jpyfunc._loops.step_jaxprs import (
     needed,
     pick,
     trace,
+    without_dead_code,
 )
 from jpyfunc._types import Array
 
@@ -44,18 +45,18 @@ def free_running_loop(
     other carries of an element that is done are passed on as they are. `test` may return an
     array, with whose shape the shapes of all other carries begin.
     """
-    consts, carry = [*map(jnp.asarray, consts)], [*map(jnp.asarray, carry)]
-    tested, closed, carry = _traced(test, body, consts, carry)
+    given, first = [*map(jnp.asarray, consts)], [*map(jnp.asarray, carry)]
+    tested, closed, first = _traced(test, body, given, first)
     # Both take all constants: those of the test, of the body, and the ones given.
     of_test, of_body = list(tested.consts), list(closed.consts)
     m, n = len(of_test), len(of_body)
     opened_test, opened_body = _compat.opened(tested), _compat.opened(closed)
-    operands = [*of_test, *of_body, *consts, *carry]
+    operands = [*of_test, *of_body, *given, *first]
     return loop_p.bind(
         *operands,
         test=trace(lambda *xs: opened_test(*xs[:m], *xs[m + n :]), *operands),
         body=trace(lambda *xs: opened_body(*xs[m:]), *operands),
-        consts=m + n + len(consts),
+        consts=m + n + len(given),
         free=free,
         linear=(False,) * len(operands),
     )
@@ -263,12 +264,8 @@ def restricted(
     jaxpr: ClosedJaxpr, operands: Sequence[bool], results: Sequence[bool]
 ) -> ClosedJaxpr:
     """Restrict a jaxpr to some results, and to operands that include all they need."""
-    inner, _ = partial_eval.dce_jaxpr(
-        getattr(jaxpr, "jaxpr", jaxpr), list(results), list(operands)
-    )
-    return trace(
-        lambda *xs: jax.core.eval_jaxpr(inner, (), *xs), *pick(jaxpr.in_avals, operands)
-    )
+    inner, _ = without_dead_code(jaxpr, results, list(operands))
+    return trace(lambda *xs: eval_jaxpr(inner, (), *xs), *pick(jaxpr.in_avals, operands))
 
 
 loop_p.def_effectful_abstract_eval(_loop_abstract_eval)

@@ -86,7 +86,7 @@ def run_saving(
         return [i + 1, stride, *slots, *c[:free], count + 1, *before, *c[free:]]
 
     def until_full(_: Arrays, state: Arrays) -> Arrays:
-        (i,), (stride,), slots, *_ = split(state)
+        (i,), (stride,), slots = split(state)[:3]
         thinned = jax.lax.cond(i == 0, lambda bs: bs, _thinned, slots)
         stride = jnp.where(i == 0, stride, 2 * stride)
         return free_running_loop(

@@ -25,11 +25,22 @@ def call(jaxpr: ClosedJaxpr, *operands: Array) -> Arrays:
     return list(jaxpr_as_fun(jaxpr)(*operands))
 
 
+def without_dead_code(
+    jaxpr: ClosedJaxpr, used: Sequence[bool], kept: bool | list[bool]
+) -> tuple[Any, Flags]:
+    """Leave of a jaxpr what its used results need, and the operands that are to be kept.
+
+    Returns:
+        The jaxpr, not closed, and which operands it has.
+    """
+    inner: Any = getattr(jaxpr, "jaxpr", jaxpr)  # one type since JAX 0.11
+    pruned, operands = partial_eval.dce_jaxpr(inner, list(used), kept)
+    return pruned, list(operands)
+
+
 def needed(jaxpr: ClosedJaxpr, used: Sequence[bool]) -> Flags:
     """Whether each operand of a jaxpr is needed for the results that are used."""
-    return list(
-        partial_eval.dce_jaxpr(getattr(jaxpr, "jaxpr", jaxpr), list(used), False)[1]
-    )
+    return without_dead_code(jaxpr, used, False)[1]
 
 
 def fixpoint(flags: Sequence[bool], after: Callable[[Flags], Flags]) -> Flags:
