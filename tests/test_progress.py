@@ -333,7 +333,9 @@ def test_a_batch_that_goes_on_after_its_block(bars, monkeypatch):
     f = jax.jit(jax.vmap(wait))
     xs = jnp.eye(600)
     f(xs[0, :2]).block_until_ready()
-    for _ in range(10):
+    # A program whose operands are ready may run on the thread that dispatches it, which
+    # would wait here for itself. So they take a second.
+    for _ in range(100):
         xs = xs @ xs
     with blocked:  # the end of a block that waited for ever would never release it
         with jpf.progress():
