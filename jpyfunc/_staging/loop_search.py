@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections import Counter
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.core import ShapedArray
@@ -13,11 +14,19 @@ from jax.core import ShapedArray
 from jpyfunc._frames import is_library_frame, line_of, place_of_frame
 from jpyfunc._limits import MAX_PICTURED_IN_TOTAL, MAX_PICTURED_OBJECTS
 from jpyfunc._staging.abstract_tracer import AbstractTracer
-from jpyfunc._staging.bytecode import SUSPENDABLE, truth_tests
+from jpyfunc._staging.bytecode import (
+    SUSPENDABLE,
+    TruthTest,
+    loop_of_iterator,
+    truth_tests,
+)
+from jpyfunc._staging.carried_numbers import CarriedNumbers
 from jpyfunc._staging.equations import Atom, BranchPoint, Equation, ValueRef
 from jpyfunc._staging.iterations import IterationPair
+from jpyfunc._staging.number_tracer import Bounds, NumberTracer, Variable
 from jpyfunc._staging.object_contents import UnseenStateError
 from jpyfunc._staging.python_state import PythonState
+from jpyfunc._staging.range_iterator import RangeIterator
 from jpyfunc._staging.visits import Visit, frames_up_to, testing_frame
 
 # A truth test of an abstract value is asked in a frame of the body. A *visit* is that
@@ -36,6 +45,8 @@ from jpyfunc._staging.visits import Visit, frames_up_to, testing_frame
 #   a comparison of lists does, too, so the instruction must have been left in between.
 # - Another iteration is run, with the same answers. It must be the same to the bit: see
 #   `iterations`. And an array must have changed, or the body would never end.
+# - The value stack may have iterators of `jpyfunc.range` on it, which nothing else holds.
+#   Their state is part of the picture.
 # - No generator is on the way: it may be resumed from elsewhere.
 # - An object of Python, or an array, that is replaced in an iteration was made since the
 #   frame was first visited. An older one may be held where nothing can be seen: on the
@@ -91,6 +102,7 @@ class LoopFindings:
         may_unfold: whether that may be tried.
         released: positions of the arrays that a loop carries, and that are known when it
             begins, by the answers up to its head.
+        numbers: about Python numbers that a loop carries as arrays.
         reasons: why a place is not the head of a loop, by place and line.
         objects_left: how many objects may still be looked at.
     """
@@ -99,6 +111,7 @@ class LoopFindings:
     is_unfolded: bool = False
     may_unfold: bool = True
     released: dict[Answers, set[int]] = dataclasses.field(default_factory=dict)
+    numbers: CarriedNumbers = dataclasses.field(default_factory=CarriedNumbers)
     reasons: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     objects_left: int = MAX_PICTURED_IN_TOTAL
 
@@ -162,7 +175,16 @@ class LoopSearch:
         self._times: Counter[tuple[FrameType, tuple[int, ...]]] = Counter()
         self._pair: tuple[Visit, Visit] | None = None  # that is being checked
         self._was_left = False  # whether the frame has left the second visit's instruction
+        # Iterators on the value stacks of frames, by the instruction that asks them for
+        # values. Nothing else holds them, so that they are gone once the loop is over.
+        self._iterators: dict[tuple[int, int], weakref.ref[RangeIterator]] = {}
         self.is_unfolded = findings.is_unfolded
+
+    def enter(self, frame: FrameType, iterator: RangeIterator) -> None:
+        """Note that a frame begins a `for` loop, if it does, with a new iterator."""
+        offset = loop_of_iterator(frame.f_code, frame.f_lasti)
+        if offset is not None:
+            self._iterators[id(frame), offset] = weakref.ref(iterator)
 
     def answer(self, trace: Any, tested: AbstractTracer, answer: bool) -> bool:
         """Return the answer to a truth test, and look for a loop.
@@ -181,9 +203,11 @@ class LoopSearch:
         n = len(points)
         if self._pair:
             head, second = self._pair
-            if n == 2 * second.index - head.index:
+            position = n - second.index + head.index
+            if position == second.index:
                 self._conclude(trace, tested, head, second)
-            return points[n - second.index + head.index].answer
+            self._tested(trace)
+            return points[position].answer
         visit = None if trace.refusal else self._visit(trace, tested)
         if visit is None:
             return answer
@@ -196,6 +220,7 @@ class LoopSearch:
                 answer = points[head_visit.index].answer
                 # The next iteration begins with arrays without values, like the first.
                 visit.release(head_visit.changed(visit))
+                visit.begin_at(head_visit)
         self._visits.append(visit)
         return answer
 
@@ -213,8 +238,26 @@ class LoopSearch:
         """
         findings = self._findings
         findings.may_unfold = findings.is_unfolded = False
-        findings.released.clear()
-        findings.no_loops.clear()
+        self._begin_again()
+
+    def keep_numbers(self, why: str, variables: list[Variable] | None = None) -> None:
+        """Begin again with Python numbers in some variables that are arrays by now.
+
+        Args:
+            why: the number is needed.
+            variables: which are blamed, by default all.
+
+        Raises:
+            RunConcluded: there are such variables.
+        """
+        numbers = self._findings.numbers
+        if numbers.refuse(why, variables or list(numbers.replaced)):
+            self._begin_again()
+
+    def _begin_again(self) -> NoReturn:
+        """End the exploration, which begins again with what has been found."""
+        self._findings.no_loops.clear()
+        self._findings.released.clear()
         self.is_to_repeat = self.has_learned = True
         raise RunConcluded
 
@@ -224,18 +267,14 @@ class LoopSearch:
             self._fail(trace.branch_points, *self._pair)
 
     def _visit(self, trace: Any, tested: AbstractTracer) -> Visit | None:
-        frame = testing_frame()
-        if frame is None:
+        value_count = trace.value_count
+        found = self._tested(trace)
+        if found is None:
             return None
-        test = truth_tests(frame.f_code).get(frame.f_lasti)
-        key = frame, test.continuation if test else (-1, frame.f_lasti)
-        self._times[key] += 1
-        if test is None and self._times[key] > 1:
-            self._note_reason(frame, "a function in C tests it: use `and` and `or`")
-        if test is None or not test.repeats:
-            return None
+        frame, test, iterator = found
+        key = frame, test.continuation
         try:
-            frames, state = self._state(frame, test.depth)
+            frames, state = self._state(frame, test, iterator)
         except UnseenStateError as error:
             if self._times[key] > 1:
                 self._note_reason(frame, str(error))
@@ -247,12 +286,37 @@ class LoopSearch:
             frame.f_lasti,
             state,
             [tested, *state.arrays],
-            trace.value_count,
+            value_count,
             len(state.frames) == 1 and frame.f_code is self._body_code,
+            [None, *map(_bounds_of, state.arrays)],
         )
 
+    def _tested(
+        self, trace: Any
+    ) -> tuple[FrameType, TruthTest, RangeIterator | None] | None:
+        """Find out what tests, and replace the numbers there that a loop carries.
+
+        Returns:
+            The frame, the instruction, and the iterator that the instruction asks. None
+            if no loop can begin here.
+        """
+        frame, iterator = testing_frame()
+        if frame is None:
+            return None
+        test = truth_tests(frame.f_code).get(frame.f_lasti)
+        key = frame, test.continuation if test else (-1, frame.f_lasti)
+        self._times[key] += 1
+        is_in_c = test is None or test.asks_iterator != (iterator is not None)
+        if is_in_c and self._times[key] > 1:
+            self._note_reason(frame, "a function in C tests it: use `and` and `or`")
+        if test is None or is_in_c or not test.repeats:
+            return None
+        if test.iterators is not None:
+            self._findings.numbers.replace(trace, frame, test)
+        return frame, test, iterator
+
     def _state(
-        self, frame: FrameType, depth: int
+        self, frame: FrameType, test: TruthTest, iterator: RangeIterator | None
     ) -> tuple[tuple[FrameType, ...], PythonState]:
         """Look at the state of Python in a frame and those around it.
 
@@ -264,13 +328,19 @@ class LoopSearch:
             raise UnseenStateError(
                 "it runs in a generator or a coroutine: move it into an ordinary function"
             )
-        if depth != 1:
+        references = [self._iterators.get((id(frame), x)) for x in test.iterators or ()]
+        iterators = [x for x in (ref and ref() for ref in references) if x is not None]
+        if iterator is not None and iterator not in iterators[-1:]:
+            raise UnseenStateError("jpyfunc.range is not what the for loop itself iterates")
+        if test.iterators is None or len(iterators) < len(references):
             raise UnseenStateError(
-                "it is inside a for or with block: move it into a function of its own"
+                "it is inside a for or with block: use jpyfunc.range, or move it into a "
+                "function of its own"
             )
         findings = self._findings
         limit = min(MAX_PICTURED_OBJECTS, findings.objects_left)
-        state = PythonState([x for x in frames if not is_library_frame(x)])
+        users = [x for x in frames if not is_library_frame(x)]
+        state = PythonState(users, iterators)
         try:
             state.look(limit)
         except UnseenStateError:
@@ -312,6 +382,11 @@ class LoopSearch:
             if findings.release(head.arrays, answers[: head.index], unready):
                 self.is_to_repeat = self.has_learned = True
                 raise RunConcluded
+        if any(
+            findings.numbers.learn(visit.frame, visit.test, head.state, visit.state)
+            for head in reversed(before)
+        ):
+            self._begin_again()
         self._note_reason(visit.frame, before[-1].why_unlike(visit))
         return None
 
@@ -372,3 +447,7 @@ class LoopSearch:
         why = "two iterations in a row are not the same operations"
         self._note_reason(second.frame, why)
         self.is_to_repeat = True
+
+
+def _bounds_of(array: Any) -> Bounds | None:
+    return array.bounds if isinstance(array, NumberTracer) else None
