@@ -17,10 +17,10 @@ from jpyfunc._conversion import as_python_number
 from jpyfunc._errors import UnsupportedError, see
 from jpyfunc._staging.abstract_trace import AbstractTrace
 from jpyfunc._staging.abstract_tracer import is_abstract
-from jpyfunc._staging.range_iterator import RangeIterator
+from jpyfunc._staging.range_iterator import RangeBounds, RangeIterator
 
 
-class range:  # noqa: N801 - named like Python's
+class range(RangeBounds):  # noqa: N801 - named like Python's
     """A loop over integers that may depend on arrays: `for i in jpyfunc.range(n)`.
 
     Like Python's `range`, with bounds that may be integer arrays. Where a body runs on
@@ -51,7 +51,7 @@ class range:  # noqa: N801 - named like Python's
         1024.0
     """
 
-    __slots__ = ("_length", "_start", "_step")
+    __slots__ = ()
 
     def __init__(self, *bounds: Any) -> None:
         names = {1: ("stop",), 2: ("start", "stop"), 3: ("start", "stop", "step")}
@@ -68,30 +68,29 @@ class range:  # noqa: N801 - named like Python's
                 "jpyfunc.range: expected a step other than zero, got 0."
                 + see("Bounds of jpyfunc.range")
             )
-        self._start, self._step = start, step
-        self._length = _length(start, stop, step)
+        super().__init__(start, step, _length(start, stop, step))
 
     def __iter__(self) -> Iterator[int]:
-        start, step, length = self._start, self._step, self._length
         trace = _compat.current_trace()
         if isinstance(trace, AbstractTrace) and not trace.shapes_only:
-            found = RangeIterator(start, step, length, trace.variable)
+            found = RangeIterator(self, trace.variable)
             trace.loops.enter(sys._getframe(1), found)
             return found
-        if any(map(is_abstract, (start, step, length))):
-            return RangeIterator(start, step, length, jnp.asarray)
-        return iter(builtins.range(start, start + length * step, step))
+        if any(map(is_abstract, self.state)):
+            return RangeIterator(self, jnp.asarray)
+        stop = self.start + self.length * self.step
+        return iter(builtins.range(self.start, stop, self.step))
 
     def __reversed__(self) -> range:
-        found = object.__new__(range)
-        length = self._length
+        found, length = object.__new__(range), self.length
         number = as_python_number(length, int) if is_abstract(length) else length
-        found._start = self._start + (number - 1) * self._step
-        found._step, found._length = -self._step, length
+        RangeBounds.__init__(
+            found, self.start + (number - 1) * self.step, -self.step, length
+        )
         return found
 
     def __len__(self) -> int:
-        return operator.index(self._length)
+        return operator.index(self.length)
 
 
 def _integer(value: Any, name: str) -> Any:

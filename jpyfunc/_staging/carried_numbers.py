@@ -92,6 +92,15 @@ class CarriedNumbers:
                 number = NumberTracer(trace.variable(value), variable, type(value), bounds)
                 set_local_variable(frame, variable.name, number)
 
+    def why_not(self, frame: FrameType, test: TruthTest) -> str:
+        """Say why variables of a frame are not replaced at a test; "" if nothing is known."""
+        reasons = [
+            why
+            for x, why in self.refused.items()
+            if x.code is frame.f_code and x.continuation == test.continuation
+        ]
+        return f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""
+
     def refuse(self, why: str, variables: list[Variable]) -> bool:
         """Leave variables what they are, in further runs.
 

@@ -387,7 +387,10 @@ class LoopSearch:
             for head in reversed(before)
         ):
             self._begin_again()
-        self._note_reason(visit.frame, before[-1].why_unlike(visit))
+        why = before[-1].why_unlike(visit) + findings.numbers.why_not(
+            visit.frame, visit.test
+        )
+        self._note_reason(visit.frame, why)
         return None
 
     def _first(self, visit: Visit) -> Visit:
