@@ -74,7 +74,7 @@ class range(RangeBounds):  # noqa: N801 - named like Python's
         trace = _compat.current_trace()
         if isinstance(trace, AbstractTrace) and not trace.shapes_only:
             found = RangeIterator(self, trace.variable)
-            trace.loops.enter(sys._getframe(1), found)
+            trace.loops.ranges.enter(sys._getframe(1), found)
             return found
         if any(map(is_abstract, self.state)):
             return RangeIterator(self, jnp.asarray)

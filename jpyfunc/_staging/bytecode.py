@@ -182,7 +182,7 @@ class _Instructions:
     def _moved(self, k: int, stack: _Stack, jumps: bool) -> _Stack:
         """Find what is on the value stack after an instruction.
 
-        The compiler makes an iterator for a `for` loop, which alone takes it from the stack,
+        The compiler makes an iterator for a `for` loop, which alone takes it off the stack,
         or for a generator expression, which is called with it.
         """
         instruction = self._all[k]

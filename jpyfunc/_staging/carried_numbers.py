@@ -1,4 +1,4 @@
-"""Which Python numbers are arrays instead, because a loop carries them."""
+"""Python numbers of a body that are replaced by arrays, because a loop carries them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from types import FrameType
 from typing import Any
 
 from jpyfunc._frames import local_variables, set_local_variable
+from jpyfunc._limits import MAX_COUNT, MAX_FIRST_COUNT
 from jpyfunc._staging.bytecode import TruthTest, tells_numbers_from_arrays
 from jpyfunc._staging.number_tracer import (
-    FAR,
     UNBOUNDED,
     Bounds,
     NumberTracer,
@@ -17,13 +17,10 @@ from jpyfunc._staging.number_tracer import (
 )
 from jpyfunc._staging.python_state import PythonState
 
-# Integers that a variable may begin with.
-_LARGEST_START = 2**24
-
 
 @dataclasses.dataclass(slots=True)
 class CarriedNumbers:
-    """What the runs of one exploration have found about numbers that loops change.
+    """Findings of the runs of one exploration about numbers that loops change.
 
     Attributes:
         may_replace: whether numbers are replaced at all.
@@ -85,7 +82,7 @@ class CarriedNumbers:
             if type(value) is NumberTracer and value.kind is int:
                 value.bounds = _reaching_far(value.bounds, *changes)
             elif type(value) is float or (
-                type(value) is int and abs(value) <= _LARGEST_START
+                type(value) is int and abs(value) <= MAX_FIRST_COUNT
             ):
                 is_float = type(value) is float
                 bounds = UNBOUNDED if is_float else _reaching_far((value, value), *changes)
@@ -93,7 +90,7 @@ class CarriedNumbers:
                 set_local_variable(frame, variable.name, number)
 
     def why_not(self, frame: FrameType, test: TruthTest) -> str:
-        """Say why variables of a frame are not replaced at a test; "" if nothing is known."""
+        """Say why variables are not replaced at a test; "" if nothing is known."""
         reasons = [
             why
             for x, why in self.refused.items()
@@ -117,4 +114,4 @@ class CarriedNumbers:
 def _reaching_far(bounds: Bounds, falls: bool, rises: bool) -> Bounds:
     """Widen the bounds of an integer to where it may be after many iterations."""
     low, high = bounds
-    return min(low, -FAR) if falls else low, max(high, FAR) if rises else high
+    return min(low, -MAX_COUNT) if falls else low, max(high, MAX_COUNT) if rises else high

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections import Counter
 from types import CodeType, FrameType
 from typing import Any, NoReturn
@@ -17,7 +16,6 @@ from jpyfunc._staging.abstract_tracer import AbstractTracer
 from jpyfunc._staging.bytecode import (
     SUSPENDABLE,
     TruthTest,
-    loop_of_iterator,
     truth_tests,
 )
 from jpyfunc._staging.carried_numbers import CarriedNumbers
@@ -27,7 +25,7 @@ from jpyfunc._staging.number_tracer import Bounds, NumberTracer, Variable
 from jpyfunc._staging.object_contents import UnseenStateError
 from jpyfunc._staging.python_state import PythonState
 from jpyfunc._staging.range_iterator import RangeIterator
-from jpyfunc._staging.visits import Visit, frames_up_to, testing_frame
+from jpyfunc._staging.visits import RangesOnStacks, Visit, frames_up_to, testing_frame
 
 # A truth test of an abstract value is asked in a frame of the body. A *visit* is that
 # frame, where it stands, and a picture of all that its variables, and those of the frames
@@ -146,6 +144,7 @@ class LoopSearch:
             and is to be run again.
         has_learned: whether all earlier runs are to be run again, too.
         is_unfolded: whether what is computed from known arrays alone is recorded, too.
+        ranges: the iterators of `jpyfunc.range` in `for` loops.
     """
 
     def __init__(
@@ -175,16 +174,8 @@ class LoopSearch:
         self._times: Counter[tuple[FrameType, tuple[int, ...]]] = Counter()
         self._pair: tuple[Visit, Visit] | None = None  # that is being checked
         self._was_left = False  # whether the frame has left the second visit's instruction
-        # Iterators on the value stacks of frames, by the instruction that asks them for
-        # values. Nothing else holds them, so that they are gone once the loop is over.
-        self._iterators: dict[tuple[int, int], weakref.ref[RangeIterator]] = {}
+        self.ranges = RangesOnStacks()
         self.is_unfolded = findings.is_unfolded
-
-    def enter(self, frame: FrameType, iterator: RangeIterator) -> None:
-        """Note that a frame begins a `for` loop, if it does, with a new iterator."""
-        offset = loop_of_iterator(frame.f_code, frame.f_lasti)
-        if offset is not None:
-            self._iterators[id(frame), offset] = weakref.ref(iterator)
 
     def answer(self, trace: Any, tested: AbstractTracer, answer: bool) -> bool:
         """Return the answer to a truth test, and look for a loop.
@@ -328,15 +319,7 @@ class LoopSearch:
             raise UnseenStateError(
                 "it runs in a generator or a coroutine: move it into an ordinary function"
             )
-        references = [self._iterators.get((id(frame), x)) for x in test.iterators or ()]
-        iterators = [x for x in (ref and ref() for ref in references) if x is not None]
-        if iterator is not None and iterator not in iterators[-1:]:
-            raise UnseenStateError("jpyfunc.range is not what the for loop itself iterates")
-        if test.iterators is None or len(iterators) < len(references):
-            raise UnseenStateError(
-                "it is inside a for or with block: use jpyfunc.range, or move it into a "
-                "function of its own"
-            )
+        iterators = self.ranges.on_stack(frame, test, iterator)
         findings = self._findings
         limit = min(MAX_PICTURED_OBJECTS, findings.objects_left)
         users = [x for x in frames if not is_library_frame(x)]

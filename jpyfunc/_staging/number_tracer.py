@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jpyfunc import _compat
 from jpyfunc._frames import line_of, user_frame
+from jpyfunc._limits import MAX_COUNT, MAX_COUNT_STEP
 from jpyfunc._staging.abstract_tracer import AbstractTracer
 
 # A loop that counts (`it += 1`) or halves (`step *= 0.5`) a Python number comes back to a
@@ -25,7 +26,7 @@ from jpyfunc._staging.abstract_tracer import AbstractTracer
 #   hold at the head of the loop. A test narrows them: below `if it < 100`, `it` is at most
 #   99. What may not fit is refused. What comes back to the head must be within the bounds
 #   there, so that they hold in each iteration, by induction. A counter that nothing bounds,
-#   and that changes by a small constant, is assumed not to come to 2**27.
+#   and that changes by a small constant, is assumed not to come to `MAX_COUNT`.
 # - Python's floats have 64 bits. Used with arrays they are rounded anyhow. A comparison of
 #   two numbers, where rounding might make all the difference, is refused.
 # - Division by zero raises an exception, so it must be known that there is none.
@@ -36,11 +37,6 @@ from jpyfunc._staging.abstract_tracer import AbstractTracer
 Bounds: TypeAlias = tuple[Any, Any]  # the least and the greatest value
 UNBOUNDED: Bounds = (-math.inf, math.inf)  # those of a float, of which nothing is known
 Number: TypeAlias = "NumberTracer | bool | int | float"
-
-# What an unbounded counter is assumed to remain below, and how much it may change in an
-# iteration. Python takes at least ten minutes to count so far.
-FAR = 2**27
-_SMALL = 2
 
 
 class Variable(NamedTuple):
@@ -85,8 +81,8 @@ class NumberTracer(AbstractTracer):
         """
         low, high = self.bounds
         change = self.offset - head.offset if self.root is head.root else 0
-        rises_far = 0 < change <= _SMALL and bounds[1] >= FAR
-        falls_far = -_SMALL <= change < 0 and bounds[0] <= -FAR
+        rises_far = 0 < change <= MAX_COUNT_STEP and bounds[1] >= MAX_COUNT
+        falls_far = -MAX_COUNT_STEP <= change < 0 and bounds[0] <= -MAX_COUNT
         return (low >= bounds[0] or falls_far) and (high <= bounds[1] or rises_far)
 
     def decide(self) -> bool:
@@ -219,8 +215,7 @@ def _kind(value: Number) -> type:
 
 def _computed(name: str, a: Number, b: Number) -> NumberTracer:
     """Compute with two numbers, one of which at least is an array."""
-    tracer = a if isinstance(a, NumberTracer) else b
-    assert isinstance(tracer, NumberTracer)
+    tracer = next(x for x in (a, b) if isinstance(x, NumberTracer))
     for x in (a, b):
         if isinstance(x, NumberTracer) and x.kind is bool:
             x.concrete("arithmetic")
@@ -247,7 +242,7 @@ def _integer(name: str, a: Number, b: Number, tracer: NumberTracer) -> NumberTra
             source, offset = a, a.offset + (int(b) if name == "add" else -int(b))
         elif name == "add":
             source, offset = b, b.offset + int(a)
-    is_counter = source is not None and abs(offset) <= _SMALL
+    is_counter = source is not None and abs(offset) <= MAX_COUNT_STEP
     if not is_counter:
         for x in (*bounds, *(x for x in (a, b) if not isinstance(x, NumberTracer))):
             if intersect((x, x), widest()) != (x, x):
@@ -272,7 +267,7 @@ def _quotient(a: Bounds, b: Bounds) -> Bounds:
 def _remainder(a: Bounds, b: Bounds) -> Bounds:
     if b[0] < 0:
         return b[0] + 1, 0
-    return a if 0 <= a[0] and a[1] < b[0] else (0, b[1] - 1)
+    return a if a[0] >= 0 and a[1] < b[0] else (0, b[1] - 1)
 
 
 _ARITHMETIC: dict[str, Callable[[Bounds, Bounds], Bounds]] = {
@@ -342,9 +337,7 @@ def _define(name: str, compute: Callable[..., Any], reflects: bool) -> None:
 
 
 def _refused(name: str, a: Number, b: Number) -> NoReturn:
-    tracer = a if isinstance(a, NumberTracer) else b
-    assert isinstance(tracer, NumberTracer)
-    tracer.concrete(name)
+    next(x for x in (a, b) if isinstance(x, NumberTracer)).concrete(name)
 
 
 for _name in _ARITHMETIC:

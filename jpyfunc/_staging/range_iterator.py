@@ -54,7 +54,7 @@ class RangeIterator:
 
     @property
     def state(self) -> list[Any]:
-        """All that changes, and all that decides how."""
+        """Everything that changes, and that decides how."""
         return [self._left, self._next, self._step]
 
     def __iter__(self) -> RangeIterator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
@@ -15,8 +16,9 @@ from jax.core import Tracer
 from jpyfunc._frames import is_library_frame
 from jpyfunc._interpreters.base_tracer import BodyTracer
 from jpyfunc._staging.abstract_tracer import AbstractTracer, is_abstract
-from jpyfunc._staging.bytecode import TruthTest
+from jpyfunc._staging.bytecode import TruthTest, loop_of_iterator
 from jpyfunc._staging.number_tracer import Bounds, NumberTracer
+from jpyfunc._staging.object_contents import UnseenStateError
 from jpyfunc._staging.python_state import PythonState
 from jpyfunc._staging.range_iterator import RangeIterator
 
@@ -193,6 +195,48 @@ def has_value(array: Any) -> bool:
     if isinstance(array, AbstractTracer):
         return array.value is not None
     return isinstance(array, jax.Array) and not isinstance(array, Tracer)
+
+
+class RangesOnStacks:
+    """The iterators of `jpyfunc.range` that are on the value stacks of frames.
+
+    Nothing else holds these, so that one is gone once its loop is over.
+    """
+
+    def __init__(self) -> None:
+        # By the frame, and the instruction that asks the iterator for the next value.
+        self._iterators: dict[tuple[int, int], weakref.ref[RangeIterator]] = {}
+
+    def enter(self, frame: FrameType, iterator: RangeIterator) -> None:
+        """Note that a frame begins a `for` loop, if it does, with a new iterator."""
+        offset = loop_of_iterator(frame.f_code, frame.f_lasti)
+        if offset is not None:
+            self._iterators[id(frame), offset] = weakref.ref(iterator)
+
+    def on_stack(
+        self, frame: FrameType, test: TruthTest, asked: RangeIterator | None
+    ) -> list[RangeIterator]:
+        """Return the iterators on the value stack of a frame at a truth test.
+
+        Args:
+            frame: that tests.
+            test: the instruction.
+            asked: the iterator whose next value it asks for, if it does.
+
+        Raises:
+            UnseenStateError: there is something else on the stack, or may be.
+        """
+        places = [(id(frame), offset) for offset in test.iterators or ()]
+        references = [self._iterators.get(place) for place in places]
+        found = [x for x in (ref and ref() for ref in references) if x is not None]
+        if asked is not None and asked not in found[-1:]:
+            raise UnseenStateError("jpyfunc.range is not what the for loop itself iterates")
+        if test.iterators is None or len(found) < len(places):
+            raise UnseenStateError(
+                "it is inside a for or with block: use jpyfunc.range, or move it into a "
+                "function of its own"
+            )
+        return found
 
 
 def testing_frame() -> tuple[FrameType | None, RangeIterator | None]:
