@@ -11,6 +11,7 @@ from jpyfunc._errors import UnsupportedError as UnsupportedError
 from jpyfunc._explain import explain as explain
 from jpyfunc._py_func import numpy_func as numpy_func
 from jpyfunc._py_func import py_func as py_func
+from jpyfunc._range import range as range
 from jpyfunc._runtime.profile import profile as profile
 from jpyfunc._runtime.progress import progress as progress
 from jpyfunc._runtime.raise_original import raise_original as raise_original

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core.primitives import convert_element_type_p
 
 from jpyfunc._errors import ResultError, see
 from jpyfunc._types import Array
@@ -216,6 +217,14 @@ def is_key_dtype(dtype: object) -> bool:
 def is_weak(array: object) -> bool:
     """Tell whether an array, or an aval, is weakly typed; PRNG keys never are."""
     return bool(getattr(array, "weak_type", False))
+
+
+def as_python_number(array: jax.Array, kind: type) -> jax.Array:
+    """Convert an array to the weak dtype of a Python number of the type `kind`."""
+    dtype = jnp.result_type(kind)
+    return convert_element_type_p.bind(
+        array, new_dtype=dtype, weak_type=True, sharding=None
+    )
 
 
 def dtype_source(dtype: np.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import linecache
@@ -30,6 +31,37 @@ def user_frame(frames: Iterable[FrameType] | None = None) -> FrameType | None:
 def is_library_frame(frame: FrameType) -> bool:
     """Tell whether a frame runs code of a library, and not the user's."""
     return _package_of(frame) in _LIBRARIES
+
+
+def local_variables(frame: FrameType) -> dict[str, Any]:
+    """Copy the local variables of a frame.
+
+    Before Python 3.13, the frame of a function keeps the dict that it gives, and with it
+    objects that the function has let go. What has a weak reference to one would see it.
+    """
+    given = frame.f_locals
+    variables = dict(given)
+    _forget(frame, given)
+    return variables
+
+
+def set_local_variable(frame: FrameType, name: str, value: Any) -> None:
+    """Assign to a local variable of a function that is running.
+
+    Python 3.13 writes through the mapping that a frame gives (PEP 667). Before, it gives a
+    dict, from which a debugger has Python copy the values back. All others are copied as
+    they are: nothing has run since they were read.
+    """
+    given = frame.f_locals
+    given[name] = value
+    if sys.version_info < (3, 13):
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+        _forget(frame, given)
+
+
+def _forget(frame: FrameType, given: Any) -> None:
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED and sys.version_info < (3, 13):
+        given.clear()
 
 
 def is_called_from(package: str) -> bool:

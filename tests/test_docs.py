@@ -58,6 +58,7 @@ def test_public_names():
     """The names of TensorFlow 1 are those of `jpyfunc.tf1`."""
     assert {name for name in vars(jpyfunc) if not name.startswith("_")} == {
         *("py_func", "numpy_func", "explain", "profile", "progress", "raise_original"),
+        "range",
         *("set_tape_limit", "tape_bytes", "tf1"),
         *("PyFuncError", "InferenceError", "NotDifferentiableError", "ResultError"),
         *("TapeLostError", "UnsupportedError", "ExecutorError", "GradientCutWarning"),

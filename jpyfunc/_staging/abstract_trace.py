@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive, jaxprs_in_params, set_current_trace
@@ -33,6 +34,7 @@ from jpyfunc._staging.equations import (
     operation_count,
 )
 from jpyfunc._staging.loop_search import LoopSearch
+from jpyfunc._staging.number_tracer import refuse_narrower
 from jpyfunc._staging.numpy_constants import NumpyCopies, holds_numpy
 from jpyfunc._staging.visits import has_value
 
@@ -56,6 +58,7 @@ class AbstractTrace(BodyTrace):
         equations: the operations since the last one.
         refusal: why the record differs from what the body does with data, or "".
         is_open: whether the body is still running.
+        shapes_only: whether the results matter only for their shapes and dtypes.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class AbstractTrace(BodyTrace):
         super().__init__()
         self._label = label
         self._script = script
-        self._shapes_only = shapes_only
+        self.shapes_only = shapes_only
         self._count = 0
         self._constants: dict[int, tuple[weakref.ref[jax.Array], Constant]] = {}
         self._copies = NumpyCopies()
@@ -100,6 +103,27 @@ class AbstractTrace(BodyTrace):
         """Make the next value of the run."""
         self._count += 1
         return AbstractTracer(self, aval, self._count - 1, is_constant)
+
+    def variable(self, number: Any) -> Any:
+        """Make a weakly typed array of a Python number, whose value no operation uses.
+
+        Args:
+            number: the number; an array is returned as it is.
+        """
+        if is_abstract(number):
+            return number
+        with set_current_trace(_compat.eval_trace):
+            aval = jax.typeof(jnp.asarray(number))
+        equation = Equation(
+            (type(number), number),
+            (aval,),
+            lambda: [jnp.asarray(number)],
+            (),
+            self._count,
+            1,
+        )
+        self.equations.append(equation)
+        return self.new_tracer(aval)
 
     def atom(self, value: Any) -> Atom:
         """Return `value` as it is recorded, as an operand or as a result of the body."""
@@ -176,6 +200,7 @@ class AbstractTrace(BodyTrace):
             # gets the predicate of its path: see `emission`.
             self.record_refusal("it calls Python itself")
         outs = outs if primitive.multiple_results else [outs]
+        refuse_narrower(tracers, outs, jaxprs_in_params(params))
         is_pure = not effects and not calls
         jaxpr = params.get("jaxpr")
         signature = primitive, params
@@ -252,7 +277,7 @@ class AbstractTrace(BodyTrace):
         operands: Sequence[Any],
         params: dict[str, Any],
     ) -> Sequence[Any]:
-        if self._shapes_only:
+        if self.shapes_only:
             return super().call_custom(primitive, functions, operands, params)
         return self.apply_function(
             lambda *xs: primitive.bind(*xs, subfuns=functions, **params), operands
@@ -268,6 +293,7 @@ class AbstractTrace(BodyTrace):
             self.record_refusal("it calls Python itself")
         operands = [*closed.consts, *operands]
         size, outs = operation_count(closed), closed.out_avals
+        refuse_narrower(operands, outs, [closed])
         return self._record(
             (closed,), _compat.opened(closed), operands, outs, size, is_pure
         )

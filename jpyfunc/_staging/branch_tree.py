@@ -32,7 +32,8 @@ from jpyfunc._staging.equations import (
 )
 from jpyfunc._staging.exploration import AbstractRun, LearnedMore, explore
 from jpyfunc._staging.inference import JoinedPaths
-from jpyfunc._staging.loop_search import BackEdge, LoopFindings
+from jpyfunc._staging.loop_findings import LoopFindings
+from jpyfunc._staging.loop_search import BackEdge
 from jpyfunc._tout import Template
 
 

@@ -6,10 +6,11 @@ import dataclasses
 import dis
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from types import CodeType
-from typing import Any
+from typing import Any, TypeAlias
 
 from jpyfunc._limits import BYTECODE_CACHE_SIZE
 
@@ -20,6 +21,13 @@ SUSPENDABLE = (
     | inspect.CO_ITERABLE_COROUTINE
     | inspect.CO_ASYNC_GENERATOR
 )
+# Names by which a function asks for the type of an object.
+_TYPE_QUESTIONS = {
+    "__class__", "callable", "getattr", "hasattr", "isinstance", "isscalar", "issubclass",
+    "singledispatch", "type",
+}  # fmt: skip
+# Iterators of `for` loops by the offsets of `FOR_ITER`, and None for all other values.
+_Stack: TypeAlias = tuple[int | None, ...]
 _SKIPPED = ("NOP", "EXTENDED_ARG", "RESUME")
 _JUMPS = ("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
 _ENDS = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "INTERPRETER_EXIT")
@@ -33,12 +41,17 @@ class TruthTest:
         continuation: equal for two tests of one function only if the function goes on at
             the same instructions after them. The compiler duplicates the test of a
             `while` loop: it stands before the loop, and at its end.
-        depth: how many values are on the value stack, the tested one among them.
+        iterators: what is on the value stack apart from the tested value: iterators of
+            `for` loops, by the offsets of the instructions that ask them for the next
+            value. None if there is anything else.
+        asks_iterator: whether it asks an iterator, the last of `iterators`, for the next
+            value, which is a truth test if the iterator makes it one.
         repeats: whether the function may come here again.
     """
 
     continuation: tuple[int, ...]
-    depth: int
+    iterators: tuple[int, ...] | None
+    asks_iterator: bool
     repeats: bool
 
 
@@ -60,6 +73,20 @@ def dead_variables(code: CodeType, offset: int) -> frozenset[str]:
     live = _Instructions(code).live_after(offset)
     plain = frozenset(code.co_varnames).difference(code.co_cellvars)
     return frozenset() if live is None else plain - live
+
+
+@functools.lru_cache(BYTECODE_CACHE_SIZE)
+def loop_of_iterator(code: CodeType, offset: int) -> int | None:
+    """Return the offset of the instruction that asks an iterator for values.
+
+    Args:
+        code: of the function.
+        offset: of the instruction that makes the iterator.
+
+    Returns:
+        None if the iterator is made for anything but a `for` loop.
+    """
+    return _Instructions(code).loop_of_iterator(offset)
 
 
 class _Instructions:
@@ -97,12 +124,22 @@ class _Instructions:
         handlers = [target for covered, target in self._handlers if offset in covered]
         return [n for n, _ in self._after(k) if n < len(self._all)] + handlers
 
+    def loop_of_iterator(self, offset: int) -> int | None:
+        k = self._at.get(offset)
+        if k is None or self._all[k].opname != "GET_ITER":
+            return None
+        following = self._all[self._skip(k + 1)]
+        return following.offset if following.opname == "FOR_ITER" else None
+
     def truth_tests(self) -> dict[int, TruthTest]:
-        depths = self._depths()
-        found = {k: self._continuation(k) for k in depths if self._tests(k)}
+        stacks = self._stacks()
+        found = {k: self._continuation(k) for k in stacks if self._tests(k)}
         return {
             self._all[k].offset: TruthTest(
-                continuation, depths[k], self._comes_back(k, continuation, found)
+                continuation,
+                self._iterators(k, stacks[k]),
+                self._all[k].opname == "FOR_ITER",
+                self._comes_back(k, continuation, found),
             )
             for k, continuation in found.items()
         }
@@ -115,22 +152,48 @@ class _Instructions:
         if name == "COMPARE_OP":  # as of Python 3.13, a flag says so
             flag = 16
             return sys.version_info >= (3, 13) and bool((instruction.arg or 0) & flag)
-        return name in ("TO_BOOL", "UNARY_NOT")
+        return name in ("TO_BOOL", "UNARY_NOT", "FOR_ITER")
 
-    def _depths(self) -> dict[int, int]:
-        """Find the depth of the value stack where each instruction tests what it tests."""
-        depths: dict[int, int] = {}
-        waiting = [(0, 0)]
-        while waiting:
-            k, depth = waiting.pop()
-            if k in depths or k >= len(self._all):
-                continue
-            instruction = self._all[k]
+    def _iterators(self, k: int, stack: _Stack) -> tuple[int, ...] | None:
+        """Find the iterators on the stack of a test, apart from what is tested."""
+        if self._all[k].opname == "FOR_ITER":
+            others, own = stack[:-1], [self._all[k].offset]
+        else:
             # A jump tests what it finds. What leaves a truth value tests what it takes.
-            is_jump = "JUMP" in instruction.opname
-            depths[k] = depth if is_jump else depth + self._effect(k, jumps=False)
-            waiting += [(n, depth + self._effect(k, jumps)) for n, jumps in self._after(k)]
-        return depths
+            is_jump = "JUMP" in self._all[k].opname
+            depth = len(stack) + (0 if is_jump else self._effect(k, jumps=False))
+            others, own = stack[: depth - 1], []
+        known = [x for x in others if x is not None]
+        return (*known, *own) if len(known) == len(others) else None
+
+    def _stacks(self) -> dict[int, _Stack]:
+        """Find what is on the value stack before each instruction."""
+        stacks: dict[int, _Stack] = {}
+        waiting: list[tuple[int, _Stack]] = [(0, ())]
+        while waiting:
+            k, stack = waiting.pop()
+            if k not in stacks and k < len(self._all):
+                stacks[k] = stack
+                waiting += [
+                    (n, self._moved(k, stack, jumps)) for n, jumps in self._after(k)
+                ]
+        return stacks
+
+    def _moved(self, k: int, stack: _Stack, jumps: bool) -> _Stack:
+        """Find what is on the value stack after an instruction.
+
+        The compiler makes an iterator for a `for` loop, which alone takes it off the stack,
+        or for a generator expression, which is called with it.
+        """
+        instruction = self._all[k]
+        if instruction.opname == "FOR_ITER" and not jumps:
+            return (*stack[:-1], instruction.offset, None)
+        if instruction.opname == "SWAP":
+            swapped, n = list(stack), instruction.argval
+            swapped[-1], swapped[-n] = swapped[-n], swapped[-1]
+            return tuple(swapped)
+        depth = len(stack) + self._effect(k, jumps)
+        return stack[:depth] + (None,) * (depth - len(stack))
 
     def _effect(self, k: int, jumps: bool) -> int:
         instruction = self._all[k]
@@ -156,6 +219,8 @@ class _Instructions:
         if self._all[k].opname in ("TO_BOOL", "COMPARE_OP"):
             jump = self._skip(k + 1)
         name = self._all[jump].opname
+        if name == "FOR_ITER":
+            return self._skip(k + 1), self._skip(self._at[self._all[k].argval])
         if not name.startswith("POP_JUMP") or "NONE" in name:
             return (k,)
         target = self._skip(self._at[self._all[jump].argval])
@@ -208,6 +273,26 @@ def attribute_names(code: CodeType) -> frozenset[str]:
     strings = (x for x in code.co_consts if isinstance(x, str) and x.isidentifier())
     inner = (attribute_names(x) for x in code.co_consts if isinstance(x, CodeType))
     return frozenset(code.co_names).union(strings, *inner)
+
+
+@functools.lru_cache(BYTECODE_CACHE_SIZE)
+def tells_numbers_from_arrays(code: CodeType) -> bool:
+    """Tell whether a function may act on an array unlike on an equal number.
+
+    It asks for the type of an object, or which of two objects it is.
+    """
+    instructions = list(dis.get_instructions(code))
+    return (
+        not attribute_names(code).isdisjoint(_TYPE_QUESTIONS)
+        or any(x.opname == "MATCH_CLASS" for x in instructions)
+        or any(
+            x.opname == "IS_OP" and (before.opname, before.argval) != ("LOAD_CONST", None)
+            for before, x in itertools.pairwise(instructions)
+        )
+        or any(
+            tells_numbers_from_arrays(x) for x in code.co_consts if isinstance(x, CodeType)
+        )
+    )
 
 
 def _accesses(instruction: dis.Instruction) -> tuple[set[str], set[str]] | None:

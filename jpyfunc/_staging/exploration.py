@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import heapq
@@ -16,8 +17,10 @@ from jax.extend.core import set_current_trace, take_current_trace
 from jpyfunc._conversion import Array, is_weak
 from jpyfunc._frames import code_of
 from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
+from jpyfunc._staging.abstract_tracer import NeedsValueError
 from jpyfunc._staging.equations import Atom
-from jpyfunc._staging.loop_search import LoopFindings, LoopSearch, RunConcluded
+from jpyfunc._staging.loop_findings import LoopFindings
+from jpyfunc._staging.loop_search import LoopSearch, RunConcluded
 from jpyfunc._staging.muted_streams import mute_streams
 from jpyfunc._tout import Leaf, Template
 
@@ -169,6 +172,12 @@ def _run(
             results = [*map(trace.atom, arrays)]
     except (RunConcluded, TooManyBranchPoints, Exception) as raised:  # noqa: BLE001 - the caller judges it
         error = raised
+        # An array in the place of a number may be to blame.
+        if isinstance(raised, TypeError | IndexError) and not isinstance(
+            raised, NeedsValueError
+        ):
+            with contextlib.suppress(RunConcluded):
+                trace.loops.keep_numbers(str(raised).split("\n", 1)[0])
     finally:
         trace.close()
     if trace.loops.back:  # however the body has taken the exception that says so

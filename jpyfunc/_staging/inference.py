@@ -22,8 +22,9 @@ from jpyfunc._limits import (
 )
 from jpyfunc._staging.abstract_trace import TooManyBranchPoints
 from jpyfunc._staging.abstract_tracer import NeedsValueError
+from jpyfunc._staging.carried_numbers import CarriedNumbers
 from jpyfunc._staging.exploration import AbstractRun, explore
-from jpyfunc._staging.loop_search import LoopFindings
+from jpyfunc._staging.loop_findings import LoopFindings
 from jpyfunc._tout import Leaf, Template
 
 # What a body raises where it needs a value.
@@ -58,8 +59,9 @@ def infer(
         ResultError: a branch returns what the template does not allow.
     """
     paths = JoinedPaths(declared, label)
-    # A loop that carries known arrays is run as often as they say.
-    findings = LoopFindings(may_unfold=False)
+    # A loop that carries known arrays or numbers is run as often as they say.
+    numbers = CarriedNumbers(may_replace=False)
+    findings = LoopFindings(may_unfold=False, numbers=numbers)
     runs = explore(
         func,
         avals,

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.core import ShapedArray
 
-from jpyfunc._frames import is_library_frame, line_of, place_of_frame
-from jpyfunc._limits import MAX_PICTURED_IN_TOTAL, MAX_PICTURED_OBJECTS
 from jpyfunc._staging.abstract_tracer import AbstractTracer
-from jpyfunc._staging.bytecode import SUSPENDABLE, truth_tests
-from jpyfunc._staging.equations import Atom, BranchPoint, Equation, ValueRef
+from jpyfunc._staging.equations import Atom, BranchPoint, Equation
 from jpyfunc._staging.iterations import IterationPair
-from jpyfunc._staging.object_contents import UnseenStateError
-from jpyfunc._staging.python_state import PythonState
-from jpyfunc._staging.visits import Visit, frames_up_to, testing_frame
+from jpyfunc._staging.loop_findings import Answers, LoopFindings
+from jpyfunc._staging.number_tracer import Variable
+from jpyfunc._staging.visit_finder import VisitFinder
+from jpyfunc._staging.visits import Visit
 
 # A truth test of an abstract value is asked in a frame of the body. A *visit* is that
 # frame, where it stands, and a picture of all that its variables, and those of the frames
@@ -36,6 +33,8 @@ from jpyfunc._staging.visits import Visit, frames_up_to, testing_frame
 #   a comparison of lists does, too, so the instruction must have been left in between.
 # - Another iteration is run, with the same answers. It must be the same to the bit: see
 #   `iterations`. And an array must have changed, or the body would never end.
+# - The value stack may have iterators of `jpyfunc.range` on it, which nothing else holds.
+#   Their state is part of the picture.
 # - No generator is on the way: it may be resumed from elsewhere.
 # - An object of Python, or an array, that is replaced in an iteration was made since the
 #   frame was first visited. An older one may be held where nothing can be seen: on the
@@ -77,53 +76,6 @@ class BackEdge:
     equations: list[Equation]
 
 
-Answers = tuple[bool, ...]
-
-
-@dataclasses.dataclass(slots=True)
-class LoopFindings:
-    """Findings of the runs of one exploration about loops.
-
-    Attributes:
-        no_loops: pairs of visits that are no loop, by the position of the first one and
-            the answers up to the second one.
-        is_unfolded: whether what is computed from known arrays alone is recorded, too.
-        may_unfold: whether that may be tried.
-        released: positions of the arrays that a loop carries, and that are known when it
-            begins, by the answers up to its head.
-        reasons: why a place is not the head of a loop, by place and line.
-        objects_left: how many objects may still be looked at.
-    """
-
-    no_loops: set[tuple[int, Answers]] = dataclasses.field(default_factory=set)
-    is_unfolded: bool = False
-    may_unfold: bool = True
-    released: dict[Answers, set[int]] = dataclasses.field(default_factory=dict)
-    reasons: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    objects_left: int = MAX_PICTURED_IN_TOTAL
-
-    def release(self, arrays: list[Any], answers: Answers, positions: set[int]) -> bool:
-        """Let a loop carry arrays that it cannot carry as they are.
-
-        Args:
-            arrays: those at the head, or the atoms that stand for them.
-            answers: those up to the head.
-            positions: of what is to be carried.
-
-        Returns:
-            Whether it will in runs to come: the exploration is to begin again.
-        """
-        if not self.may_unfold:
-            return False
-        if not self.is_unfolded:
-            self.is_unfolded = True
-            return True
-        if not all(isinstance(arrays[i], AbstractTracer | ValueRef) for i in positions):
-            return False
-        self.released.setdefault(answers, set()).update(positions)
-        return True
-
-
 class LoopSearch:
     """The visits of one run, and the comparison of two of its iterations.
 
@@ -133,6 +85,7 @@ class LoopSearch:
             and is to be run again.
         has_learned: whether all earlier runs are to be run again, too.
         is_unfolded: whether what is computed from known arrays alone is recorded, too.
+        ranges: the iterators of `jpyfunc.range` in `for` loops.
     """
 
     def __init__(
@@ -156,12 +109,11 @@ class LoopSearch:
         self.has_learned = False
         self._findings = findings
         self._script_length = script_length
-        self._entry = entry
-        self._body_code = body_code
         self._visits: list[Visit] = []
-        self._times: Counter[tuple[FrameType, tuple[int, ...]]] = Counter()
         self._pair: tuple[Visit, Visit] | None = None  # that is being checked
         self._was_left = False  # whether the frame has left the second visit's instruction
+        self._visit_finder = VisitFinder(findings, entry, body_code)
+        self.ranges = self._visit_finder.ranges
         self.is_unfolded = findings.is_unfolded
 
     def answer(self, trace: Any, tested: AbstractTracer, answer: bool) -> bool:
@@ -181,10 +133,12 @@ class LoopSearch:
         n = len(points)
         if self._pair:
             head, second = self._pair
-            if n == 2 * second.index - head.index:
+            position = n - second.index + head.index
+            if position == second.index:
                 self._conclude(trace, tested, head, second)
-            return points[n - second.index + head.index].answer
-        visit = None if trace.refusal else self._visit(trace, tested)
+            self._visit_finder.prepare(trace)
+            return points[position].answer
+        visit = None if trace.refusal else self._visit_finder.find(trace, tested)
         if visit is None:
             return answer
         answers = tuple(point.answer for point in points)
@@ -196,6 +150,7 @@ class LoopSearch:
                 answer = points[head_visit.index].answer
                 # The next iteration begins with arrays without values, like the first.
                 visit.release(head_visit.changed(visit))
+                visit.begin_at(head_visit)
         self._visits.append(visit)
         return answer
 
@@ -213,8 +168,26 @@ class LoopSearch:
         """
         findings = self._findings
         findings.may_unfold = findings.is_unfolded = False
-        findings.released.clear()
-        findings.no_loops.clear()
+        self._begin_again()
+
+    def keep_numbers(self, why: str, variables: list[Variable] | None = None) -> None:
+        """Begin again with Python numbers in some variables that are arrays by now.
+
+        Args:
+            why: the number is needed.
+            variables: which are blamed, by default all.
+
+        Raises:
+            RunConcluded: there are such variables.
+        """
+        numbers = self._findings.numbers
+        if numbers.refuse(why, variables or list(numbers.replaced)):
+            self._begin_again()
+
+    def _begin_again(self) -> NoReturn:
+        """End the exploration, which begins again with what has been found."""
+        self._findings.no_loops.clear()
+        self._findings.released.clear()
         self.is_to_repeat = self.has_learned = True
         raise RunConcluded
 
@@ -222,73 +195,6 @@ class LoopSearch:
         """End a run. If it has not come to the end of a second iteration, it failed."""
         if self._pair and not self.back and not self.is_to_repeat:
             self._fail(trace.branch_points, *self._pair)
-
-    def _visit(self, trace: Any, tested: AbstractTracer) -> Visit | None:
-        frame = testing_frame()
-        if frame is None:
-            return None
-        test = truth_tests(frame.f_code).get(frame.f_lasti)
-        key = frame, test.continuation if test else (-1, frame.f_lasti)
-        self._times[key] += 1
-        if test is None and self._times[key] > 1:
-            self._note_reason(frame, "a function in C tests it: use `and` and `or`")
-        if test is None or not test.repeats:
-            return None
-        try:
-            frames, state = self._state(frame, test.depth)
-        except UnseenStateError as error:
-            if self._times[key] > 1:
-                self._note_reason(frame, str(error))
-            return None
-        return Visit(
-            len(trace.branch_points),
-            frames,
-            test,
-            frame.f_lasti,
-            state,
-            [tested, *state.arrays],
-            trace.value_count,
-            len(state.frames) == 1 and frame.f_code is self._body_code,
-        )
-
-    def _state(
-        self, frame: FrameType, depth: int
-    ) -> tuple[tuple[FrameType, ...], PythonState]:
-        """Look at the state of Python in a frame and those around it.
-
-        Raises:
-            UnseenStateError: it cannot be seen.
-        """
-        frames = frames_up_to(frame, self._entry)
-        if any(x.f_code.co_flags & SUSPENDABLE for x in frames):
-            raise UnseenStateError(
-                "it runs in a generator or a coroutine: move it into an ordinary function"
-            )
-        if depth != 1:
-            raise UnseenStateError(
-                "it is inside a for or with block: move it into a function of its own"
-            )
-        findings = self._findings
-        limit = min(MAX_PICTURED_OBJECTS, findings.objects_left)
-        state = PythonState([x for x in frames if not is_library_frame(x)])
-        try:
-            state.look(limit)
-        except UnseenStateError:
-            raise
-        except Exception as error:
-            # An object of a kind that is not known.
-            raise UnseenStateError(
-                f"the state of Python cannot be seen: {error}"
-            ) from error
-        finally:
-            findings.objects_left -= len(state.facts)
-        return tuple(frames), state
-
-    def _note_reason(self, frame: FrameType, why: str) -> None:
-        key = place_of_frame(frame), line_of(frame)
-        # The first of a Python number: it is what changes in each iteration.
-        if "is a Python number" not in self._findings.reasons.get(key, ""):
-            self._findings.reasons[key] = why
 
     def _head_of(self, visit: Visit, answers: Answers) -> Visit | None:
         """Find an earlier visit that may be the head of a loop.
@@ -312,7 +218,15 @@ class LoopSearch:
             if findings.release(head.arrays, answers[: head.index], unready):
                 self.is_to_repeat = self.has_learned = True
                 raise RunConcluded
-        self._note_reason(visit.frame, before[-1].why_unlike(visit))
+        if any(
+            findings.numbers.learn(visit.frame, visit.test, head.state, visit.state)
+            for head in reversed(before)
+        ):
+            self._begin_again()
+        why = before[-1].why_unlike(visit) + findings.numbers.why_not(
+            visit.frame, visit.test
+        )
+        self._findings.note_reason(visit.frame, why)
         return None
 
     def _first(self, visit: Visit) -> Visit:
@@ -327,7 +241,7 @@ class LoopSearch:
             RunConcluded: always.
         """
         points: list[BranchPoint] = trace.branch_points
-        third = self._visit(trace, tested)
+        third = self._visit_finder.find(trace, tested)
         if third is None or not self._is_same_iteration(trace, head, second, third):
             self._fail(points, head, second)
             raise RunConcluded
@@ -370,5 +284,5 @@ class LoopSearch:
         answers = tuple(point.answer for point in points[: second.index])
         self._findings.no_loops.add((head.index, answers))
         why = "two iterations in a row are not the same operations"
-        self._note_reason(second.frame, why)
+        self._findings.note_reason(second.frame, why)
         self.is_to_repeat = True

@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 from jpyfunc._limits import MAX_FINGERPRINT_BYTES, MAX_FINGERPRINT_OBJECTS
 from jpyfunc._staging.abstract_tracer import AbstractTracer
+from jpyfunc._staging.range_iterator import RangeBounds, RangeIterator
 
 Children = list[tuple[str, Any]]  # what an object leads to, each with its path
 
@@ -117,6 +118,8 @@ def contents_of(value: Any, path: str) -> tuple[Hashable, Children]:
         ]
     if kind is np.ndarray:
         return _numpy_array(value, path)
+    if issubclass(kind, RangeBounds | RangeIterator):
+        return None, [(path, x) for x in value.state]
     if issubclass(kind, type):
         return _class(value, path)
     if _package(kind.__module__) in _JAX or (

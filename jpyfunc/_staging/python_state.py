@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import collections
-import inspect
 import sys
 import types
 from collections.abc import Hashable, Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
+from jpyfunc._frames import local_variables
 from jpyfunc._staging.bytecode import (
     attribute_names,
     dead_variables,
     global_names,
     imported_names,
 )
+from jpyfunc._staging.number_tracer import NumberTracer
 from jpyfunc._staging.object_contents import (
     Children,
     UnseenStateError,
@@ -25,6 +26,7 @@ from jpyfunc._staging.object_contents import (
     is_library_class,
     is_pure_module,
 )
+from jpyfunc._staging.range_iterator import RangeIterator
 
 # Functions that see more than their arguments, or what differs in equal states.
 _REFUSED_BUILTINS = {
@@ -47,26 +49,35 @@ class PythonState:
         arrays: the arrays that were found, in order, each time that they were.
         array_paths: how to write each of them.
         frames: whose variables these are, innermost first.
+        numbers: the names of the variables of the innermost frame that are numbers, by
+            the positions of their facts.
+        codes: of the functions that may be called, and of the frames.
         objects: all other objects that can be told from their equals, each once. As they
             are held, no other object gets the id of one of them.
     """
 
-    def __init__(self, frames: Sequence[FrameType]) -> None:
+    def __init__(
+        self, frames: Sequence[FrameType], iterators: Sequence[RangeIterator]
+    ) -> None:
         """Begin.
 
         Args:
             frames: those whose variables may be used from here on, innermost first.
+            iterators: those on the value stack of the innermost one.
         """
         self.facts: list[Hashable] = []
         self.paths: list[str] = []
         self.arrays: list[Any] = []
         self.array_paths: list[str] = []
+        self.numbers: dict[int, str] = {}
+        self.codes: set[CodeType] = set()
         self.objects: list[Any] = []
         self._limit = 0
         self._numbers: dict[int, int] = {}
         self._names: set[str] = set()
         self._namespaces: dict[int, tuple[str, Any]] = {}  # modules and classes
         self.frames = frames
+        self._iterators = iterators
 
     def look(self, limit: int) -> None:
         """Look at the variables of the frames.
@@ -83,9 +94,37 @@ class PythonState:
             self._look_at(names)
         for frame in self.frames:
             dead = dead_variables(frame.f_code, frame.f_lasti)
-            variables = _local_variables(frame).items()
-            self._look_at([(name, x) for name, x in variables if name not in dead])
+            variables = local_variables(frame)
+            live = {name: x for name, x in variables.items() if name not in dead}
+            if frame is self.frames[0]:
+                self._note_numbers(live)
+            self._look_at(list(live.items()))
+        self._look_at([("jpyfunc.range", x) for x in self._iterators])
         self._look_at_namespaces()
+
+    def _note_numbers(self, variables: dict[str, Any]) -> None:
+        """Note those variables that are numbers apart from all others, and remove them."""
+        for name in [name for name, x in variables.items() if type(x) in (int, float)]:
+            self.numbers[len(self.facts)] = name
+            self._note(atom_of(variables.pop(name)), name)
+
+    def differing_numbers(self, later: PythonState) -> dict[str, tuple[Any, Any]]:
+        """Find the numbers that are others in a later state, if nothing else differs.
+
+        Returns:
+            Both values, by the names of variables of the innermost frame. Nothing if
+            anything else differs.
+        """
+        pairs = enumerate(zip(self.facts, later.facts, strict=False))
+        found: dict[int, Any] = {i: (a, b) for i, (a, b) in pairs if a != b}
+        if (
+            len(self.facts) != len(later.facts)
+            or not found.keys() <= self.numbers.keys() & later.numbers.keys()
+            or any(self.numbers[i] != later.numbers[i] for i in found)
+            or any(a[0] is not b[0] for a, b in found.values())
+        ):
+            return {}
+        return {self.numbers[i]: (_value(a), _value(b)) for i, (a, b) in found.items()}
 
     def differences(self, other: PythonState) -> Iterator[tuple[str, Any, Any]]:
         """Yield where the facts of another state are different ones.
@@ -114,7 +153,8 @@ class PythonState:
             if len(self.facts) >= self._limit:
                 raise UnseenStateError("the variables lead to too many objects")
             if is_array_kind(type(value)):
-                self._note("array", path)
+                is_number = isinstance(value, NumberTracer)
+                self._note(("number", value.kind) if is_number else "array", path)
                 self.arrays.append(value)
                 self.array_paths.append(path)
                 continue
@@ -190,6 +230,7 @@ class PythonState:
     ) -> Children:
         """The global variables, and the modules, that a function may use."""
         self._names |= attribute_names(code)
+        self.codes.add(code)
         refused = _REFUSED_BUILTINS.intersection(global_names(code)) - variables.keys()
         refused |= _OF_FRAMES.intersection(code.co_names)
         if refused:
@@ -203,15 +244,6 @@ class PythonState:
         return found
 
 
-def _local_variables(frame: FrameType) -> dict[str, Any]:
-    """Copy the local variables of a frame.
-
-    Before Python 3.13, the frame of a function keeps the dict that it gives, and with it
-    objects that the function has let go. What has a weak reference to one would see it.
-    """
-    given = frame.f_locals
-    variables = dict(given)
-    is_of_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED
-    if is_of_function and sys.version_info < (3, 13):
-        given.clear()
-    return variables
+def _value(fact: Any) -> Any:
+    """The value of the fact of an `int` or a `float`."""
+    return fact[0](fact[1])

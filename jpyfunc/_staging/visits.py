@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
@@ -15,8 +16,11 @@ from jax.core import Tracer
 from jpyfunc._frames import is_library_frame
 from jpyfunc._interpreters.base_tracer import BodyTracer
 from jpyfunc._staging.abstract_tracer import AbstractTracer, is_abstract
-from jpyfunc._staging.bytecode import TruthTest
+from jpyfunc._staging.bytecode import TruthTest, loop_of_iterator
+from jpyfunc._staging.number_tracer import Bounds, NumberTracer
+from jpyfunc._staging.object_contents import UnseenStateError
 from jpyfunc._staging.python_state import PythonState
+from jpyfunc._staging.range_iterator import RangeIterator
 
 # What is known of these is in what they lead to: which object it is does not matter.
 _IMMUTABLE = (tuple, types.MethodType, types.BuiltinFunctionType, slice)
@@ -36,6 +40,7 @@ class Visit:
         value_count: how many values the run had made.
         is_of_body: whether the frame is that of the body itself, whose arguments nothing
             else holds.
+        bounds: of those of `arrays` that are in the place of Python numbers; else None.
     """
 
     index: int
@@ -46,6 +51,7 @@ class Visit:
     arrays: list[Any]
     value_count: int
     is_of_body: bool
+    bounds: list[Bounds | None]
 
     @property
     def frame(self) -> FrameType:
@@ -78,6 +84,7 @@ class Visit:
             and self._shares_arrays_like(later)
             and not self._replaces_objects_of(first, later)
             and not self._replaces_arrays_of(first, later)
+            and self._keeps_bounds(later)
             and any(x is not y for x, y in self._pairs(later)[1:])
         )
 
@@ -104,6 +111,21 @@ class Visit:
         for i in positions:
             if isinstance(self.arrays[i], AbstractTracer):
                 self.arrays[i].release(axes)
+
+    def begin_at(self, head: Visit) -> None:
+        """Begin an iteration with numbers of which the same is known as at a head."""
+        self.bounds[:] = head.bounds
+        for number, bounds in zip(self.arrays, self.bounds, strict=True):
+            if isinstance(number, NumberTracer) and bounds is not None:
+                number.bounds = bounds
+
+    def _keeps_bounds(self, later: Visit) -> bool:
+        """Whether numbers are within the bounds, at a later visit, that they have here."""
+        return all(
+            y.continues(x, bounds)
+            for (x, y), bounds in zip(self._pairs(later), self.bounds, strict=True)
+            if bounds is not None
+        )
 
     def _axes(self) -> frozenset[str]:
         """The manual axes that any of the arrays varies over."""
@@ -175,13 +197,63 @@ def has_value(array: Any) -> bool:
     return isinstance(array, jax.Array) and not isinstance(array, Tracer)
 
 
-def testing_frame() -> FrameType | None:
-    """Return the frame that asks for the truth value of an array, if it is the user's."""
+class RangesOnStacks:
+    """The iterators of `jpyfunc.range` that are on the value stacks of frames.
+
+    Nothing else holds these, so that one is gone once its loop is over.
+    """
+
+    def __init__(self) -> None:
+        # By the frame, and the instruction that asks the iterator for the next value.
+        self._iterators: dict[tuple[int, int], weakref.ref[RangeIterator]] = {}
+
+    def enter(self, frame: FrameType, iterator: RangeIterator) -> None:
+        """Note that a frame begins a `for` loop, if it does, with a new iterator."""
+        offset = loop_of_iterator(frame.f_code, frame.f_lasti)
+        if offset is not None:
+            self._iterators[id(frame), offset] = weakref.ref(iterator)
+
+    def on_stack(
+        self, frame: FrameType, test: TruthTest, asked: RangeIterator | None
+    ) -> list[RangeIterator]:
+        """Return the iterators on the value stack of a frame at a truth test.
+
+        Args:
+            frame: that tests.
+            test: the instruction.
+            asked: the iterator whose next value it asks for, if it does.
+
+        Raises:
+            UnseenStateError: there is something else on the stack, or may be.
+        """
+        places = [(id(frame), offset) for offset in test.iterators or ()]
+        references = [self._iterators.get(place) for place in places]
+        found = [x for x in (ref and ref() for ref in references) if x is not None]
+        if asked is not None and asked not in found[-1:]:
+            raise UnseenStateError("jpyfunc.range is not what the for loop itself iterates")
+        if test.iterators is None or len(found) < len(places):
+            raise UnseenStateError(
+                "it is inside a for or with block: use jpyfunc.range, or move it into a "
+                "function of its own"
+            )
+        return found
+
+
+def testing_frame() -> tuple[FrameType | None, RangeIterator | None]:
+    """Return the frame that asks for the truth value of an array, if it is the user's.
+
+    Returns:
+        The frame, or None; and the iterator that it asks for the next value, if that is
+        what tests.
+    """
+    iterator = None
     for frame in _stack():
         if frame.f_code is BodyTracer.__bool__.__code__:
             asking = frame.f_back
-            return None if asking is None or is_library_frame(asking) else asking
-    return None
+            if asking and asking.f_code is RangeIterator.__next__.__code__:
+                iterator, asking = asking.f_locals["self"], asking.f_back
+            return None if asking is None or is_library_frame(asking) else asking, iterator
+    return None, None
 
 
 def _stack() -> Iterator[FrameType]:
