@@ -172,11 +172,12 @@ def py_func(
         staged: compile what can be traced. While JAX traces the call, the function is run
             on abstract values, through both branches of each `if`, and its operations
             become part of the program, as a tree of `jax.lax.cond`. A `while` loop of which
-            only arrays change (in variables, lists, objects), or a `for` over
-            `jpyfunc.range`, becomes one loop, which has forward- and reverse-mode
+            only arrays (in variables, lists, objects) and local numbers change, or a `for`
+            over `jpyfunc.range`, becomes one loop, which has forward- and reverse-mode
             derivatives of any order; the memory of the latter does not grow with the number
-            of iterations. Other loops are unrolled: those that change a Python number, grow
-            a list, or stand in another `for` or in a `with` block.
+            of iterations. Other loops are unrolled: those that need a number that changes
+            as an index or a size, grow a list, or stand in another `for` or in a `with`
+            block.
             At most 32 abstract runs are made, or the given number. On a path that cannot be
             traced (a value is read, an operation has an effect, the runs are used up), the
             program calls the function. The results are the same as without staging. If no
