@@ -30,8 +30,9 @@ def explain(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     The result shows what `py_func(func, staged=True)` would do with such arguments: the
     tree of the function's branches, each with its source line and the number of JAX
     operations before it, and the places where the program would call the function itself,
-    with the reason. If the shapes of the results cannot be inferred, it says why. Nothing
-    is compiled, and nothing runs on data.
+    with the reason. It also shows each loop, with the arrays that it carries, and above the
+    tree each loop that would be unrolled, with the reason. If the shapes of the results
+    cannot be inferred, it says why. Nothing is compiled, and nothing runs on data.
 
     Args:
         func: a function, wrapped by `py_func` (staged or not) or not wrapped.

@@ -171,19 +171,25 @@ def py_func(
             a warning; draws from a generator that the function holds are not.)
         staged: compile what can be traced. While JAX traces the call, the function is run
             on abstract values, through both branches of each `if`, and its operations
-            become part of the program, as a tree of `jax.lax.cond`. At most 32 such runs
-            are made, or the given number. On a path that cannot be traced (a value is read,
-            an operation has an effect, the runs are used up), the program calls the
-            function. The results are the same as without staging. If no such call remains,
-            the program supports everything that JAX supports for `lax.cond`. Under
-            `jax.vmap`, all branches are computed for all elements, but calls are made only
-            for the elements that need them. Staging costs one run of the function per path,
-            some milliseconds each, and the compilation of the operations: those of a loop
-            count in each iteration, those before a branch once. Side effects in Python
-            (`print`, a list that grows) happen only while tracing, where the function is
-            run on abstract values even if `Tout` is complete, and arrays that it holds are
-            compiled in as constants. Functions wrapped by `py_func` that it calls are
-            called from the program. `jpyfunc.explain` shows the tree.
+            become part of the program, as a tree of `jax.lax.cond`. A `while` loop of which
+            only arrays (in variables, lists, objects) and local numbers change, or a `for`
+            over `jpyfunc.range`, becomes one loop, which has forward- and reverse-mode
+            derivatives of any order; the memory of the latter does not grow with the number
+            of iterations. Other loops are unrolled: those that need a number that changes
+            as an index or a size, grow a list, or stand in another `for` or in a `with`
+            block.
+            At most 32 abstract runs are made, or the given number. On a path that cannot be
+            traced (a value is read, an operation has an effect, the runs are used up), the
+            program calls the function. The results are the same as without staging. If no
+            such call remains, the program supports everything that JAX supports for
+            `lax.cond`. Under `jax.vmap`, all branches are computed for all elements, but
+            calls are made only for the elements that need them. Staging costs one run of
+            the function per path, some milliseconds each, and the compilation of the
+            operations: those of a loop, or before a branch, count once. Side effects in
+            Python (`print`, a list that grows) happen only while tracing, where the
+            function is run on abstract values even if `Tout` is complete, and arrays that
+            it holds are compiled in as constants. Functions wrapped by `py_func` that it
+            calls are called from the program. `jpyfunc.explain` shows the tree and loops.
         executor: refused, because the function and its tape are of this process; an option
             of `numpy_func`.
 
