@@ -95,9 +95,8 @@ class range(RangeBounds):  # noqa: N801 - named like Python's
 
 def _integer(value: Any, name: str) -> Any:
     """Return a bound as an `int`, or as an abstract value of the dtype of one."""
-    got = type(value).__name__
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        got = jax.typeof(value).str_short()
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    got = jax.typeof(value).str_short() if is_array else type(value).__name__
     if not is_abstract(value):
         try:
             return operator.index(value)

@@ -234,23 +234,21 @@ def _computed(name: str, a: Number, b: Number) -> NumberTracer:
 
 def _integer(name: str, a: Number, b: Number, tracer: NumberTracer) -> NumberTracer:
     bounds = _ARITHMETIC[name](bounds_of(a), bounds_of(b))
-    source = None
-    if name in ("add", "sub") and not (
-        isinstance(a, NumberTracer) and isinstance(b, NumberTracer)
-    ):
-        if isinstance(a, NumberTracer):
-            source, offset = a, a.offset + (int(b) if name == "add" else -int(b))
-        elif name == "add":
-            source, offset = b, b.offset + int(a)
-    is_counter = source is not None and abs(offset) <= MAX_COUNT_STEP
-    if not is_counter:
+    counted, offset = None, 0  # what this is a small distance from
+    if isinstance(a, NumberTracer):
+        if name in ("add", "sub") and not isinstance(b, NumberTracer):
+            counted, offset = a, a.offset + (int(b) if name == "add" else -int(b))
+    elif name == "add" and isinstance(b, NumberTracer):
+        counted, offset = b, b.offset + int(a)
+    if counted is None or abs(offset) > MAX_COUNT_STEP:
+        counted = None
         for x in (*bounds, *(x for x in (a, b) if not isinstance(x, NumberTracer))):
             if intersect((x, x), widest()) != (x, x):
                 tracer.concrete("an integer that may not fit")
     array = getattr(operator, name)(_array(a), _array(b))
     found = NumberTracer(array, tracer.variable, int, intersect(bounds, widest()))
-    if is_counter:
-        found.root, found.offset = source.root, offset
+    if counted is not None:
+        found.root, found.offset = counted.root, offset
     return found
 
 
