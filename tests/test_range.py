@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import assert_close
+from test_loops import is_loop
 
 import jpyfunc
-from jpyfunc import py_func
+from jpyfunc import explain, py_func
 
 LOW, HIGH = -(2**31), 2**31 - 1
 BOUNDS = [
@@ -140,3 +142,207 @@ def test_in_a_function_that_is_traced_within_a_body():
         return jax.vmap(lambda y: digest(3) + y)(x)
 
     assert jax.jit(body)(jnp.arange(2)).tolist() == [digest(3), digest(3) + 1]
+
+
+# --- Loops. Each body takes a number and an integer.
+
+CASES = ((3.0, 0), (2.0, 1), (5.0, 4), (40.0, 7))
+LOOPS = []
+
+
+def loop(body):
+    LOOPS.append(pytest.param(body, id=body.__name__))
+    return body
+
+
+@loop
+def plain(x, n):
+    for i in jpyfunc.range(n):
+        x = x * 0.5 + i
+    return x
+
+
+@loop
+def known(x, n):
+    for i in jpyfunc.range(2, 50, 3):
+        x = x * 0.5 + i
+    return x + i  # which is bound, because there is an iteration
+
+
+@loop
+def downwards(x, n):
+    for i in jpyfunc.range(2 * n, 0, -2):
+        x = x * 0.5 + i
+    return x
+
+
+@loop
+def in_reverse(x, n):
+    for i in reversed(jpyfunc.range(n)):
+        x = x * 0.5 + i
+    return x
+
+
+@loop
+def ends(x, n):
+    last = -1
+    for i in jpyfunc.range(n):
+        if i % 3 == 1:
+            continue
+        if x > 100:
+            return x * 10
+        x, last = x * 2, i
+        if x > 50:
+            break
+    else:
+        x = -x
+    return x + last
+
+
+@loop
+def nested(x, n):
+    for i in jpyfunc.range(n):
+        for j in jpyfunc.range(i, n):
+            for k in jpyfunc.range(j, 0, -1):
+                x = x + k * 0.5
+    return x
+
+
+@loop
+def around_while(x, n):
+    for i in jpyfunc.range(n):
+        y = x
+        while y > 1:
+            y = y / 2
+        x = x + y * i
+    return x
+
+
+@loop
+def in_while(x, n):
+    while x < 100:
+        for i in jpyfunc.range(n):
+            x = x + i
+        x = x + 1
+    return x
+
+
+@loop
+def in_a_helper(x, n):
+    def total(y):
+        for i in jpyfunc.range(n):
+            y = y + i
+        return y
+
+    return total(x) + total(x * 2)
+
+
+@loop
+def twice(x, n):
+    numbers = jpyfunc.range(n)
+    for i in numbers:
+        x = x + i
+    for i in numbers:
+        x = x * 0.5 + i
+    return x
+
+
+@loop
+def index(x, n):
+    table = jnp.arange(1.0, 9.0)
+    for i in jpyfunc.range(n):
+        x = x + table[i]
+    return x
+
+
+@loop
+def with_a_counter(x, n):
+    found = 0
+    for i in jpyfunc.range(n):
+        if x > i:
+            found += 1
+        x = x * 0.7
+    return x + found
+
+
+@pytest.mark.parametrize("body", LOOPS)
+def test_loops(body):
+    f = py_func(body, staged=True)
+    assert is_loop(f, 3.0, 4)
+    wants = [jnp.asarray(body(jnp.float32(x), n)) for x, n in CASES]
+    compiled = jax.jit(f)
+    for (x, n), want in zip(CASES, wants, strict=True):
+        assert_close(compiled(x, n), want)
+    xs, ns = map(jnp.array, zip(*CASES, strict=True))
+    assert_close(jax.jit(jax.vmap(f))(xs, ns), jnp.stack(wants))
+    for x, n in CASES[1:3]:
+        assert_close(jax.jit(jax.grad(f))(x, n), jax.grad(body)(x, n))
+
+
+def zipped(x, n):
+    for i, j in zip(jpyfunc.range(n), (1.0, 2.0) * 4, strict=False):
+        x = x * 0.5 + i * j
+    return x
+
+
+def in_a_generator(x, n):
+    def squares():
+        for i in jpyfunc.range(n):
+            yield i * i
+
+    for square in squares():
+        x = x * 0.5 + square
+    return x
+
+
+def in_a_list(x, n):
+    return x + sum([i * x for i in jpyfunc.range(n)])
+
+
+def grows(x, n):
+    found = []
+    for i in jpyfunc.range(n):
+        found.append(x * i)
+    return sum(found, x)
+
+
+def replaced_by_a_list(x, n):
+    numbers = jpyfunc.range(n)
+    for _ in range(3):
+        for i in numbers:
+            x = x / 2 if x > 3 else x + i
+        numbers = [1, 2, 3]
+    return x
+
+
+def asked_for_more(x, n):
+    numbers = iter(jpyfunc.range(20))
+    for i in numbers:
+        x = x + i
+        if x > 20:
+            break
+        next(numbers)
+    return x
+
+
+@pytest.mark.parametrize(
+    "body",
+    [zipped, in_a_generator, in_a_list, grows, replaced_by_a_list, asked_for_more],
+)
+def test_what_is_no_loop(body):
+    f = py_func(body, staged=10)
+    assert not is_loop(f, 3.0, 4)
+    compiled = jax.jit(f)
+    for x, n in CASES:
+        assert_close(compiled(x, n), jnp.asarray(body(jnp.float32(x), n)))
+
+
+def test_a_number_that_is_needed_as_one():
+    @py_func(Tout=lambda x, n: x, staged=True)
+    def body(x, n):
+        for i in jpyfunc.range(n):
+            x = x + [1.0, 2.0, 3.0][i]
+        return x
+
+    assert jax.jit(body)(1.0, 3) == 7
+    assert "use as an index or a size of int32[]" in str(explain(body, 1.0, 3))

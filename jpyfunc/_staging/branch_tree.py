@@ -32,7 +32,8 @@ from jpyfunc._staging.equations import (
 )
 from jpyfunc._staging.exploration import AbstractRun, LearnedMore, explore
 from jpyfunc._staging.inference import JoinedPaths
-from jpyfunc._staging.loop_search import BackEdge, LoopFindings
+from jpyfunc._staging.loop_findings import LoopFindings
+from jpyfunc._staging.loop_search import BackEdge
 from jpyfunc._tout import Template
 
 
@@ -140,6 +141,11 @@ class BranchNode:
     def falls_back(self) -> bool:
         """Whether the body is called on some path from here."""
         return any(isinstance(node.end, Fallback) for node in self.nodes())
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether a loop begins on some path from here."""
+        return any(node.head is not None for node in self.nodes())
 
     def add_path(self, trace: AbstractTrace, end: Return | Fallback | BackEdge) -> None:
         """Add a run to the tree that begins here.

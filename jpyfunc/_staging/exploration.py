@@ -19,7 +19,8 @@ from jpyfunc._frames import code_of
 from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
 from jpyfunc._staging.abstract_tracer import NeedsValueError
 from jpyfunc._staging.equations import Atom
-from jpyfunc._staging.loop_search import LoopFindings, LoopSearch, RunConcluded
+from jpyfunc._staging.loop_findings import LoopFindings
+from jpyfunc._staging.loop_search import LoopSearch, RunConcluded
 from jpyfunc._staging.muted_streams import mute_streams
 from jpyfunc._tout import Leaf, Template
 

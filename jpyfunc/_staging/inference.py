@@ -24,7 +24,7 @@ from jpyfunc._staging.abstract_trace import TooManyBranchPoints
 from jpyfunc._staging.abstract_tracer import NeedsValueError
 from jpyfunc._staging.carried_numbers import CarriedNumbers
 from jpyfunc._staging.exploration import AbstractRun, explore
-from jpyfunc._staging.loop_search import LoopFindings
+from jpyfunc._staging.loop_findings import LoopFindings
 from jpyfunc._tout import Leaf, Template
 
 # What a body raises where it needs a value.

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 import jax
 from jax.core import ShapedArray
 
-from jpyfunc._frames import is_library_frame, line_of, place_of_frame
-from jpyfunc._limits import MAX_PICTURED_IN_TOTAL, MAX_PICTURED_OBJECTS
 from jpyfunc._staging.abstract_tracer import AbstractTracer
-from jpyfunc._staging.bytecode import (
-    SUSPENDABLE,
-    TruthTest,
-    truth_tests,
-)
-from jpyfunc._staging.carried_numbers import CarriedNumbers
-from jpyfunc._staging.equations import Atom, BranchPoint, Equation, ValueRef
+from jpyfunc._staging.equations import Atom, BranchPoint, Equation
 from jpyfunc._staging.iterations import IterationPair
-from jpyfunc._staging.number_tracer import Bounds, NumberTracer, Variable
-from jpyfunc._staging.object_contents import UnseenStateError
-from jpyfunc._staging.python_state import PythonState
-from jpyfunc._staging.range_iterator import RangeIterator
-from jpyfunc._staging.visits import RangesOnStacks, Visit, frames_up_to, testing_frame
+from jpyfunc._staging.loop_findings import Answers, LoopFindings
+from jpyfunc._staging.number_tracer import Variable
+from jpyfunc._staging.visit_finder import VisitFinder
+from jpyfunc._staging.visits import Visit
 
 # A truth test of an abstract value is asked in a frame of the body. A *visit* is that
 # frame, where it stands, and a picture of all that its variables, and those of the frames
@@ -86,55 +76,6 @@ class BackEdge:
     equations: list[Equation]
 
 
-Answers = tuple[bool, ...]
-
-
-@dataclasses.dataclass(slots=True)
-class LoopFindings:
-    """Findings of the runs of one exploration about loops.
-
-    Attributes:
-        no_loops: pairs of visits that are no loop, by the position of the first one and
-            the answers up to the second one.
-        is_unfolded: whether what is computed from known arrays alone is recorded, too.
-        may_unfold: whether that may be tried.
-        released: positions of the arrays that a loop carries, and that are known when it
-            begins, by the answers up to its head.
-        numbers: about Python numbers that a loop carries as arrays.
-        reasons: why a place is not the head of a loop, by place and line.
-        objects_left: how many objects may still be looked at.
-    """
-
-    no_loops: set[tuple[int, Answers]] = dataclasses.field(default_factory=set)
-    is_unfolded: bool = False
-    may_unfold: bool = True
-    released: dict[Answers, set[int]] = dataclasses.field(default_factory=dict)
-    numbers: CarriedNumbers = dataclasses.field(default_factory=CarriedNumbers)
-    reasons: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    objects_left: int = MAX_PICTURED_IN_TOTAL
-
-    def release(self, arrays: list[Any], answers: Answers, positions: set[int]) -> bool:
-        """Let a loop carry arrays that it cannot carry as they are.
-
-        Args:
-            arrays: those at the head, or the atoms that stand for them.
-            answers: those up to the head.
-            positions: of what is to be carried.
-
-        Returns:
-            Whether it will in runs to come: the exploration is to begin again.
-        """
-        if not self.may_unfold:
-            return False
-        if not self.is_unfolded:
-            self.is_unfolded = True
-            return True
-        if not all(isinstance(arrays[i], AbstractTracer | ValueRef) for i in positions):
-            return False
-        self.released.setdefault(answers, set()).update(positions)
-        return True
-
-
 class LoopSearch:
     """The visits of one run, and the comparison of two of its iterations.
 
@@ -168,13 +109,11 @@ class LoopSearch:
         self.has_learned = False
         self._findings = findings
         self._script_length = script_length
-        self._entry = entry
-        self._body_code = body_code
         self._visits: list[Visit] = []
-        self._times: Counter[tuple[FrameType, tuple[int, ...]]] = Counter()
         self._pair: tuple[Visit, Visit] | None = None  # that is being checked
         self._was_left = False  # whether the frame has left the second visit's instruction
-        self.ranges = RangesOnStacks()
+        self._visit_finder = VisitFinder(findings, entry, body_code)
+        self.ranges = self._visit_finder.ranges
         self.is_unfolded = findings.is_unfolded
 
     def answer(self, trace: Any, tested: AbstractTracer, answer: bool) -> bool:
@@ -197,9 +136,9 @@ class LoopSearch:
             position = n - second.index + head.index
             if position == second.index:
                 self._conclude(trace, tested, head, second)
-            self._tested(trace)
+            self._visit_finder.prepare(trace)
             return points[position].answer
-        visit = None if trace.refusal else self._visit(trace, tested)
+        visit = None if trace.refusal else self._visit_finder.find(trace, tested)
         if visit is None:
             return answer
         answers = tuple(point.answer for point in points)
@@ -257,92 +196,6 @@ class LoopSearch:
         if self._pair and not self.back and not self.is_to_repeat:
             self._fail(trace.branch_points, *self._pair)
 
-    def _visit(self, trace: Any, tested: AbstractTracer) -> Visit | None:
-        value_count = trace.value_count
-        found = self._tested(trace)
-        if found is None:
-            return None
-        frame, test, iterator = found
-        key = frame, test.continuation
-        try:
-            frames, state = self._state(frame, test, iterator)
-        except UnseenStateError as error:
-            if self._times[key] > 1:
-                self._note_reason(frame, str(error))
-            return None
-        return Visit(
-            len(trace.branch_points),
-            frames,
-            test,
-            frame.f_lasti,
-            state,
-            [tested, *state.arrays],
-            value_count,
-            len(state.frames) == 1 and frame.f_code is self._body_code,
-            [None, *map(_bounds_of, state.arrays)],
-        )
-
-    def _tested(
-        self, trace: Any
-    ) -> tuple[FrameType, TruthTest, RangeIterator | None] | None:
-        """Find out what tests, and replace the numbers there that a loop carries.
-
-        Returns:
-            The frame, the instruction, and the iterator that the instruction asks. None
-            if no loop can begin here.
-        """
-        frame, iterator = testing_frame()
-        if frame is None:
-            return None
-        test = truth_tests(frame.f_code).get(frame.f_lasti)
-        key = frame, test.continuation if test else (-1, frame.f_lasti)
-        self._times[key] += 1
-        is_in_c = test is None or test.asks_iterator != (iterator is not None)
-        if is_in_c and self._times[key] > 1:
-            self._note_reason(frame, "a function in C tests it: use `and` and `or`")
-        if test is None or is_in_c or not test.repeats:
-            return None
-        if test.iterators is not None:
-            self._findings.numbers.replace(trace, frame, test)
-        return frame, test, iterator
-
-    def _state(
-        self, frame: FrameType, test: TruthTest, iterator: RangeIterator | None
-    ) -> tuple[tuple[FrameType, ...], PythonState]:
-        """Look at the state of Python in a frame and those around it.
-
-        Raises:
-            UnseenStateError: it cannot be seen.
-        """
-        frames = frames_up_to(frame, self._entry)
-        if any(x.f_code.co_flags & SUSPENDABLE for x in frames):
-            raise UnseenStateError(
-                "it runs in a generator or a coroutine: move it into an ordinary function"
-            )
-        iterators = self.ranges.on_stack(frame, test, iterator)
-        findings = self._findings
-        limit = min(MAX_PICTURED_OBJECTS, findings.objects_left)
-        users = [x for x in frames if not is_library_frame(x)]
-        state = PythonState(users, iterators)
-        try:
-            state.look(limit)
-        except UnseenStateError:
-            raise
-        except Exception as error:
-            # An object of a kind that is not known.
-            raise UnseenStateError(
-                f"the state of Python cannot be seen: {error}"
-            ) from error
-        finally:
-            findings.objects_left -= len(state.facts)
-        return tuple(frames), state
-
-    def _note_reason(self, frame: FrameType, why: str) -> None:
-        key = place_of_frame(frame), line_of(frame)
-        # The first of a Python number: it is what changes in each iteration.
-        if "is a Python number" not in self._findings.reasons.get(key, ""):
-            self._findings.reasons[key] = why
-
     def _head_of(self, visit: Visit, answers: Answers) -> Visit | None:
         """Find an earlier visit that may be the head of a loop.
 
@@ -373,7 +226,7 @@ class LoopSearch:
         why = before[-1].why_unlike(visit) + findings.numbers.why_not(
             visit.frame, visit.test
         )
-        self._note_reason(visit.frame, why)
+        self._findings.note_reason(visit.frame, why)
         return None
 
     def _first(self, visit: Visit) -> Visit:
@@ -388,7 +241,7 @@ class LoopSearch:
             RunConcluded: always.
         """
         points: list[BranchPoint] = trace.branch_points
-        third = self._visit(trace, tested)
+        third = self._visit_finder.find(trace, tested)
         if third is None or not self._is_same_iteration(trace, head, second, third):
             self._fail(points, head, second)
             raise RunConcluded
@@ -431,9 +284,5 @@ class LoopSearch:
         answers = tuple(point.answer for point in points[: second.index])
         self._findings.no_loops.add((head.index, answers))
         why = "two iterations in a row are not the same operations"
-        self._note_reason(second.frame, why)
+        self._findings.note_reason(second.frame, why)
         self.is_to_repeat = True
-
-
-def _bounds_of(array: Any) -> Bounds | None:
-    return array.bounds if isinstance(array, NumberTracer) else None
