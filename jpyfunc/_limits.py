@@ -18,8 +18,8 @@ MAX_BRANCH_POINTS = 64
 MAX_PICTURED_OBJECTS = 10_000
 MAX_PICTURED_IN_TOTAL = 300_000
 # What a counter that nothing bounds is assumed to remain below, and how much it may change
-# in an iteration of a loop that carries it: Python takes 10 us for the shortest iteration
-# on arrays, and so at least ten minutes to count so far. Far beyond, an array would wrap.
+# in an iteration of a loop that carries it: beyond, an array could wrap around. Python
+# takes 28 us for `x = x / c; n += 1` and a test of `x`, and half an hour to count so far.
 MAX_COUNT, MAX_COUNT_STEP = 2**27, 2
 # What such a counter may begin with.
 MAX_FIRST_COUNT = 2**24

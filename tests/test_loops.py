@@ -685,7 +685,7 @@ def draws(x):
         (draws, "'drawn' is a Random, whose state cannot be seen"),
         (
             lambda x: inside_for(x, x, x),
-            "inside a for or with block: move it into a function",
+            "inside a for or with block: use jpyfunc.range, or move",
         ),
         (lambda x: generator(x, x, x), "it runs in a generator or a coroutine"),
     ],
@@ -708,7 +708,7 @@ def test_bytecode_of_a_loop():
 
     code = body.__code__
     tests = truth_tests(code)
-    assert {test.depth for test in tests.values()} == {1}
+    assert {test.iterators for test in tests.values()} == {()}
     assert len({test.continuation for test in tests.values()}) == 2
     first = min(tests)
     assert tests[first].repeats
@@ -725,3 +725,29 @@ def test_looking_at_the_state_changes_nothing():
     Counted.count = 0
     assert explain(body, SCALAR).as_dict()["complete"]
     assert Counted.count == 0
+
+
+def test_a_loop_runs_only_for_the_elements_that_need_it():
+    """In a batch, a branch is computed for all elements, and its loop might never end."""
+
+    def root(a):
+        if a < 0:
+            return a * 0
+        x = a + 1.0
+        while abs(x * x - a) > 1e-3 * a:
+            x = 0.5 * (x + a / x)
+        return x
+
+    def inner(a):
+        total = a * 0
+        while a > 1:
+            left = jnp.floor(a)
+            while left != 1:
+                left, total = left - 1, total + 1
+            a = a - 1.5
+        return total
+
+    for body in (root, inner):
+        xs = jnp.array([-4.0, 0.5, 4.0, 7.0])
+        want = jnp.stack([body(x) for x in xs])
+        assert_close(jax.jit(jax.vmap(staged(body)))(xs), want)

@@ -142,6 +142,11 @@ class BranchNode:
         """Whether the body is called on some path from here."""
         return any(isinstance(node.end, Fallback) for node in self.nodes())
 
+    @property
+    def has_loop(self) -> bool:
+        """Whether a loop begins on some path from here."""
+        return any(node.head is not None for node in self.nodes())
+
     def add_path(self, trace: AbstractTrace, end: Return | Fallback | BackEdge) -> None:
         """Add a run to the tree that begins here.
 

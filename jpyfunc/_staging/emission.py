@@ -117,8 +117,11 @@ class _OpenLoop:
 # or have side effects, and it would take time. So each call gets the predicate of its path
 # as an operand: the conjunction of the tests on the way from the root, negated where the
 # path takes the false branch. Without a batch it is True whenever the call is made. In a
-# batch, the call runs the body for those elements that need it. The predicate is computed
-# only on paths that lead to a call.
+# batch, the call runs the body for those elements that need it.
+#
+# So it is with loops, which might never end for the other elements: a loop goes on only
+# where it is needed. A loop in a loop is needed by the elements that have not left the
+# outer one. The predicate is computed only on paths that lead to a call or a loop.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -198,7 +201,7 @@ class _Emission:
 
             def emit_branch() -> list[jax.Array]:
                 here = needed
-                if after.falls_back:
+                if after.falls_back or after.has_loop:
                     here = test if answer else jnp.logical_not(test)
                     here = here if needed is None else jnp.logical_and(needed, here)
                 inner = scope.branch(not self.is_varying)
@@ -227,18 +230,25 @@ class _Emission:
             here.known.update(zip(layout.carried, carry, strict=False))
             return here
 
-        def step(_: list[jax.Array], state: list[jax.Array]) -> list[jax.Array]:
-            loop = _OpenLoop(layout, state)
+        consts = [] if needed is None else vary_alike([needed], self.operands)
+        has_inner_loop = any(node.has_loop for node in head.branches.values())
+
+        def goes_on(consts: list[jax.Array], state: list[jax.Array]) -> jax.Array:
             if answer is None:
-                return self._emit_branches(head, point, scope_of(state[1:]), None, loop)
-            return self.emit_node(head.branches[answer], scope_of(state), None, loop)
+                test = state[0] == 0
+            else:
+                test = _truth(self._value(point.test, scope_of(state))) == answer
+            return jnp.logical_and(test, *consts) if consts else test
+
+        def step(consts: list[jax.Array], state: list[jax.Array]) -> list[jax.Array]:
+            loop = _OpenLoop(layout, state)
+            here = goes_on(consts, state) if has_inner_loop else None
+            if answer is None:
+                return self._emit_branches(head, point, scope_of(state[1:]), here, loop)
+            return self.emit_node(head.branches[answer], scope_of(state), here, loop)
 
         if answer is not None:
-
-            def goes_on(_: list[jax.Array], state: list[jax.Array]) -> jax.Array:
-                return _truth(self._value(point.test, scope_of(state))) == answer
-
-            final = while_loop(goes_on, step, [], first)
+            final = while_loop(goes_on, step, consts, first)
             scope.known.update(zip(layout.carried, final, strict=True))
             return self.emit_node(head.branches[not answer], scope, needed, outer)
 
@@ -248,7 +258,7 @@ class _Emission:
             for number, aval in place.kept.items()
         ]
         state = vary_alike([jnp.int32(0), *first, *kept], self.operands)
-        tag, *final = while_loop(lambda _, state: state[0] == 0, step, [], state)
+        tag, *final = while_loop(goes_on, step, consts, state)
         scope.known.update(zip(layout.carried, final, strict=False))
         return self._emit_exits(
             layout.exits, tag, final[len(first) :], scope, needed, outer
