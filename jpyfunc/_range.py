@@ -16,7 +16,7 @@ from jpyfunc import _compat
 from jpyfunc._conversion import as_python_number
 from jpyfunc._errors import UnsupportedError, see
 from jpyfunc._staging.abstract_trace import AbstractTrace
-from jpyfunc._staging.abstract_tracer import is_abstract
+from jpyfunc._staging.abstract_tracer import AbstractTracer, is_abstract
 from jpyfunc._staging.range_iterator import RangeBounds, RangeIterator
 
 
@@ -97,7 +97,12 @@ def _integer(value: Any, name: str) -> Any:
     """Return a bound as an `int`, or as an abstract value of the dtype of one."""
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
     got = jax.typeof(value).str_short() if is_array else type(value).__name__
-    if not is_abstract(value):
+    if isinstance(value, AbstractTracer):
+        if value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
+            if not np.can_cast(value.dtype, jnp.result_type(int)):
+                value.concrete("jpyfunc.range")
+            return as_python_number(value, int)
+    else:
         try:
             return operator.index(value)
         except jax.errors.TracerIntegerConversionError:
@@ -109,10 +114,6 @@ def _integer(value: Any, name: str) -> Any:
             ) from None
         except TypeError:
             pass
-    elif value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
-        if not np.can_cast(value.dtype, jnp.result_type(int)):
-            value.concrete("jpyfunc.range")
-        return as_python_number(value, int)
     raise TypeError(
         f"jpyfunc.range: {name}: expected an integer, or a scalar array of an integer "
         f"dtype, got {got}. Convert it with int(), or with .astype(int)."

@@ -233,23 +233,28 @@ def _computed(name: str, a: Number, b: Number) -> NumberTracer:
 
 
 def _integer(name: str, a: Number, b: Number, tracer: NumberTracer) -> NumberTracer:
+    """Compute an integer."""
     bounds = _ARITHMETIC[name](bounds_of(a), bounds_of(b))
-    counted, offset = None, 0  # what this is a small distance from
-    if isinstance(a, NumberTracer):
-        if name in ("add", "sub") and not isinstance(b, NumberTracer):
-            counted, offset = a, a.offset + (int(b) if name == "add" else -int(b))
-    elif name == "add" and isinstance(b, NumberTracer):
-        counted, offset = b, b.offset + int(a)
-    if counted is None or abs(offset) > MAX_COUNT_STEP:
-        counted = None
-        for x in (*bounds, *(x for x in (a, b) if not isinstance(x, NumberTracer))):
-            if intersect((x, x), widest()) != (x, x):
-                tracer.concrete("an integer that may not fit")
+    constants = [x for x in (a, b) if not isinstance(x, NumberTracer)]
+    for x in (*bounds, *constants):
+        if intersect((x, x), widest()) != (x, x):
+            tracer.concrete("an integer that may not fit")
     array = getattr(operator, name)(_array(a), _array(b))
-    found = NumberTracer(array, tracer.variable, int, intersect(bounds, widest()))
-    if counted is not None:
-        found.root, found.offset = counted.root, offset
+    found = NumberTracer(array, tracer.variable, int, bounds)
+    offset = _offset(name, a, b)
+    if offset is not None:
+        found.root, found.offset = tracer.root, offset
     return found
+
+
+def _offset(name: str, a: Number, b: Number) -> int | None:
+    """Return the distance from the root of the operand that is carried; None if both are."""
+    if isinstance(a, NumberTracer) and not isinstance(b, NumberTracer):
+        if name in ("add", "sub"):
+            return a.offset + (int(b) if name == "add" else -int(b))
+    elif isinstance(b, NumberTracer) and not isinstance(a, NumberTracer) and name == "add":
+        return b.offset + int(a)
+    return None
 
 
 def _product(a: Bounds, b: Bounds) -> Bounds:
