@@ -248,7 +248,7 @@ def _integer(name: str, a: Number, b: Number, tracer: NumberTracer) -> NumberTra
 
 
 def _offset(name: str, a: Number, b: Number) -> int | None:
-    """Return the distance from the root of the operand that is carried; None if both are."""
+    """Return the distance from the root of the one carried operand; None for two."""
     if isinstance(a, NumberTracer) and not isinstance(b, NumberTracer):
         if name in ("add", "sub"):
             return a.offset + (int(b) if name == "add" else -int(b))
