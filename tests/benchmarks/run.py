@@ -317,6 +317,18 @@ def staged_rows() -> Iterator[Row]:
     )  # fmt: skip
 
 
+def swing(x, n):
+    i = jnp.int32(0)
+    while i < n:
+        x, i = x + 1e-3 * jnp.sin(x), i + 1
+    return x
+
+
+def swing_in_scan(length, x):
+    step = jax.checkpoint(lambda x, _: (x + 1e-3 * jnp.sin(x), None))
+    return jax.lax.scan(step, x, length=length)[0].sum()
+
+
 def loop_rows() -> Iterator[Row]:
     """Python loops in staged bodies beside `lax.while_loop` by hand."""
     random = np.random.default_rng(0).uniform(1, 100, 1000).astype(np.float32)
@@ -344,6 +356,20 @@ def loop_rows() -> Iterator[Row]:
         "Newton's square root staged, first call", "lax.while_loop by hand",
         first(root), first(newton_in_lax), 3.0,
     )  # fmt: skip
+
+    x = jnp.linspace(0, 1, 1000)
+    for length in (1_000, 20_000):
+        looped = jax.value_and_grad(
+            lambda x, n: jpf.py_func(swing, staged=True)(x, n).sum()
+        )
+        scanned = jax.jit(jax.value_and_grad(functools.partial(swing_in_scan, length)))
+        looped = jax.jit(looped)
+        yield compare(
+            f"loop of {length:,} iterations over 1,000 numbers, value_and_grad",
+            "lax.scan with jax.checkpoint",
+            lambda looped=looped, n=length: looped(x, n),
+            lambda scanned=scanned: scanned(x), 1.5,
+        )  # fmt: skip
 
 
 def derivative_rows() -> Iterator[Row]:
