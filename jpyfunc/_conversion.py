@@ -214,6 +214,15 @@ def is_key_dtype(dtype: object) -> bool:
     return getattr(dtype, "type", None) is jax.dtypes.prng_key
 
 
+def sum_dtype(dtype: np.dtype) -> np.dtype:
+    """Return the dtype to sum many arrays of `dtype` in.
+
+    A long sum in half precision loses its last terms; XLA sums in single, too.
+    """
+    is_half = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return np.dtype(np.float32) if is_half else dtype
+
+
 def is_weak(array: object) -> bool:
     """Tell whether an array, or an aval, is weakly typed; PRNG keys never are."""
     return bool(getattr(array, "weak_type", False))

@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 
 from jpyfunc import _compat
 from jpyfunc._bodies.body import Body
+from jpyfunc._conversion import sum_dtype
 from jpyfunc._interpreters.batch_tracer import BatchTracer
 from jpyfunc._interpreters.by_branch import ByBranchTrace
 from jpyfunc._interpreters.subset import Subset
@@ -125,11 +125,8 @@ class ResultColumn:
     """A result of all elements: a row for each, or sums."""
 
     def __init__(self, aval: ShapedArray, places: np.ndarray, is_stacked: bool) -> None:
-        dtype = aval.dtype
-        # A long sum in half precision loses its last terms; XLA sums in single, too.
-        is_half = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-        accumulator = np.float32 if is_half and not is_stacked else dtype
-        self.array = np.zeros((places[-1] + 1, *aval.shape), accumulator)
+        dtype = aval.dtype if is_stacked else sum_dtype(aval.dtype)
+        self.array = np.zeros((places[-1] + 1, *aval.shape), dtype)
         self._places, self._is_stacked = places, is_stacked
 
     def add(self, number: int, value: np.ndarray) -> None:

@@ -10,11 +10,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jpyfunc._bodies.steps import Steps, together
 from jpyfunc._bodies.user_function import UserFunction
+from jpyfunc._conversion import sum_dtype
 from jpyfunc._types import Avals
 
 Block = tuple[slice, ...]  # one slice for each batch axis
@@ -93,9 +93,7 @@ def _joined(
 ) -> np.ndarray:
     """The array of all blocks."""
     is_summed = aval.shape[: len(batch_shape)] != batch_shape
-    # A long sum in half precision loses its last terms.
-    is_half = jnp.issubdtype(aval.dtype, jnp.floating) and aval.dtype.itemsize < 4
-    result = np.zeros(aval.shape, np.float32 if is_summed and is_half else aval.dtype)
+    result = np.zeros(aval.shape, sum_dtype(aval.dtype) if is_summed else aval.dtype)
     for block, part in zip(blocks, parts, strict=True):
         index = _index(aval.shape, block)
         if is_summed:

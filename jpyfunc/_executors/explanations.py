@@ -9,7 +9,14 @@ from typing import Any
 
 from jpyfunc._errors import ExecutorError, see
 from jpyfunc._executors.references import reference_to
-from jpyfunc._executors.tasks import Failure, NotLoaded, NotPickled, Raised, Task
+from jpyfunc._executors.tasks import (
+    Failure,
+    NotLoaded,
+    NotPickled,
+    Raised,
+    Task,
+    why_not_pickled,
+)
 
 
 class RemoteTraceback(Exception):  # noqa: N818 - a text, raised by nobody
@@ -77,7 +84,7 @@ def explained(error: Exception, task: Task, executor: object, label: str) -> Exe
             "executor down after the last program that needs it is done, or wrap the "
             "function with another one." + see("An executor that does not take tasks")
         )
-    if (why := _why_not_pickled(task.function, executor)) is not None:
+    if why := _why_not_pickled(task.function, executor):
         return ExecutorError(
             f"{label}: the function cannot be pickled for the workers of the {kind} "
             f"({why}). Define it, and its derivative rules, in a module, by def; or use an "
@@ -85,7 +92,7 @@ def explained(error: Exception, task: Task, executor: object, label: str) -> Exe
             "loky.get_reusable_executor(), or threads."
             + see("A function that cannot be pickled")
         )
-    if (why := _why_not_pickled(task.calls, executor)) is not None:
+    if why := _why_not_pickled(task.calls, executor):
         return ExecutorError(
             f"{label}: an argument cannot be pickled for the workers of the {kind} "
             f"({why}). Pass arrays, and of a PRNG key jax.random.key_data(key); or use "
@@ -97,15 +104,10 @@ def explained(error: Exception, task: Task, executor: object, label: str) -> Exe
     )
 
 
-def _why_not_pickled(value: Any, executor: object) -> str | None:
-    """Why a value cannot be pickled as an executor does it; None if it can."""
+def _why_not_pickled(value: Any, executor: object) -> str:
+    """Why a value cannot be pickled as an executor does it; empty if it can."""
     if isinstance(value, type(reference_to)):
         value = reference_to(value)
     is_of_python = type(executor).__module__.startswith("concurrent.")
     by_value = None if is_of_python else sys.modules.get("cloudpickle")
-    pickler: Any = by_value or pickle
-    try:
-        pickler.dumps(value)
-    except Exception as error:  # noqa: BLE001 - from a user's class
-        return f"{type(error).__name__}: {error}"
-    return None
+    return why_not_pickled(value, [by_value or pickle])

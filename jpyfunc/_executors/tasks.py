@@ -179,7 +179,8 @@ class RemoteTask:
             failure = _pickled(outcome.failure.error)
             return Outcome(outcome.results, outcome.seconds, failure)
         for number, result in enumerate(outcome.results):
-            if why := _why_not_pickled(result):
+            # Some executors would not say, and never give a result.
+            if not _is_plain(result) and (why := why_not_pickled(result, _picklers())):
                 good = outcome.results[:number]
                 return Outcome(good, outcome.seconds, NotPickled(why))
         return outcome
@@ -213,17 +214,12 @@ def _pickled(error: BaseException) -> RaisedElsewhere:
     return RaisedElsewhere(None, text)
 
 
-def _why_not_pickled(result: Any) -> str:
-    """Why a result cannot be pickled; empty if it can.
-
-    Some executors would not say, and never give a result.
-    """
-    if _is_plain(result):
-        return ""
+def why_not_pickled(value: Any, picklers: Sequence[Any]) -> str:
+    """Why a value cannot be pickled by any of some modules; empty if it can."""
     why = ""
-    for pickler in _picklers():
+    for pickler in picklers:
         try:
-            pickler.dumps(result)
+            pickler.dumps(value)
         except Exception as error:  # noqa: BLE001 - from a user's class
             why = f"{type(error).__name__}: {error}"
         else:

@@ -22,7 +22,16 @@ from jpyfunc._limits import MAX_SLOTS, MIN_SLOTS, SAVED_BYTES
 from jpyfunc._loops.linear_loop import Layout, is_perturbed, linear_p, residuals
 from jpyfunc._loops.loop_primitive import loop_p, restricted
 from jpyfunc._loops.saved_carries import run_saving
-from jpyfunc._loops.step_jaxprs import Arrays, call, fixpoint, merge, needed, pick, trace
+from jpyfunc._loops.step_jaxprs import (
+    Arrays,
+    call,
+    either,
+    fixpoint,
+    merge,
+    needed,
+    pick,
+    trace,
+)
 
 
 def loop_jvp(
@@ -151,7 +160,7 @@ def _split(
     by_step = pick(needed(body, tangents), known)
     kept = fixpoint(by_step[k:], lambda now: needed(primal_body, now)[k:])
     by_body = needed(primal_body, kept)
-    used = [a or b for a, b in zip(by_step[:k], by_body[:k], strict=True)]
+    used = either(by_step[:k], by_body[:k])
     flags = merge(known, [*used, *kept], [True] * sum(linear))
     step = restricted(body, flags, tangents)
     # The residuals come first in the linear loop, here constants and their tangents do.

@@ -386,10 +386,7 @@ def _linear_batching(
         *into,
     ]
     results = linear_p.bind(
-        *(
-            moved(x, d, to, axis_data)
-            for x, d, to in zip(operands, dims, wanted, strict=True)
-        ),
+        *moved(operands, dims, wanted, axis_data),
         advance=_compat.batch_jaxpr_axes(advance, axis_data, consts + carries, carries)[0],
         step=_compat.batch_jaxpr_axes(step, axis_data, consts + carries + into, out)[0],
         layout=dataclasses.replace(layout, rank=layout.rank + ends_apart),

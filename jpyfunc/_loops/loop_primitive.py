@@ -17,6 +17,7 @@ from jpyfunc._loops.step_jaxprs import (
     Arrays,
     Flags,
     call,
+    either,
     fixpoint,
     needed,
     pick,
@@ -212,10 +213,7 @@ def _loop_batching(
     wanted = [axis if flag else None for axis, flag in zip(axes, flags, strict=True)]
     of_test = [0 if ends_apart else None]
     results = loop_p.bind(
-        *(
-            moved(x, d, to, axis_data)
-            for x, d, to in zip(operands, dims, wanted, strict=True)
-        ),
+        *moved(operands, dims, wanted, axis_data),
         test=_compat.batch_jaxpr_axes(test, axis_data, wanted, of_test)[0],
         body=_compat.batch_jaxpr_axes(body, axis_data, wanted, wanted[consts:])[0],
         consts=consts,
@@ -225,8 +223,18 @@ def _loop_batching(
     return results, wanted[consts:]
 
 
-def moved(x: jax.Array, own: int | None, to: int | None, axis_data: Any) -> jax.Array:
-    """Move the batch axis of an operand, or make one."""
+def moved(
+    operands: Sequence[jax.Array],
+    own: Sequence[int | None],
+    wanted: Sequence[int | None],
+    axis_data: Any,
+) -> Arrays:
+    """Move the batch axes of operands, or make some."""
+    axes = zip(operands, own, wanted, strict=True)
+    return [_moved(x, d, to, axis_data) for x, d, to in axes]
+
+
+def _moved(x: jax.Array, own: int | None, to: int | None, axis_data: Any) -> jax.Array:
     if to is None:
         return x
     if own is None:
@@ -241,10 +249,10 @@ def _loop_dce(used: Sequence[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn
     if not any(used) and not eqn.effects:
         return [False] * len(eqn.invars), None
     by_test = needed(test, [True])
-    first = [a or b for a, b in zip(used, by_test[consts:], strict=True)]
+    first = either(used, by_test[consts:])
     carry = fixpoint(first, lambda now: needed(body, now)[consts:])
     by_body = needed(body, carry)
-    of_consts = [a or b for a, b in zip(by_test[:consts], by_body[:consts], strict=True)]
+    of_consts = either(by_test[:consts], by_body[:consts])
     flags = [*of_consts, *carry]
     if all(flags):
         return flags, eqn

@@ -47,10 +47,15 @@ def fixpoint(flags: Sequence[bool], after: Callable[[Flags], Flags]) -> Flags:
     """Flag carries until an iteration flags no more."""
     now = list(flags)
     while True:
-        more = [a or b for a, b in zip(now, after(now), strict=True)]
+        more = either(now, after(now))
         if more == now:
             return now
         now = more
+
+
+def either(first: Sequence[bool], second: Sequence[bool]) -> Flags:
+    """Combine flags: what either of two sequences flags."""
+    return [a or b for a, b in zip(first, second, strict=True)]
 
 
 def pick(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:

@@ -61,7 +61,7 @@ def truth_tests(code: CodeType) -> dict[int, TruthTest]:
 
     Those in exception handlers are left out: there, the value stack has an exception.
     """
-    return _Instructions(code).truth_tests()
+    return _instructions(code).truth_tests()
 
 
 @functools.lru_cache(BYTECODE_CACHE_SIZE)
@@ -70,7 +70,7 @@ def dead_variables(code: CodeType, offset: int) -> frozenset[str]:
 
     It may assign to them, and read what it has assigned.
     """
-    live = _Instructions(code).live_after(offset)
+    live = _instructions(code).live_after(offset)
     plain = frozenset(code.co_varnames).difference(code.co_cellvars)
     return frozenset() if live is None else plain - live
 
@@ -86,7 +86,12 @@ def loop_of_iterator(code: CodeType, offset: int) -> int | None:
     Returns:
         None if the iterator is made for anything but a `for` loop.
     """
-    return _Instructions(code).loop_of_iterator(offset)
+    return _instructions(code).loop_of_iterator(offset)
+
+
+@functools.lru_cache(BYTECODE_CACHE_SIZE)
+def _instructions(code: CodeType) -> _Instructions:
+    return _Instructions(code)
 
 
 class _Instructions:
@@ -102,9 +107,17 @@ class _Instructions:
 
     def live_after(self, offset: int) -> set[str] | None:
         """Find the names of the variables that may be read; None if that is not known."""
+        if offset not in self._at or self._live_before is None:
+            return None
+        following = self._following(self._at[offset])
+        return set().union(*(self._live_before[n] for n in following))
+
+    @functools.cached_property
+    def _live_before(self) -> list[set[str]] | None:
+        """The variables that may be read, from each instruction on."""
         after = [self._following(k) for k in range(len(self._all))]
         accesses = [_accesses(x) for x in self._all]
-        if offset not in self._at or None in accesses:
+        if None in accesses:
             return None
         known = [x for x in accesses if x is not None]
         live: list[set[str]] = [set(read) for read, _ in known]
@@ -116,7 +129,7 @@ class _Instructions:
                 found = read | (set().union(*(live[n] for n in after[k])) - written)
                 changes = changes or found != live[k]
                 live[k] = found
-        return set().union(*(live[n] for n in after[self._at[offset]]))
+        return live
 
     def _following(self, k: int) -> list[int]:
         """Find the instructions that may follow one, also if it raises."""

@@ -152,6 +152,11 @@ def _is_alike_array(a: Any, b: Any) -> bool:
         return is_alike((a.index, x.signature, x.avals), (b.index, y.signature, y.avals))
     if isinstance(a, Constant) or isinstance(b, Constant) or a.size > MAX_CONSTANT_SIZE:
         return True
+    return has_same_bits(a, b)
+
+
+def has_same_bits(a: Any, b: Any) -> bool:
+    """Tell whether two arrays of one aval have the same data, to the bit."""
     with set_current_trace(_compat.eval_trace):
         is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
         data = [np.asarray(jax.random.key_data(x) if is_key else x) for x in (a, b)]

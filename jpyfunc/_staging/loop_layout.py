@@ -44,10 +44,10 @@ class LoopLayout:
     @classmethod
     def of(cls, node: BranchNode, head: LoopHead, point: BranchPoint) -> LoopLayout:
         """Lay out the loop that begins at a node."""
-        exits = [
-            Exit(after, {n: aval for n, aval in made.items() if n in _used_from(after)})
-            for after, made in _exits(node, set(), {})
-        ]
+        exits = []
+        for after, made in _exits(node, set(), {}):
+            used = _used_from(after)
+            exits.append(Exit(after, {n: x for n, x in made.items() if n in used}))
         return cls(node, point, head.carried(), exits)
 
     @property

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
+import traceback
 import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -247,7 +249,7 @@ def testing_frame() -> tuple[FrameType | None, RangeIterator | None]:
         what tests.
     """
     iterator = None
-    for frame in _stack():
+    for frame, _ in traceback.walk_stack(sys._getframe()):
         if frame.f_code is BodyTracer.__bool__.__code__:
             asking = frame.f_back
             if asking and asking.f_code is RangeIterator.__next__.__code__:
@@ -256,18 +258,7 @@ def testing_frame() -> tuple[FrameType | None, RangeIterator | None]:
     return None, None
 
 
-def _stack() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 def frames_up_to(frame: FrameType, entry: FrameType) -> list[FrameType]:
     """Return `frame` and those around it, inside of `entry`."""
-    found: list[FrameType] = []
-    around: FrameType | None = frame
-    while around is not None and around is not entry:
-        found.append(around)
-        around = around.f_back
-    return found
+    stack = (around for around, _ in traceback.walk_stack(frame))
+    return list(itertools.takewhile(lambda around: around is not entry, stack))
