@@ -47,12 +47,13 @@ from jpyfunc._runtime.configuration import current_config
 from jpyfunc._runtime.context import Context, current, running_batch
 from jpyfunc._runtime.profile import measured
 from jpyfunc._runtime.transfers import allowed_transfers
-from jpyfunc._staging.branch_tree import BranchTree, stage, warn_if_large
+from jpyfunc._staging.branch_tree import BranchTree
 from jpyfunc._staging.closure import refuse_traced_closure
 from jpyfunc._staging.emission import emit
 from jpyfunc._staging.exploration import current_exploration, once_per_exploration
 from jpyfunc._staging.fingerprint import fingerprint
 from jpyfunc._staging.inference import infer
+from jpyfunc._staging.staging import stage, warn_if_large
 from jpyfunc._tout import Leaf, Template, check_x64, parse
 
 # Exactly these types: subclasses, such as np.float64, have dtypes of their own.

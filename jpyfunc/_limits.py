@@ -13,6 +13,9 @@ MAX_ABSTRACT_RUNS = 32
 # Branch points of one run. A loop on an abstract condition has one in each iteration, and
 # may never end.
 MAX_BRANCH_POINTS = 64
+# Truth tests that are looked at for loops, in all runs of one exploration and each time
+# that it begins again. With the operations in between, one takes 0.4 ms.
+MAX_TESTS_IN_TOTAL = 4000
 # Objects that the variables at a truth test lead to, at 2 us each, and those of all tests
 # of one exploration.
 MAX_PICTURED_OBJECTS = 10_000
@@ -30,6 +33,9 @@ BYTECODE_CACHE_SIZE = 1024
 MAX_CONSTANT_SIZE = 64
 # Operations in a row by which such an array is computed; comparing two runs follows them.
 MAX_CONSTANT_DEPTH = 100
+# Places in a staged body where Python is called. XLA takes more than a minute to compile 800
+# of them that lie behind one another in 60 branches, and 0.2 s for 60.
+MAX_CALLS = 64
 # Operations of a staged body without a warning. XLA compiles a thousand in 0.1 s if they
 # are elementwise and on scalars, in 0.6 s if products and sorts of 8 x 8 matrices are among
 # them.

@@ -645,7 +645,7 @@ def test_nested_staged_functions():
 def test_explain_shows_what_a_loop_changes():
     found = explain(newton, SCALAR)
     data = found.as_dict()
-    head = data["tree"]["true"]
+    head = data["tree"]
     assert (data["complete"], data["unrolled"]) == (True, [])
     assert head["carries"] == {"x": "float32[]"}
     assert head["true"]["repeats"] == head["place"]

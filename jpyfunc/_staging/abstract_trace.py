@@ -35,7 +35,7 @@ from jpyfunc._staging.equations import (
 )
 from jpyfunc._staging.loop_search import LoopSearch
 from jpyfunc._staging.number_tracer import refuse_narrower
-from jpyfunc._staging.numpy_constants import NumpyCopies, holds_numpy
+from jpyfunc._staging.numpy_constants import NumpyCopies, numpy_arrays_in
 from jpyfunc._staging.visits import has_value
 
 
@@ -62,7 +62,12 @@ class AbstractTrace(BodyTrace):
     """
 
     def __init__(
-        self, label: str, script: Sequence[bool], shapes_only: bool, loops: LoopSearch
+        self,
+        label: str,
+        script: Sequence[bool],
+        shapes_only: bool,
+        loops: LoopSearch,
+        copies: NumpyCopies,
     ) -> None:
         """Begin a run.
 
@@ -72,6 +77,7 @@ class AbstractTrace(BodyTrace):
             shapes_only: whether to look into functions with custom derivative rules, which
                 are then lost, rather than to record each as one operation.
             loops: finds the loops of the run.
+            copies: of the NumPy arrays that it uses, and earlier runs have used.
         """
         super().__init__()
         self._label = label
@@ -79,7 +85,7 @@ class AbstractTrace(BodyTrace):
         self.shapes_only = shapes_only
         self._count = 0
         self._constants: dict[int, tuple[weakref.ref[jax.Array], Constant]] = {}
-        self._copies = NumpyCopies()
+        self._copies = copies
         self.loops = loops
         self.is_open = True
         self.branch_points: list[BranchPoint] = []
@@ -114,15 +120,8 @@ class AbstractTrace(BodyTrace):
             return number
         with set_current_trace(_compat.eval_trace):
             aval = jax.typeof(jnp.asarray(number))
-        equation = Equation(
-            (type(number), number),
-            (aval,),
-            lambda: [jnp.asarray(number)],
-            (),
-            self._count,
-            1,
-        )
-        self.equations.append(equation)
+        signature, call = (type(number), number), lambda: [jnp.asarray(number)]
+        self.equations.append(Equation(signature, (aval,), call, (), self._count, 1))
         return self.new_tracer(aval)
 
     def atom(self, value: Any) -> Atom:
@@ -142,7 +141,7 @@ class AbstractTrace(BodyTrace):
         self.is_open = False
         self.loops.close(self)
         self._constants.clear()
-        self._copies.clear()
+        self._copies.end_run()
 
     def left_behind(self) -> LeftBehindError:
         """Make the error of a value that is used after the run."""
@@ -187,7 +186,7 @@ class AbstractTrace(BodyTrace):
         return val if is_array else _compat.eval_trace.stage_value(val)
 
     def process_primitive(self, primitive: Any, tracers: Any, params: Any, /) -> Any:
-        if any(map(holds_numpy, params.values())):
+        if any(map(numpy_arrays_in, params.values())):
             params = {name: self._copies.copied(value) for name, value in params.items()}
         avals = [jax.typeof(t) for t in tracers]
         outs, effects = primitive.abstract_eval(*avals, **params)

@@ -1,4 +1,4 @@
-"""Stage a body out: record what it does on abstract values as a tree of branches.
+"""The tree of branches of a body that is staged out.
 
 The operations between two branch points are the nodes of the tree, which `emission` puts
 into the program as nested `jax.lax.cond`s. Where the tree ends before the body does, the
@@ -8,20 +8,12 @@ program calls the body.
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator
 
 from jax.core import ShapedArray
 
-from jpyfunc._errors import InferenceError, ResultError, see
-from jpyfunc._frames import place_of
-from jpyfunc._limits import (
-    MAX_BRANCH_POINTS,
-    MAX_STAGED_OPERATIONS,
-)
-from jpyfunc._staging.abstract_trace import AbstractTrace, TooManyBranchPoints
-from jpyfunc._staging.abstract_tracer import NeedsValueError
+from jpyfunc._errors import InferenceError, ResultError
+from jpyfunc._staging.abstract_trace import AbstractTrace
 from jpyfunc._staging.equations import (
     Atom,
     BranchPoint,
@@ -30,8 +22,7 @@ from jpyfunc._staging.equations import (
     is_alike,
     is_one,
 )
-from jpyfunc._staging.exploration import AbstractRun, LearnedMore, explore
-from jpyfunc._staging.inference import JoinedPaths
+from jpyfunc._staging.exploration import LearnedMore
 from jpyfunc._staging.loop_findings import LoopFindings
 from jpyfunc._staging.loop_search import BackEdge
 from jpyfunc._tout import Template
@@ -72,7 +63,10 @@ class LoopHead:
         names: how to write the arrays that Python's state leads to at the branch point,
             the test first.
         avals: theirs.
-        values: what they are when the program comes to the loop.
+        values: how the loop names them, and what follows it, if it carries them; else what
+            they are.
+        initial: what they are when the program comes to the loop. These are the `values`,
+            unless the loop begins earlier than it was found: see `rolling`.
         unready: the positions of those that it cannot carry as they are.
         answers: those of the branch points up to the loop.
         changed: positions of those that are not the same in each iteration.
@@ -81,6 +75,7 @@ class LoopHead:
     names: list[str]
     avals: list[ShapedArray]
     values: list[Atom]
+    initial: list[Atom]
     unready: set[int]
     answers: tuple[bool, ...]
     changed: set[int]
@@ -93,6 +88,10 @@ class LoopHead:
             if isinstance(value, ValueRef):  # what changes has no other value
                 numbers.setdefault(value.number, i)
         return numbers
+
+    def carried_avals(self) -> dict[int, ShapedArray]:
+        """The avals of the values that the loop carries, by their numbers."""
+        return {number: self.avals[i] for number, i in self.carried().items()}
 
     def carry(self, numbers: Collection[int]) -> bool:
         """Carry the values of these numbers, too, and return whether that is new."""
@@ -195,6 +194,32 @@ class BranchNode:
             found = [end for end in ends if isinstance(end, Fallback)]
             reasons = dict.fromkeys(reason for end in found for reason in end.reasons)
             self._fall_back(Fallback(tuple(reasons) or ("it never returns",)))
+        elif not any(self in node.goals() for node in self.branches.values()):
+            self.head = None
+
+    def limit_calls(self, limit: int) -> None:
+        """Call the body earlier, on those paths that call it, if there are too many calls.
+
+        Args:
+            limit: of places where the body is called. Those that come latest go first.
+        """
+        reason = f"it would call Python in more than {limit} places from here on"
+        depth = self._depth()
+        while sum(isinstance(node.end, Fallback) for node in self.nodes()) > limit:
+            depth -= 1
+            self._call_at(depth, Fallback((reason,)))
+            self.fill_gaps(reason)
+
+    def _depth(self) -> int:
+        """The number of branch points on the longest path."""
+        return max((1 + node._depth() for node in self.branches.values()), default=0)
+
+    def _call_at(self, depth: int, end: Fallback) -> None:
+        """Fall back after `depth` branch points, on paths that fall back later."""
+        if depth == 0 and self.falls_back:
+            self._fall_back(end)
+        for node in self.branches.values():
+            node._call_at(depth - 1, end)
 
     def carry_changes(self, findings: LoopFindings) -> None:
         """Let loops carry what only loops inside them change.
@@ -234,7 +259,13 @@ class BranchNode:
         """Make this node the head of a loop, and return the end of a path back to it."""
         if self.head is None:
             self.head = LoopHead(
-                edge.names, edge.avals, edge.first, edge.unready, answers, set()
+                edge.names,
+                edge.avals,
+                edge.first,
+                edge.first,
+                edge.unready,
+                answers,
+                set(),
             )
         if self.head.names != edge.names or not is_alike(self.head.values, edge.first):
             return _DIFFERENT_RUNS
@@ -280,77 +311,3 @@ class BranchTree:
             if node.head is not None and isinstance(node.end, BranchPoint)
         }
         return {key: why for key, why in self.no_heads.items() if key not in heads}
-
-
-def stage(
-    func: Callable[[list[Any]], Any],
-    avals: Sequence[ShapedArray],
-    declared: Template | None,
-    label: str,
-    limit: int,
-) -> BranchTree:
-    """Record what a body does, along each path.
-
-    Args:
-        func: the body, called with one array per aval.
-        avals: what it will be called with.
-        declared: what its `Tout` declares, or None if nothing is declared.
-        label: what errors call the function.
-        limit: the number of runs on abstract values at most.
-    """
-    findings = LoopFindings()
-    while True:
-        try:
-            return _stage(func, avals, declared, label, limit, findings)
-        except LearnedMore:
-            continue
-
-
-def _stage(
-    func: Callable[[list[Any]], Any],
-    avals: Sequence[ShapedArray],
-    declared: Template | None,
-    label: str,
-    limit: int,
-    findings: LoopFindings,
-) -> BranchTree:
-    root, paths, runs = BranchNode(), JoinedPaths(declared, label), 0
-    explored = explore(
-        func, avals, declared, label, limit, shapes_only=False, findings=findings
-    )
-    for run in explored:
-        runs += 1
-        paths.add(run)
-        reason = _why_not_compiled(run)
-        back = run.trace.loops.back
-        root.add_path(
-            run.trace, Fallback((reason,)) if reason else back or Return(run.results)
-        )
-    root.carry_changes(findings)
-    root.fill_gaps(f"the {limit} runs on abstract values are used up before they come here")
-    if declared is not None and declared.complete:
-        # A path that returns something else falls back, and the call says so, with data.
-        return BranchTree(root, declared, runs, findings.reasons)
-    return BranchTree(root, paths.result(), runs, findings.reasons)
-
-
-def _why_not_compiled(run: AbstractRun) -> str:
-    """Say why the record of a run cannot be compiled; "" if it can."""
-    if isinstance(run.error, TooManyBranchPoints):
-        return f"it passes more than {MAX_BRANCH_POINTS} branch points"
-    if run.error is None or isinstance(run.error, NeedsValueError):
-        return run.trace.refusal  # which the body may have caught
-    text = str(run.error).split("\n", 1)[0]
-    return f"{type(run.error).__name__}: {text}{place_of(run.error)}"
-
-
-def warn_if_large(tree: BranchTree, label: str) -> None:
-    """Warn of a tree that will take long to compile."""
-    if tree.size > MAX_STAGED_OPERATIONS:
-        warnings.warn(
-            f"{label} is staged to {tree.size:,} operations, which may take long to "
-            f"compile. Stage fewer of its paths, for example with "
-            f"staged={max(1, tree.runs // 4)}; jpyfunc.explain shows where they are."
-            + see("Many operations are staged"),
-            stacklevel=2,
-        )

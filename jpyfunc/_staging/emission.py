@@ -220,7 +220,7 @@ class _Emission:
     ) -> list[jax.Array]:
         """Emit a loop and all that follows it."""
         head, point = layout.head, layout.point
-        first = [jnp.asarray(scope.known[number]) for number in layout.carried]
+        first = [jnp.asarray(self._value(x, scope)) for x in layout.initial]
         first = vary_alike(first, self.operands)
         answer = layout.tests_first
         inner_scope = scope.branch(not self.is_varying)
@@ -237,7 +237,8 @@ class _Emission:
             if answer is None:
                 test = state[0] == 0
             else:
-                test = _truth(self._value(point.test, scope_of(state))) == answer
+                test = _truth(self._value(point.test, scope_of(state)))
+                test = test if answer else jnp.logical_not(test)
             return jnp.logical_and(test, *consts) if consts else test
 
         def step(consts: list[jax.Array], state: list[jax.Array]) -> list[jax.Array]:
@@ -252,11 +253,7 @@ class _Emission:
             scope.known.update(zip(layout.carried, final, strict=True))
             return self.emit_node(head.branches[not answer], scope, needed, outer)
 
-        kept = [
-            _blank(aval or jax.typeof(scope.known[number]))
-            for place in layout.exits
-            for number, aval in place.kept.items()
-        ]
+        kept = [_blank(aval) for place in layout.exits for aval in place.kept.values()]
         state = vary_alike([jnp.int32(0), *first, *kept], self.operands)
         tag, *final = while_loop(goes_on, step, consts, state)
         scope.known.update(zip(layout.carried, final, strict=False))
@@ -317,7 +314,8 @@ def _to_joined_dtype(x: ArrayLike, leaf: Leaf) -> jax.Array:
 
 def _truth(x: ArrayLike) -> jax.Array:
     """The truth value of an array of one element."""
-    x = jnp.reshape(x, ())
+    x = jnp.asarray(x)
+    x = jnp.reshape(x, ()) if x.shape else x
     return x if x.dtype == jnp.bool_ else x != 0
 
 

@@ -22,6 +22,7 @@ from jpyfunc._staging.equations import Atom
 from jpyfunc._staging.loop_findings import LoopFindings
 from jpyfunc._staging.loop_search import LoopSearch, RunConcluded
 from jpyfunc._staging.muted_streams import mute_streams
+from jpyfunc._staging.numpy_constants import NumpyCopies
 from jpyfunc._tout import Leaf, Template
 
 Result = TypeVar("Result")
@@ -132,6 +133,7 @@ def explore(
     """
     waiting: list[tuple[int, int, list[bool]]] = [(0, 0, [])]  # length, discovery, script
     discovered = 0
+    copies = NumpyCopies()
     outer = current_exploration()
     current = Exploration(shapes_only, {} if outer is None else outer.memo)
     for _ in range(limit):
@@ -141,7 +143,7 @@ def explore(
         run = None
         while run is None or run.trace.loops.is_to_repeat:
             loops = LoopSearch(findings, len(script), sys._getframe(), code_of(func))
-            trace = AbstractTrace(label, script, shapes_only, loops)
+            trace = AbstractTrace(label, script, shapes_only, loops, copies)
             # Set for the run alone: whoever takes the runs from here is outside of it.
             token = _current.set(current)
             try:

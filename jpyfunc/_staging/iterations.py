@@ -1,4 +1,4 @@
-"""Tell whether two iterations of a loop, as they were recorded, are exactly the same."""
+"""Tell whether two iterations of a loop, or other records, are exactly the same."""
 
 from __future__ import annotations
 
@@ -34,41 +34,16 @@ from jpyfunc._staging.equations import (
 _ATOMS = (bool, int, str, bytes, type(None), type, np.dtype)
 
 
-class IterationPair:
-    """Compare one iteration with the next, value by value.
+class Correspondence:
+    """A comparison of two records of the same operations, value by value.
 
-    A value of the first iteration corresponds to one of the second. What is older than both
-    corresponds to itself.
+    Attributes:
+        counterparts: the values of the second record, by the number of that of the first.
     """
 
-    def __init__(self, oldest: int) -> None:
-        """Begin.
-
-        Args:
-            oldest: number of the first value that the first iteration may make.
-        """
-        self._oldest = oldest
-        self._counterparts: dict[int, Atom] = {}
-
-    def pair(self, first: Sequence[Atom], second: Sequence[Atom]) -> bool:
-        """Let values that are carried into the iterations correspond.
-
-        Returns:
-            Whether each of them has one counterpart.
-        """
-        for a, b in zip(first, second, strict=True):
-            if not isinstance(a, ValueRef):
-                if not self.is_same_value(a, b):
-                    return False
-            elif not is_one(self._counterparts.setdefault(a.number, b), b):
-                return False
-        return True
-
-    def is_same_part(self, first: BranchPoint, second: BranchPoint) -> bool:
-        """Tell whether the same was done before two branch points, and is tested there."""
-        return self.are_same_equations(
-            first.equations, second.equations
-        ) and self.is_same_value(first.test, second.test)
+    def __init__(self) -> None:
+        """Begin."""
+        self.counterparts: dict[int, Atom] = {}
 
     def are_same_equations(
         self, first: Sequence[Equation], second: Sequence[Equation]
@@ -85,15 +60,58 @@ class IterationPair:
         ):
             return False
         for i in range(len(a.avals)):
-            self._counterparts[a.first + i] = ValueRef(b.first + i)
+            self.counterparts[a.first + i] = ValueRef(b.first + i)
         return True
 
     def is_same_value(self, a: Atom, b: Atom) -> bool:
-        """Tell whether two values of the two iterations correspond."""
+        """Tell whether two values of the two records correspond."""
         if not isinstance(a, ValueRef):
             return is_same(a, b)
-        if a.number in self._counterparts:
-            return is_one(self._counterparts[a.number], b)
+        if a.number in self.counterparts:
+            return is_one(self.counterparts[a.number], b)
+        return self.is_same_older_value(a, b)
+
+    def is_same_older_value(self, a: ValueRef, b: Atom) -> bool:
+        """Tell whether a value from before the first record corresponds to another one."""
+        raise NotImplementedError
+
+
+class IterationPair(Correspondence):
+    """A comparison of one iteration of a run with the next.
+
+    What is older than both corresponds to itself.
+    """
+
+    def __init__(self, oldest: int) -> None:
+        """Begin.
+
+        Args:
+            oldest: number of the first value that the first iteration may make.
+        """
+        super().__init__()
+        self._oldest = oldest
+
+    def pair(self, first: Sequence[Atom], second: Sequence[Atom]) -> bool:
+        """Let values that are carried into the iterations correspond.
+
+        Returns:
+            Whether each of them has one counterpart.
+        """
+        for a, b in zip(first, second, strict=True):
+            if not isinstance(a, ValueRef):
+                if not self.is_same_value(a, b):
+                    return False
+            elif not is_one(self.counterparts.setdefault(a.number, b), b):
+                return False
+        return True
+
+    def is_same_part(self, first: BranchPoint, second: BranchPoint) -> bool:
+        """Tell whether the same was done before two branch points, and is tested there."""
+        return self.are_same_equations(
+            first.equations, second.equations
+        ) and self.is_same_value(first.test, second.test)
+
+    def is_same_older_value(self, a: ValueRef, b: Atom) -> bool:
         return a.number < self._oldest and a == b
 
 

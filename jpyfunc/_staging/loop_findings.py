@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 from jpyfunc._frames import line_of, place_of_frame
-from jpyfunc._limits import MAX_PICTURED_IN_TOTAL
+from jpyfunc._limits import MAX_PICTURED_IN_TOTAL, MAX_TESTS_IN_TOTAL
 from jpyfunc._staging.abstract_tracer import AbstractTracer
 from jpyfunc._staging.carried_numbers import CarriedNumbers
 from jpyfunc._staging.equations import ValueRef
@@ -28,7 +28,8 @@ class LoopFindings:
             begins, by the answers up to its head.
         numbers: about Python numbers that a loop carries as arrays.
         reasons: why a place is not the head of a loop, by place and line.
-        objects_left: how many objects may still be looked at.
+        tests_left: how many truth tests may still be looked at.
+        objects_left: how many objects these may still lead to.
     """
 
     no_loops: set[tuple[int, Answers]] = dataclasses.field(default_factory=set)
@@ -37,6 +38,7 @@ class LoopFindings:
     released: dict[Answers, set[int]] = dataclasses.field(default_factory=dict)
     numbers: CarriedNumbers = dataclasses.field(default_factory=CarriedNumbers)
     reasons: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    tests_left: int = MAX_TESTS_IN_TOTAL
     objects_left: int = MAX_PICTURED_IN_TOTAL
 
     def release(self, arrays: list[Any], answers: Answers, positions: set[int]) -> bool:

@@ -17,12 +17,11 @@ class Exit:
 
     Attributes:
         node: what follows, none of which comes back to the head.
-        kept: the values of the last iteration that it uses, by number, with their avals;
-            None if that of the same number before the loop has the same one.
+        kept: the avals of the values of the last iteration that it uses, by number.
     """
 
     node: BranchNode
-    kept: dict[int, ShapedArray | None]
+    kept: dict[int, ShapedArray]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,12 +32,14 @@ class LoopLayout:
         head: where it begins.
         point: the branch point there.
         carried: the positions of the head's values that it carries, by their numbers.
+        initial: what these are when the program comes to the loop.
         exits: where the program leaves it.
     """
 
     head: BranchNode
     point: BranchPoint
     carried: dict[int, int]
+    initial: list[Atom]
     exits: list[Exit]
 
     @classmethod
@@ -48,7 +49,7 @@ class LoopLayout:
         for after, made in _exits(node, set(), {}):
             used = _used_from(after)
             exits.append(Exit(after, {n: x for n, x in made.items() if n in used}))
-        return cls(node, point, head.carried(), exits)
+        return cls(node, point, head.carried(), _initial(head), exits)
 
     @property
     def tests_first(self) -> bool | None:
@@ -60,8 +61,8 @@ class LoopLayout:
 
 
 def _exits(
-    node: BranchNode, heads: set[BranchNode], made: dict[int, ShapedArray | None]
-) -> Iterator[tuple[BranchNode, dict[int, ShapedArray | None]]]:
+    node: BranchNode, heads: set[BranchNode], made: dict[int, ShapedArray]
+) -> Iterator[tuple[BranchNode, dict[int, ShapedArray]]]:
     """Find the exits below a node of a loop, each with what was made on the way there.
 
     Args:
@@ -79,17 +80,25 @@ def _exits(
             for i, aval in enumerate(equation.avals)
         }
         if node.head is not None:  # its loop changes what it carries
-            made = {n: None for n in node.head.carried()} | made
+            made = node.head.carried_avals() | made
     if node.head is not None:
         heads = heads | {node}
     for after in node.branches.values():
         yield from _exits(after, heads, made)
 
 
+def _initial(head: LoopHead) -> list[Atom]:
+    """The values that a loop carries, as they are when the program comes to it."""
+    return [head.initial[i] for i in head.carried().values()]
+
+
 def _used_from(node: BranchNode) -> set[int]:
     """The numbers of the values that a node and what follows use and do not make."""
     used = {n for after in node.branches.values() for n in _used_from(after)}
     used.update(_numbers(_ends_with(node)))
+    if node.head is not None:
+        used.difference_update(node.head.carried())
+        used.update(_numbers(_initial(node.head)))
     for equation in reversed(node.equations):
         used.difference_update(range(equation.first, equation.first + len(equation.avals)))
         used.update(_numbers(equation.operands))
@@ -99,8 +108,6 @@ def _used_from(node: BranchNode) -> set[int]:
 def _ends_with(node: BranchNode) -> list[Atom]:
     """The values that the end of a node uses."""
     atoms: list[Atom] = []
-    if node.head is not None:
-        atoms += [ValueRef(n) for n in node.head.carried()]
     if isinstance(node.end, BranchPoint):
         atoms.append(node.end.test)
     elif isinstance(node.end, Return):

@@ -17,42 +17,38 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jpyfunc import _compat
 
 
-def holds_numpy(value: Any) -> bool:
-    """Tell whether a constant, or a parameter of a primitive, is or holds a NumPy array."""
+def numpy_arrays_in(value: Any) -> tuple[np.ndarray, ...]:
+    """Return the arrays that a constant, or a parameter of a primitive, is or holds."""
+    if isinstance(value, np.ndarray):
+        return (value,)
     if type(value) in (tuple, list):
-        return any(map(holds_numpy, value))
-    return isinstance(value, np.ndarray) or (
-        _compat.is_jaxpr(value) and _jaxpr_holds_numpy(value)
-    )
+        return tuple(array for part in value for array in numpy_arrays_in(part))
+    return _numpy_arrays_in_jaxpr(value) if _compat.is_jaxpr(value) else ()
 
 
-@_compat.weakref_lru_cache  # a jaxpr never changes
-def _jaxpr_holds_numpy(jaxpr: Any) -> bool:
+@_compat.weakref_lru_cache  # a jaxpr never changes, though arrays may
+def _numpy_arrays_in_jaxpr(jaxpr: Any) -> tuple[np.ndarray, ...]:
     inner = _without_constants(jaxpr)
     atoms = [*inner.outvars, *(x for eqn in inner.eqns for x in eqn.invars)]
-    values = [*getattr(jaxpr, "consts", []), *(x.val for x in atoms if type(x) is Literal)]
+    literals = [x.val for x in atoms if type(x) is Literal]
     params = [x for eqn in inner.eqns for x in eqn.params.values()]
-    return any(isinstance(x, np.ndarray) for x in values) or any(map(holds_numpy, params))
+    return numpy_arrays_in([*getattr(jaxpr, "consts", []), *literals, *params])
 
 
 def copy_numpy(value: Any, copy_part: Callable[[Any], Any]) -> Any:
     """Return `value` with copies in the place of the NumPy arrays that it holds.
 
     Args:
-        value: an array, a jaxpr, a parameter of a primitive, or anything else.
+        value: a tuple, list or jaxpr.
         copy_part: called for each part of `value` that may hold arrays itself.
 
     Returns:
         `value` itself where there is nothing to copy, because the caches of JAX know
         jaxprs by identity.
     """
-    if isinstance(value, np.ndarray):
-        return value.copy()  # keeps the class: JAX has a subclass with a weak type
     if type(value) in (tuple, list):
         parts = [copy_part(part) for part in value]
         return value if _are_same(parts, value) else type(value)(parts)
-    if not _compat.is_jaxpr(value):
-        return value
     given, inner = getattr(value, "consts", []), _without_constants(value)
     consts = copy_part(given)
     eqns = [_copy_in_equation(eqn, copy_part) for eqn in inner.eqns]
@@ -89,44 +85,56 @@ def _are_same(copies: Any, originals: Any) -> bool:
 
 
 class NumpyCopies:
-    """Copies of the NumPy arrays that one run of a body has used.
+    """Copies of the NumPy arrays that the runs of a body use.
 
     What is recorded is computed once all runs are over and the program is traced, or
     compiled. By then the body may have used the same buffer for other numbers.
     """
 
     def __init__(self) -> None:
-        self._copies: dict[Hashable, tuple[Any, Any]] = {}  # originals and copies
+        # Originals and copies. The originals are kept, too, so that nothing else gets their
+        # memory or their ids.
+        self._arrays: dict[Hashable, tuple[Any, Any]] = {}
+        self._jaxprs: dict[int, tuple[Any, Any]] = {}
+        self._used: set[int] = set()  # ids of the jaxprs that this run has used
 
     def copied(self, value: Any) -> Any:
         """Return `value` with copies of the NumPy arrays in it, which the body may change.
 
         An array is copied again whenever its content has changed. One copy serves all equal
-        views of the same memory, and one copy of a jaxpr all its uses, because JAX knows
-        jaxprs by identity. A jaxpr is not looked at again: a function that was traced has
-        the constants of that moment.
+        views of the same memory. One copy of a jaxpr serves all runs that find the same
+        numbers in it, because JAX knows jaxprs by identity: that of `x % 3` holds arrays,
+        and what is known is computed at once, by a program that takes 40 ms to compile. In
+        one run, a jaxpr is not looked at again: a function that was traced has the
+        constants of that moment.
         """
         if isinstance(value, np.ndarray):
             memory = value.__array_interface__["data"][0], value.strides
             weak = getattr(value, "weak_type", None)
-            key: Hashable = (memory, value.shape, value.dtype, weak)
-            _, copy = self._copies.get(key, (None, None))
-            if copy is not None and copy.tobytes() == value.tobytes():
-                return copy
-        elif _compat.is_jaxpr(value):
-            key = id(value)
-            if not holds_numpy(value):
-                return value
-            if key in self._copies:
-                return self._copies[key][1]
-        elif type(value) in (tuple, list):
+            key = memory, value.shape, value.dtype, weak
+            _, copy = self._arrays.get(key, (None, None))
+            if copy is None or copy.tobytes() != value.tobytes():
+                copy = value.copy()  # of its class: JAX has one with a weak type
+                self._arrays[key] = value, copy
+            return copy
+        if type(value) in (tuple, list):
             return copy_numpy(value, self.copied)
-        else:
+        if not _compat.is_jaxpr(value) or not numpy_arrays_in(value):
             return value
-        # The original is kept, too, so that nothing else gets its memory or its id.
-        self._copies[key] = value, copy_numpy(value, self.copied)
-        return self._copies[key][1]
+        known = self._jaxprs.get(id(value))
+        if known is None or (id(value) not in self._used and not _are_equal(*known)):
+            known = value, copy_numpy(value, self.copied)
+            self._jaxprs[id(value)] = known
+        self._used.add(id(value))
+        return known[1]
 
-    def clear(self) -> None:
-        """Let all go, once the run is over."""
-        self._copies.clear()
+    def end_run(self) -> None:
+        """Let the arrays of a run go. Those in jaxprs are kept for the runs that follow."""
+        self._arrays.clear()
+        self._used.clear()
+
+
+def _are_equal(original: Any, copy: Any) -> bool:
+    """Tell whether the arrays in a jaxpr are still what they were when it was copied."""
+    arrays = zip(numpy_arrays_in(original), numpy_arrays_in(copy), strict=True)
+    return all(a.tobytes() == b.tobytes() for a, b in arrays)

@@ -15,6 +15,7 @@ from types import CodeType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -185,6 +186,8 @@ def _object_of_jax(value: Any, path: str) -> tuple[Hashable, Children]:
     held = getattr(value, "__wrapped__", None)
     if held is not None:
         return id(value), [] if _is_pure_function(held) else [(path, held)]
+    if vars(jnp).get(getattr(value, "__name__", "")) is value:  # such as jnp.add
+        return id(value), []
     if _holds_arrays(value):
         raise UnseenStateError(f"{path!r} is a {type(value).__name__} that holds arrays")
     return id(value), []

@@ -113,6 +113,9 @@ class VisitFinder:
             )
         iterators = self.ranges.on_stack(frame, test, iterator)
         findings = self._findings
+        findings.tests_left -= 1
+        if findings.tests_left < 0:
+            raise UnseenStateError("too many truth tests were looked at before")
         limit = min(MAX_PICTURED_OBJECTS, findings.objects_left)
         users = [x for x in frames if not is_library_frame(x)]
         state = PythonState(users, iterators)
