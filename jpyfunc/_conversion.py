@@ -230,9 +230,13 @@ def is_weak(array: object) -> bool:
 
 def as_python_number(array: jax.Array, kind: type) -> jax.Array:
     """Convert an array to the weak dtype of a Python number of the type `kind`."""
-    dtype = jnp.result_type(kind)
+    return of_type(array, jnp.result_type(kind), weak_type=True)
+
+
+def of_type(array: jax.Array, dtype: Any, weak_type: bool) -> jax.Array:
+    """Convert an array to a dtype, weak or not; `jax.lax` has no function for that."""
     return convert_element_type_p.bind(
-        array, new_dtype=dtype, weak_type=True, sharding=None
+        array, new_dtype=dtype, weak_type=weak_type, sharding=None
     )
 
 

@@ -125,10 +125,7 @@ class Explanation:
     def _lines(self) -> Iterator[tuple[int, str]]:
         """Yield the loops that are none, and the tree, as lines of text with depths."""
         for (place, line), reason in self._tree.unrolled.items():
-            yield (
-                1,
-                f"not compiled as a loop: {line}  [{_short(place).removeprefix(' at ')}]",
-            )
+            yield 1, f"not compiled as a loop: {line}  [{_short_place(place)}]"
             yield 2, reason
         yield from _lines(self._tree.root, 1)
 
@@ -148,6 +145,11 @@ def _count(number: int, what: str) -> str:
 def _short(text: str) -> str:
     """Shorten the paths of files in `text` to their names."""
     return re.sub(r"( at )\S*[/\\]", r"\1", text)
+
+
+def _short_place(place: str) -> str:
+    """Shorten a place, `FILE:LINE` or that after "at", to the name of the file."""
+    return place.removeprefix(" at ").replace("\\", "/").rpartition("/")[2]
 
 
 def _as_dict(node: BranchNode) -> dict[str, Any]:
@@ -185,8 +187,7 @@ def _lines(node: BranchNode, depth: int) -> Iterator[tuple[int, str]]:
     if isinstance(node.end, Fallback):
         yield depth, f"calls Python: {_short('; '.join(node.end.reasons))}"
     elif isinstance(node.end, BranchPoint):
-        place = _short(node.end.place).removeprefix(" at ")
-        yield depth, f"{node.end.line}  [{place}]"
+        yield depth, f"{node.end.line}  [{_short_place(node.end.place)}]"
         if node.head is not None:
             carried = [f"{name}: {aval}" for name, aval in _carries(node.head).items()]
             yield depth, f"a loop that carries {', '.join(carried)}"
@@ -195,7 +196,6 @@ def _lines(node: BranchNode, depth: int) -> Iterator[tuple[int, str]]:
             yield first, f"{answer}: {text}"
             yield from rest
     elif isinstance(node.end, Back):
-        place = _short(f" at {_place(node.end.head)}").removeprefix(" at ")
-        yield depth, f"next iteration  [{place}]"
+        yield depth, f"next iteration  [{_short_place(_place(node.end.head))}]"
     else:
         yield depth, "returns"

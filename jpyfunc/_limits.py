@@ -33,8 +33,8 @@ BYTECODE_CACHE_SIZE = 1024
 MAX_CONSTANT_SIZE = 64
 # Operations in a row by which such an array is computed; comparing two runs follows them.
 MAX_CONSTANT_DEPTH = 100
-# Places in a staged body where Python is called. XLA takes more than a minute to compile 800
-# of them that lie behind one another in 60 branches, and 0.2 s for 60.
+# Places in a staged body where Python is called. Of 800, some behind 60 branches, XLA took
+# more than a minute to compile the program; of 60 in ten branches, 0.2 s.
 MAX_CALLS = 64
 # Operations of a staged body without a warning. XLA compiles a thousand in 0.1 s if they
 # are elementwise and on scalars, in 0.6 s if products and sorts of 8 x 8 matrices are among

@@ -33,10 +33,13 @@ def vary_alike(values: Sequence[jax.Array], like: Sequence[Array]) -> list[jax.A
     """Mark `values` as varying over the manual axes that any of them or of `like` does."""
     axes = [jax.typeof(x).manual_axis_type.varying for x in (*values, *like)]
     union = frozenset().union(*axes)
-    return [
-        x if own == union else jax.lax.pcast(x, tuple(union - own), to="varying")
-        for x, own in zip(values, axes[: len(values)], strict=True)
-    ]
+    return [varying_over(x, union) for x in values]
+
+
+def varying_over(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    """Mark an array as varying over manual axes of a mesh."""
+    more = axes - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(more), to="varying") if more else x
 
 
 def like_operands(aval: ShapedArray, operand_avals: Sequence[ShapedArray]) -> ShapedArray:

@@ -285,6 +285,67 @@ def arrays_shared_later(x):
     return a if a is b else -a
 
 
+@shape
+def rotates(x):
+    a = b = c = x
+    n = x * 0
+    while n < 5:
+        a, b, c, n = b, c, a + 1, n + 1
+    return a + 2 * b + 4 * c
+
+
+@shape
+def branches_on_shared_arrays(x):
+    a = b = x
+    while a > 1:
+        a, b = (a / 4, a) if b > 8 else (a / 2, b + 1)
+    return a + 10 * b
+
+
+@shape
+def loop_of_shared_arrays_in_another(x):
+    a = total = x
+    while a > 1:
+        b = a
+        while b > 1:
+            b, total = b / 3, total + b
+        a = a / 2
+    return total + a
+
+
+@shape
+def first_iteration_adds_more(x):
+    a, total = x, x * 0
+    while a > 1:
+        total = total + (100 if a is x else 1)
+        a = a / 2
+    return total + a
+
+
+@shape
+def leaves_at_once_in_another_way(x):
+    a = x
+    while a > 1:
+        a = a / 2
+    return a * 3 if a is x else a + 2
+
+
+@shape
+def first_iteration_makes_what_is_used_after(x):
+    a, made = x, None
+    while a > 1:
+        if made is None:
+            made = jnp.sin(x)
+        a = a / 2
+    return a + (jnp.cos(x) if made is None else made)
+
+
+@pytest.mark.parametrize("body", [newton, rotates])
+def test_no_iteration_comes_before_a_loop(body):
+    found = primitives(staged(body), 1.0)
+    assert (found["differentiable_while"], found["cond"]) == (1, 0)
+
+
 @pytest.mark.parametrize("body", SHAPES)
 def test_a_loop_is_compiled(body):
     f = staged(body)
@@ -306,15 +367,26 @@ def test_a_loop_is_compiled(body):
 @pytest.mark.parametrize("body", SHAPES)
 def test_derivatives_of_a_loop(body):
     f, xs = staged(body), jnp.array(XS)
-    want = jnp.stack([jax.grad(body)(x) for x in xs])
+    gradient, curvature = jax.grad(body), jax.grad(jax.grad(body))
+    want = [jnp.stack([g(x) for x in xs]) for g in (gradient, curvature)]
 
     def program(xs):
         forward = jax.vmap(lambda x: jax.jvp(f, (x,), (1.0,))[1])(xs)
-        return jax.vmap(jax.grad(f))(xs), forward
+        second = jax.vmap(jax.jacfwd(jax.grad(f)))(xs)
+        return jax.vmap(jax.grad(f))(xs), forward, second
 
-    for got in jax.jit(program)(xs):
-        assert_close(got, want, rtol=1e-3)
+    reverse, forward, second = jax.jit(program)(xs)
+    assert_close(reverse, want[0], rtol=1e-3)
+    assert_close(forward, want[0], rtol=1e-3)
+    assert_close(second, want[1], rtol=1e-2)
     assert is_loop(jax.grad(f), 1.0)
+
+
+@pytest.mark.parametrize("body", [newton, several_ends, loop_of_shared_arrays_in_another])
+def test_reverse_mode_twice(body):
+    f, xs = staged(body), jnp.array(XS)
+    want = jnp.stack([jax.grad(jax.grad(body))(x) for x in xs])
+    assert_close(jax.jit(jax.vmap(jax.grad(jax.grad(f))))(xs), want, rtol=1e-2)
 
 
 def test_integers():

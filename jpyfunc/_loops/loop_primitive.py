@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr, Effect, JaxprEqn, Primitive
 from jax.interpreters import batching, mlir, xla
 
 from jpyfunc import _compat
+from jpyfunc._conversion import of_type
 from jpyfunc._loops.step_jaxprs import (
     Arrays,
     Flags,
@@ -24,6 +25,7 @@ from jpyfunc._loops.step_jaxprs import (
     trace,
     without_dead_code,
 )
+from jpyfunc._mesh import varying_over
 from jpyfunc._types import Array
 
 Function = Callable[[Arrays, Arrays], Any]
@@ -100,9 +102,7 @@ def _retyped(result: jax.Array, like: jax.Array) -> jax.Array:
     result = varying_over(result, jax.typeof(like).manual_axis_type.varying)
     if result.dtype != like.dtype or not result.weak_type or like.weak_type:
         return result
-    return jax.lax.convert_element_type_p.bind(
-        result, new_dtype=like.dtype, weak_type=False, sharding=None
-    )
+    return of_type(result, like.dtype, weak_type=False)
 
 
 def _promoted(index: int, carry: jax.Array, aval: Any, over: frozenset[Any]) -> jax.Array:
@@ -117,12 +117,6 @@ def _promoted(index: int, carry: jax.Array, aval: Any, over: frozenset[Any]) -> 
     if own.weak_type and (differs or not aval.weak_type):
         carry = jax.lax.convert_element_type(carry, aval.dtype)
     return varying_over(carry, aval.manual_axis_type.varying | over)
-
-
-def varying_over(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
-    """Mark an array as varying over manual axes of a mesh."""
-    more = axes - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(more), to="varying") if more else x
 
 
 # --- The primitive.

@@ -10,13 +10,9 @@ import jax.numpy as jnp
 from jax.interpreters import ad, partial_eval
 
 from jpyfunc._loops import derivative
-from jpyfunc._loops.loop_primitive import (
-    Function,
-    free_running_loop,
-    loop_p,
-    varying_over,
-)
+from jpyfunc._loops.loop_primitive import Function, free_running_loop, loop_p
 from jpyfunc._loops.step_jaxprs import Arrays
+from jpyfunc._mesh import varying_over
 from jpyfunc._types import Array
 
 ad.primitive_jvps[loop_p] = derivative.loop_jvp

@@ -79,8 +79,10 @@ def _refusing_in_while(rule: Rule) -> Rule:
         **params: Any,
     ) -> Any:
         # Loops without stateful calls do not pay for the search, which JAX repeats.
-        for effect in _stateful(params["cond_jaxpr"], params["body_jaxpr"]):
-            if _is_test_batched(dims, **params):
+        test, body = params["cond_jaxpr"], params["body_jaxpr"]
+        n = params["cond_nconsts"]
+        for effect in _stateful(test, body):
+            if _is_test_batched(test, body, dims[:n], dims[n:], params["body_nconsts"]):
                 raise _refusal_in_while(effect)
         return rule(axis_data, operands, dims, **params)
 
@@ -93,13 +95,7 @@ def _refusing_in_loop(rule: Rule) -> Rule:
     def batch(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
         test, body, n = params["test"], params["body"], params["consts"]
         for effect in _stateful(test, body):
-            if _is_test_batched(
-                [*dims[:n], *dims],
-                cond_jaxpr=test,
-                cond_nconsts=n,
-                body_jaxpr=body,
-                body_nconsts=n,
-            ):
+            if _is_test_batched(test, body, dims[:n], dims, n):
                 raise _refusal_in_while(effect)
         return rule(axis_data, operands, dims, **params)
 
@@ -107,23 +103,29 @@ def _refusing_in_loop(rule: Rule) -> Rule:
 
 
 def _is_test_batched(
-    dims: Sequence[int | None],
-    *,
-    cond_jaxpr: ClosedJaxpr,
-    cond_nconsts: int,
-    body_jaxpr: ClosedJaxpr,
-    body_nconsts: int,
+    test: ClosedJaxpr,
+    body: ClosedJaxpr,
+    of_test: Sequence[int | None],
+    of_body: Sequence[int | None],
+    n: int,
 ) -> bool:
-    """Whether elements of a batched `while_loop` may end at different iterations."""
-    batched = [d is not None for d in dims]
-    n = cond_nconsts + body_nconsts
-    of_test, of_body, carry = batched[:cond_nconsts], batched[cond_nconsts:n], batched[n:]
+    """Whether elements of a batched loop may end at different iterations.
+
+    Args:
+        test: of the loop, which takes its own constants and the carry.
+        body: of the loop, which takes its own constants and the carry.
+        of_test: the batch axes of the constants of the test.
+        of_body: the batch axes of all that the body takes.
+        n: how many of these are constants.
+    """
+    batched = [d is not None for d in of_body]
+    consts, carry = batched[:n], batched[n:]
     before = None
     while carry != before:  # up to a fixed point: batched once, batched ever after
         before = carry
-        after = _batched(body_jaxpr, of_body + carry)
+        after = _batched(body, consts + carry)
         carry = [a or b for a, b in zip(carry, after, strict=True)]
-    return _batched(cond_jaxpr, of_test + carry)[0]
+    return _batched(test, [*(d is not None for d in of_test), *carry])[0]
 
 
 def _batched(jaxpr: ClosedJaxpr | Jaxpr, operands: Sequence[bool]) -> list[bool]:

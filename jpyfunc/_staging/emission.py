@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.typing import ArrayLike
 
+from jpyfunc._conversion import of_type
 from jpyfunc._loops.while_loop import while_loop
 from jpyfunc._mesh import vary_alike
 from jpyfunc._staging.branch_tree import Back, BranchNode, BranchTree, Fallback, Return
@@ -307,9 +308,7 @@ def _to_joined_dtype(x: ArrayLike, leaf: Leaf) -> jax.Array:
     x = jnp.asarray(x)
     if leaf.is_key or (x.dtype == leaf.dtype and x.weak_type == leaf.weak_type):
         return x
-    return jax.lax.convert_element_type_p.bind(
-        x, new_dtype=leaf.dtype, weak_type=leaf.weak_type, sharding=None
-    )
+    return of_type(x, leaf.dtype, leaf.weak_type)
 
 
 def _truth(x: ArrayLike) -> jax.Array:

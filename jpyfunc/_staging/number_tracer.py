@@ -152,7 +152,12 @@ class NumberTracer(AbstractTracer):
 
 def widest() -> Bounds:
     """The bounds of all integers that an array in the place of one can have."""
-    info = jnp.iinfo(jnp.result_type(int))
+    return _range_of(jnp.result_type(int))
+
+
+def _range_of(dtype: Any) -> Bounds:
+    """The bounds of all integers of a dtype."""
+    info = jnp.iinfo(dtype)
     return int(info.min), int(info.max)
 
 
@@ -182,8 +187,7 @@ def refuse_narrower(
     dtypes = {aval.dtype for aval in avals}.union(*map(_dtypes, jaxprs)) if numbers else ()
     for dtype in dtypes:
         if jnp.issubdtype(dtype, jnp.integer):
-            info = jnp.iinfo(dtype)
-            allowed = int(info.min), int(info.max)
+            allowed = _range_of(dtype)
             for x in numbers:
                 if intersect(x.bounds, allowed) != x.bounds:
                     x.concrete(f"a conversion to {dtype}")
