@@ -25,6 +25,8 @@ from jax.sharding import PartitionSpec as P
 
 import jpyfunc
 from jpyfunc import explain, numpy_func, profile, py_func
+from jpyfunc._limits import MAX_CALLS
+from jpyfunc._staging.numpy_constants import NumpyCopies
 
 xs = jnp.linspace(0.5, 4.0, 7)
 
@@ -349,6 +351,37 @@ def test_a_numpy_array_written_to_later_keeps_its_values(use, ndim, transform):
     assert not calls_of(f, x)
     assert_close(transform(f)(x), 631 * x)
     assert_close(transform(jax.grad(lambda x: f(x).sum()))(x), jnp.full(3, 631.0))
+
+
+def test_runs_share_the_copy_of_a_jaxpr_until_its_arrays_change():
+    held = np.ones(3, np.float32)
+    jaxpr = jax.make_jaxpr(lambda x: jax.jit(lambda x: x * held)(x))(1.0)
+    copies = NumpyCopies()
+    first = copies.copied(jaxpr)
+    assert copies.copied(jaxpr) is first
+    copies.end_run()
+    assert copies.copied(jaxpr) is first
+    held[:] = 2  # a function that was traced has the constants of that moment
+    assert copies.copied(jaxpr) is first
+    copies.end_run()
+    second = copies.copied(jaxpr)
+    held[:] = 3
+    for copy, want in ((first, 1.0), (second, 2.0)):
+        assert_close(jax.core.eval_jaxpr(copy.jaxpr, copy.consts, 1.0)[0], jnp.full(3, want))
+
+
+def test_there_are_not_too_many_calls(transform):
+    def body(x):
+        total = x * 0
+        for k in range(30):
+            if jnp.sin(x * k) > 0:
+                total = total + k * x
+        return total
+
+    f = staged(body)
+    assert 0 < calls_of(f, 1.0) <= MAX_CALLS
+    for x in (-0.2, 1.0, 0.01):
+        assert_close(transform(f)(x), body(jnp.float32(x)), rtol=1e-4)
 
 
 def aligned(value):
