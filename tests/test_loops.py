@@ -9,6 +9,7 @@ import random
 import re
 import threading
 import types
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -437,7 +438,18 @@ STATES = {
     "an array of NumPy": lambda: array_step(np.zeros(1)),
     "a view of an array": lambda: view_step(np.zeros(2)),
     "a cache": lambda: cached_step(functools.cache(lambda _: [0])),
+    "an attribute of a type variable": lambda: module_step(counted(TypeVar("T"))),
+    "an attribute that is hidden": lambda: module_step(counted(Hidden())),
 }
+
+
+class Hidden:
+    __dict__ = property(lambda self: {})
+
+
+def counted(holder):
+    holder.count = 0
+    return holder
 
 
 def iter_of(make):

@@ -111,7 +111,8 @@ def contents_of(value: Any, path: str) -> tuple[Hashable, Children]:
     if kind is types.MappingProxyType:
         return None, [(path, dict(value))]
     if kind in (typing.TypeVar, typing.ParamSpec):
-        return id(value), [(path, getattr(value, "__dict__", None))]
+        # As of Python 3.12 it has a dict that nothing else shows.
+        return id(value), [(path, object.__getstate__(value))]
     if kind in (types.GenericAlias, types.UnionType):
         return None, [
             (path, getattr(value, "__origin__", None)),
@@ -242,12 +243,21 @@ def _instance(value: Any, path: str) -> tuple[Hashable, Children]:
         except AttributeError:  # not set
             continue
         bound.append(name)
-    try:
-        attributes = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        attributes = {}
+    attributes = _attributes(value, path)
     found += [(f"{path}.{name}", x) for name, x in attributes.items()]
     return (len(items), *bound, *attributes), found
+
+
+def _attributes(value: Any, path: str) -> dict[str, Any]:
+    """The attributes that an object has in a dict, if it has one."""
+    kind = type(value)
+    dicts = (vars(x)["__dict__"] for x in kind.__mro__ if "__dict__" in vars(x))
+    getter: Any = next(dicts, None)
+    if getter is None and not kind.__dictoffset__:
+        return {}
+    if type(getter) not in (types.GetSetDescriptorType, types.MemberDescriptorType):
+        raise UnseenStateError(f"{path!r} is a {kind.__name__}, whose attributes are hidden")
+    return getter.__get__(value)
 
 
 def is_pure_module(name: Any) -> bool:
