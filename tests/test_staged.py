@@ -367,7 +367,8 @@ def test_runs_share_the_copy_of_a_jaxpr_until_its_arrays_change():
     second = copies.copied(jaxpr)
     held[:] = 3
     for copy, want in ((first, 1.0), (second, 2.0)):
-        assert_close(jax.core.eval_jaxpr(copy.jaxpr, copy.consts, 1.0)[0], jnp.full(3, want))
+        (got,) = jax.core.eval_jaxpr(copy.jaxpr, copy.consts, 1.0)
+        assert_close(got, jnp.full(3, want))
 
 
 def test_there_are_not_too_many_calls(transform):

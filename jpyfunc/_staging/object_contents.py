@@ -252,12 +252,12 @@ def _attributes(value: Any, path: str) -> dict[str, Any]:
     """The attributes that an object has in a dict, if it has one."""
     kind = type(value)
     dicts = (vars(x)["__dict__"] for x in kind.__mro__ if "__dict__" in vars(x))
-    getter: Any = next(dicts, None)
+    getter = next(dicts, None)
+    if isinstance(getter, types.GetSetDescriptorType | types.MemberDescriptorType):
+        return getter.__get__(value)
     if getter is None and not kind.__dictoffset__:
         return {}
-    if type(getter) not in (types.GetSetDescriptorType, types.MemberDescriptorType):
-        raise UnseenStateError(f"{path!r} is a {kind.__name__}, whose attributes are hidden")
-    return getter.__get__(value)
+    raise UnseenStateError(f"{path!r} is a {kind.__name__}, which hides attributes")
 
 
 def is_pure_module(name: Any) -> bool:
