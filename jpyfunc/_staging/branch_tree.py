@@ -70,6 +70,8 @@ class LoopHead:
         unready: the positions of those that it cannot carry as they are.
         answers: those of the branch points up to the loop.
         changed: positions of those that are not the same in each iteration.
+        test: operations that compute what is tested from what is carried; none if that is
+            carried, too.
     """
 
     names: list[str]
@@ -79,6 +81,7 @@ class LoopHead:
     unready: set[int]
     answers: tuple[bool, ...]
     changed: set[int]
+    test: list[Equation] = dataclasses.field(default_factory=list)
 
     def carried(self) -> dict[int, int]:
         """The positions of the values that the loop carries, by their numbers."""
@@ -128,7 +131,8 @@ class BranchNode:
     @property
     def size(self) -> int:
         """The number of JAX operations in it."""
-        return sum(equation.size for equation in self.equations)
+        test = self.head.test if self.head else []
+        return sum(equation.size for equation in (*self.equations, *test))
 
     def nodes(self) -> Iterator[BranchNode]:
         """Yield this node and all that follow it."""

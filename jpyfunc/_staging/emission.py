@@ -166,9 +166,7 @@ class _Emission:
         number = loop.exit_at(node) if loop else None
         if loop and number is not None:
             return vary_alike(loop.leave(number, scope), self.operands)
-        for equation in node.equations:
-            operands = [self._value(x, scope) for x in equation.operands]
-            scope.known.update(enumerate(equation.call(*operands), equation.first))
+        self._compute(node.equations, scope)
         if isinstance(node.end, Fallback):
             return vary_alike(self.call(needed), self.operands)
         if isinstance(node.end, Return):
@@ -203,8 +201,8 @@ class _Emission:
             def emit_branch() -> list[jax.Array]:
                 here = needed
                 if after.falls_back or after.has_loop:
-                    here = test if answer else jnp.logical_not(test)
-                    here = here if needed is None else jnp.logical_and(needed, here)
+                    here = test if answer else ~test
+                    here = here if needed is None else needed & here
                 inner = scope.branch(not self.is_varying)
                 return self.emit_node(after, inner, here, loop)
 
@@ -238,9 +236,11 @@ class _Emission:
             if answer is None:
                 test = state[0] == 0
             else:
-                test = _truth(self._value(point.test, scope_of(state)))
-                test = test if answer else jnp.logical_not(test)
-            return jnp.logical_and(test, *consts) if consts else test
+                here = scope_of(state)
+                self._compute(layout.test, here)
+                test = _truth(self._value(point.test, here))
+                test = test if answer else ~test
+            return test & consts[0] if consts else test
 
         def step(consts: list[jax.Array], state: list[jax.Array]) -> list[jax.Array]:
             loop = _OpenLoop(layout, state)
@@ -281,13 +281,19 @@ class _Emission:
             is_here = needed
             if len(exits) > 1 and exits[k].node.falls_back:
                 is_here = tag == k + 1
-                is_here = is_here if needed is None else jnp.logical_and(needed, is_here)
+                is_here = is_here if needed is None else needed & is_here
             return self.emit_node(exits[k].node, here, is_here, outer)
 
         if len(exits) == 1:
             return follow(0)
         branches = [functools.partial(follow, k) for k in range(len(exits))]
         return jax.lax.switch(tag - 1, branches)
+
+    def _compute(self, equations: list[Equation], scope: _Scope) -> None:
+        """Add the results of operations to a scope."""
+        for equation in equations:
+            operands = [self._value(x, scope) for x in equation.operands]
+            scope.known.update(enumerate(equation.call(*operands), equation.first))
 
     def _value(self, atom: Atom, scope: _Scope) -> Any:
         """Return the value of an atom in the program."""

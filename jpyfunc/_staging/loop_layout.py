@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jax.core import ShapedArray
 
 from jpyfunc._staging.branch_tree import Back, BranchNode, LoopHead, Return
-from jpyfunc._staging.equations import Atom, BranchPoint, Constant, ValueRef
+from jpyfunc._staging.equations import Atom, BranchPoint, Constant, Equation, ValueRef
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class LoopLayout:
         point: the branch point there.
         carried: the positions of the head's values that it carries, by their numbers.
         initial: what these are when the program comes to the loop.
+        test: operations that compute what is tested from what is carried.
         exits: where the program leaves it.
     """
 
@@ -40,6 +41,7 @@ class LoopLayout:
     point: BranchPoint
     carried: dict[int, int]
     initial: list[Atom]
+    test: list[Equation]
     exits: list[Exit]
 
     @classmethod
@@ -49,7 +51,7 @@ class LoopLayout:
         for after, made in _exits(node, set(), {}):
             used = _used_from(after)
             exits.append(Exit(after, {n: x for n, x in made.items() if n in used}))
-        return cls(node, point, head.carried(), _initial(head), exits)
+        return cls(node, point, head.carried(), initial_values(head), head.test, exits)
 
     @property
     def tests_first(self) -> bool | None:
@@ -87,7 +89,7 @@ def _exits(
         yield from _exits(after, heads, made)
 
 
-def _initial(head: LoopHead) -> list[Atom]:
+def initial_values(head: LoopHead) -> list[Atom]:
     """The values that a loop carries, as they are when the program comes to it."""
     return [head.initial[i] for i in head.carried().values()]
 
@@ -95,17 +97,23 @@ def _initial(head: LoopHead) -> list[Atom]:
 def _used_from(node: BranchNode) -> set[int]:
     """The numbers of the values that a node and what follows use and do not make."""
     used = {n for after in node.branches.values() for n in _used_from(after)}
-    used.update(_numbers(_ends_with(node)))
+    used.update(numbers_in(ends_with(node)))
     if node.head is not None:
+        _go_before(node.head.test, used)
         used.difference_update(node.head.carried())
-        used.update(_numbers(_initial(node.head)))
-    for equation in reversed(node.equations):
-        used.difference_update(range(equation.first, equation.first + len(equation.avals)))
-        used.update(_numbers(equation.operands))
+        used.update(numbers_in(initial_values(node.head)))
+    _go_before(node.equations, used)
     return used
 
 
-def _ends_with(node: BranchNode) -> list[Atom]:
+def _go_before(equations: list[Equation], used: set[int]) -> None:
+    """Replace the values used after some operations by those used before them."""
+    for equation in reversed(equations):
+        used.difference_update(range(equation.first, equation.first + len(equation.avals)))
+        used.update(numbers_in(equation.operands))
+
+
+def ends_with(node: BranchNode) -> list[Atom]:
     """The values that the end of a node uses."""
     atoms: list[Atom] = []
     if isinstance(node.end, BranchPoint):
@@ -118,9 +126,10 @@ def _ends_with(node: BranchNode) -> list[Atom]:
     return atoms
 
 
-def _numbers(atoms: list[Atom] | tuple[Atom, ...]) -> Iterator[int]:
+def numbers_in(atoms: Sequence[Atom]) -> Iterator[int]:
+    """The numbers of the values among atoms, and of those that constants depend on."""
     for atom in atoms:
         if isinstance(atom, ValueRef):
             yield atom.number
         elif isinstance(atom, Constant):
-            yield from _numbers(atom.equation.operands)
+            yield from numbers_in(atom.equation.operands)

@@ -17,6 +17,7 @@ from jpyfunc._staging.branch_tree import BranchNode, BranchTree, Fallback, Retur
 from jpyfunc._staging.exploration import AbstractRun, LearnedMore, explore
 from jpyfunc._staging.inference import JoinedPaths
 from jpyfunc._staging.loop_findings import LoopFindings
+from jpyfunc._staging.loop_tests import compute_tests
 from jpyfunc._staging.rolling import roll_up
 from jpyfunc._tout import Template
 
@@ -69,6 +70,7 @@ def _stage(
     root.fill_gaps(f"the {limit} runs on abstract values are used up before they come here")
     root.limit_calls(MAX_CALLS)
     root = roll_up(root, dict(enumerate(avals)))
+    compute_tests(root)
     if declared is not None and declared.complete:
         # A path that returns something else falls back, and the call says so, with data.
         return BranchTree(root, declared, runs, findings.reasons)
