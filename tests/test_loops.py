@@ -19,6 +19,7 @@ from cases import SCALAR, assert_close
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from programs import run_program
 
 from jpyfunc import explain, py_func
 from jpyfunc._staging.bytecode import dead_variables, truth_tests
@@ -341,6 +342,40 @@ def first_iteration_makes_what_is_used_after(x):
     return a + (jnp.cos(x) if made is None else made)
 
 
+@shape
+def its_test_is_used_after(x):
+    while (large := x > 1) or x > 50:
+        x = x / 2
+    return jnp.where(large, -x, x)
+
+
+@shape
+def what_is_tested_is_used_after(x):
+    while (error := abs(x * x - 2)) > 0.5:
+        x = 0.5 * (x + 2 / x)
+    return x + error
+
+
+@shape
+def a_test_differs(x):
+    goes_on = x > 1
+    while goes_on:
+        goes_on = x > 4 if x > 20 else x > 3
+        x = x / 2
+    return x
+
+
+@pytest.mark.parametrize("body", [newton, rotates])
+def test_a_loop_computes_its_test(body):
+    found = explain(body, SCALAR).as_dict()["tree"]
+    loops = [
+        eqn
+        for eqn in jax.make_jaxpr(staged(body))(1.0).eqns
+        if eqn.primitive.name == "differentiable_while"
+    ]
+    assert [len(eqn.outvars) for eqn in loops] == [len(found["carries"])]
+
+
 @pytest.mark.parametrize("body", [newton, rotates])
 def test_no_iteration_comes_before_a_loop(body):
     found = primitives(staged(body), 1.0)
@@ -388,6 +423,101 @@ def test_reverse_mode_twice(body):
     f, xs = staged(body), jnp.array(XS)
     want = jnp.stack([jax.grad(jax.grad(body))(x) for x in xs])
     assert_close(jax.jit(jax.vmap(jax.grad(jax.grad(f))))(xs), want, rtol=1e-2)
+
+
+def names_of_an_inner_loop(x, w, k):
+    best = None
+    while k > 0:
+        while x > 1:
+            x = x * 0.5
+        y = x if best is None else w
+        best = w = y * 0.9 + 0.1
+        x = w * 3
+        k = k - 1
+    return x
+
+
+def used_before_an_inner_loop_and_after(x, w, k):
+    first = True
+    while k > 0:
+        s = (x if first else w) * 2
+        while x > 1:
+            x = x * 0.5
+        y = x if first else w
+        w = y * 0.9 + 0.1 + s
+        x = w * 3
+        k, first = k - 1, False
+    return x
+
+
+def kept_over_an_inner_loop(x, w, k):
+    first, kept = True, None
+    while k > 0:
+        if not first:
+            kept = x
+        while x > 1:
+            x = x * 0.5
+        y = x if first else kept
+        x = y * 3 + w
+        k, first, kept = k - 1, False, None
+    return x
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        names_of_an_inner_loop,
+        used_before_an_inner_loop_and_after,
+        kept_over_an_inner_loop,
+    ],
+)
+def test_first_iterations_that_differ(body):
+    """An inner loop gives what it carries the number of what that was before it."""
+    f = staged(body)
+    args = [(7.0, 100.0, 1.0), (7.0, 0.25, 5.0), (7.0, 1.0, 0.0), (0.5, 1.0, 2.0)]
+    args = [tuple(map(jnp.float32, x)) for x in args]
+    want = jnp.stack([body(*x) for x in args])
+    columns = [jnp.stack(x) for x in zip(*args, strict=True)]
+    assert_close(jnp.stack([jax.jit(f)(*x) for x in args]), want)
+    assert_close(jax.jit(jax.vmap(f))(*columns), want)
+    assert is_loop(f, *args[0])
+
+
+def test_hangs():
+    """A loop after an exit runs for those that left there; shared constants are few."""
+    program = """
+        import jax, jax.numpy as jnp
+        from jpyfunc import py_func
+
+        @py_func(staged=True)
+        def two_loops(x, k):
+            while x > 1:
+                x = x / 2
+                if x < k:
+                    x = x * 2
+                    while x < 50:
+                        x = x * 1.5
+                    return x
+            return x
+
+        print(jax.jit(jax.vmap(two_loops))(jnp.array([7.0, 7.0]), jnp.array([0.0, 2.0])))
+
+        @py_func(staged=True)
+        def doubled(x):
+            y = x
+            c = jnp.ones(100)
+            for _ in range(60):
+                c = c + c
+            while y > 1:
+                d = c
+                for _ in range(30):
+                    d = d / 2 + d / 2
+                y = y / 2 + 0 * d[0]
+            return y + 0 * c.sum()
+
+        print(jax.jit(doubled)(9.0))
+        """
+    assert run_program(program, limit=60).split() == ["[", "0.875", "59.80078]", "0.5625"]
 
 
 def test_integers():

@@ -96,6 +96,22 @@ def test_derivatives_of_batch():
     )
 
 
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_of_elements_that_end_apart(name):
+    """Iterations that another element makes are none of this one's derivative."""
+
+    def derivative(loop, x, n):
+        def growing(x):
+            return loop(n, lambda x, k: k * (x + 0.3 * jnp.sin(2 * x)), x, 1.1 * x)
+
+        return DERIVATIVES[name](growing)(x)
+
+    xs, ns = jnp.array([0.5, 1.3, 2.2, 0.9]), [1, 7, 3, 0]
+    expected = [derivative(scanned, x, n) for x, n in zip(xs, ns, strict=True)]
+    found = jax.jit(jax.vmap(lambda x, n: derivative(repeat, x, n)))(xs, jnp.array(ns))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
 def branching(x, w):
     return jax.lax.cond(x[0] > 0.1, lambda x: layer(x, w), lambda x: 1.1 * x, x)
 

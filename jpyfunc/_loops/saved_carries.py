@@ -99,7 +99,10 @@ def run_saving(
 
     state = initial_state(test, carry, free, kept, size)
     state = free_running_loop(lambda _, s: goes_on(s), until_full, [], state, ends[3])
-    (total,), (stride,), slots, free_running, (count,), _, others = split(state)
+    (i,), (stride,), slots, free_running, (count,), _, others = split(state)
+    # Free-running, `i` would be that of all elements of a batch that is made later, of the
+    # derivative that has only one element.
+    total = i if rank else count
     return SavedRun([*free_running, *others], count, total, stride, slots)
 
 

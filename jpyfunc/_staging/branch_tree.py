@@ -220,7 +220,7 @@ class BranchNode:
 
     def _call_at(self, depth: int, end: Fallback) -> None:
         """Fall back after `depth` branch points, on paths that fall back later."""
-        if depth == 0 and self.falls_back:
+        if depth == 0 and self.falls_back and not isinstance(self.end, Fallback):
             self._fall_back(end)
         for node in self.branches.values():
             node._call_at(depth - 1, end)

@@ -279,10 +279,11 @@ class _Emission:
             here = scope.branch(not self.is_varying)
             here.known.update(own[k])
             is_here = needed
-            if len(exits) > 1 and exits[k].node.falls_back:
+            node = exits[k].node
+            if len(exits) > 1 and (node.falls_back or node.has_loop):
                 is_here = tag == k + 1
                 is_here = is_here if needed is None else needed & is_here
-            return self.emit_node(exits[k].node, here, is_here, outer)
+            return self.emit_node(node, here, is_here, outer)
 
         if len(exits) == 1:
             return follow(0)

@@ -31,7 +31,7 @@ from jpyfunc._staging.equations import (
 # primitive, parameters and constants, to the bit, and each operand was computed at the
 # same place of the iteration, or is carried at the same place, or is older than the loop.
 
-_ATOMS = (bool, int, str, bytes, type(None), type, np.dtype)
+_ATOMS = bool | int | str | bytes | type(None) | type | np.dtype
 
 
 class Correspondence:
@@ -115,54 +115,72 @@ class IterationPair(Correspondence):
         return a.number < self._oldest and a == b
 
 
-def is_same(a: Any, b: Any, assumed: frozenset[tuple[int, int]] = frozenset()) -> bool:
-    """Tell whether two parameters, constants or parts of them do the same.
+def is_same(a: Any, b: Any) -> bool:
+    """Tell whether two parameters, constants or parts of them do the same."""
+    # They may lead to themselves, and to each other on many ways: each pair is compared
+    # once. The pairs are kept, so that nothing else gets their ids.
+    met: dict[tuple[int, int], tuple[Any, Any]] = {}
+    waiting = [(a, b)]
+    while waiting:
+        pair = waiting.pop()
+        key = id(pair[0]), id(pair[1])
+        if pair[0] is pair[1] or key in met:
+            continue
+        met[key] = pair
+        parts = _parts(*pair)
+        if parts is None:
+            return False
+        waiting += zip(*parts, strict=True)
+    return True
 
-    Args:
-        a: the one.
-        b: the other.
-        assumed: ids of functions and constants that are being compared.
-    """
-    if a is b:
-        return True
+
+_SAME = (), ()
+
+
+def _parts(a: Any, b: Any) -> tuple[Sequence[Any], Sequence[Any]] | None:
+    """Return the parts of two values, which are the same if these are; else None."""
     if type(a) is not type(b) or isinstance(a, Tracer):
-        return False
-    if isinstance(a, _ATOMS):
-        return bool(a == b)
+        return None
+    if isinstance(a, _ATOMS | types.CodeType | frozenset | set):
+        return _SAME if a == b else None
     if isinstance(a, np.generic | np.ndarray | jax.Array):
-        return jax.typeof(a) == jax.typeof(b) and has_same_bits(a, b)
+        return _SAME if jax.typeof(a) == jax.typeof(b) and has_same_bits(a, b) else None
     if isinstance(a, float | complex):
-        return np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    inner = functools.partial(is_same, assumed=assumed | {(id(a), id(b))})
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(inner, a, b))
+        return _SAME if np.asarray(a).tobytes() == np.asarray(b).tobytes() else None
     if isinstance(a, dict):
-        return list(a) == list(b) and all(inner(a[k], b[k]) for k in a)
-    if _compat.is_jaxpr(a):
-        return inner(content_of(a), content_of(b))
-    if (id(a), id(b)) in assumed:
-        return True
-    if isinstance(a, Constant):
-        return inner((a.index, a.equation), (b.index, b.equation))
-    if isinstance(a, Equation):
-        return inner((a.signature, a.avals, a.operands), (b.signature, b.avals, b.operands))
-    if isinstance(a, types.CellType):
-        return inner(_contents(a), _contents(b))
-    if isinstance(a, types.FunctionType):
-        return a.__globals__ is b.__globals__ and inner(_function(a), _function(b))
-    if isinstance(a, types.CodeType | frozenset | set):
-        return a == b
-    if isinstance(a, types.MethodType):
-        return inner((a.__func__, a.__self__), (b.__func__, b.__self__))
-    if isinstance(a, functools.partial):
-        return inner((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+        return (list(a.values()), list(b.values())) if list(a) == list(b) else None
+    first, second = _content(a), _content(b)
+    if first is not None and second is not None:
+        return (first, second) if len(first) == len(second) else None
     if isinstance(a, Trace) or type(a) is object or _is_store(a):
-        return True  # where a function was traced, and leaves what it finds when called
-    if hasattr(a, "call_wrapped"):  # a function as JAX wraps it, with custom rules
-        return inner(_wrapped(a), _wrapped(b))
+        return _SAME  # where a function was traced, and leaves what it finds when called
     # What JAX and NumPy make compares by all that it is, or by its identity.
     is_library = type(a).__module__.partition(".")[0] in ("jax", "jaxlib", "numpy")
-    return is_library and type(a).__eq__ is not object.__eq__ and bool(a == b)
+    is_same_object = is_library and type(a).__eq__ is not object.__eq__ and bool(a == b)
+    return _SAME if is_same_object else None
+
+
+def _content(value: Any) -> Sequence[Any] | None:
+    """Return all that a container, an operation or a function is made of."""
+    if isinstance(value, list | tuple):
+        return value
+    if _compat.is_jaxpr(value):
+        return content_of(value)
+    if isinstance(value, Constant):
+        return value.index, value.equation
+    if isinstance(value, Equation):
+        return value.signature, value.avals, value.operands
+    if isinstance(value, types.CellType):
+        return _contents(value)
+    if isinstance(value, types.FunctionType):
+        return id(value.__globals__), *_function(value)
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if hasattr(value, "call_wrapped"):  # a function as JAX wraps it, with custom rules
+        return _wrapped(value)
+    return None
 
 
 def _function(value: Any) -> tuple[Any, ...]:

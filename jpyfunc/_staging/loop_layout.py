@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from jax.core import ShapedArray
 
 from jpyfunc._staging.branch_tree import Back, BranchNode, LoopHead, Return
-from jpyfunc._staging.equations import Atom, BranchPoint, Constant, Equation, ValueRef
+from jpyfunc._staging.equations import Atom, BranchPoint, Equation, ValueRef
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,10 +126,6 @@ def ends_with(node: BranchNode) -> list[Atom]:
     return atoms
 
 
-def numbers_in(atoms: Sequence[Atom]) -> Iterator[int]:
-    """The numbers of the values among atoms, and of those that constants depend on."""
-    for atom in atoms:
-        if isinstance(atom, ValueRef):
-            yield atom.number
-        elif isinstance(atom, Constant):
-            yield from numbers_in(atom.equation.operands)
+def numbers_in(atoms: Sequence[Atom]) -> list[int]:
+    """The numbers of the values among atoms; a constant depends on none."""
+    return [atom.number for atom in atoms if isinstance(atom, ValueRef)]

@@ -42,7 +42,8 @@ def _compute_test(node: BranchNode, head: LoopHead, point: BranchPoint) -> None:
     ]
     if any(uses[n] for n in numbers_in([point.test])) or not first:
         return
-    test = _of_carry(head, following, first, later)
+    renamed = {n for x in node.nodes() if x.head for n in x.head.carried()}
+    test = _of_carry(head, following, first, later, renamed)
     if test is None:
         return
     for x, equations in zip([node, *nodes], [first, *later], strict=True):
@@ -90,6 +91,7 @@ def _of_carry(
     following: list[list[Atom]],
     first: list[Equation],
     later: list[list[Equation]],
+    renamed: set[int],
 ) -> list[Equation] | None:
     """Return operations as they follow from what a loop carries.
 
@@ -98,6 +100,7 @@ def _of_carry(
         following: the values of the head in the next iteration, by the paths back to it.
         first: the operations before the loop.
         later: those at the end of an iteration, by the paths.
+        renamed: the numbers of what the loop, or one inside it, carries.
 
     Returns:
         None if they are not the same.
@@ -110,7 +113,7 @@ def _of_carry(
         if not all(_is_same_operation(equations[0], x) for x in equations):
             return None
         operands = [
-            _operand(head, following, places, atoms)
+            _operand(head, following, places, renamed, atoms)
             for atoms in zip(*(x.operands for x in equations), strict=True)
         ]
         if any(x is None for x in operands):
@@ -132,6 +135,7 @@ def _operand(
     head: LoopHead,
     following: list[list[Atom]],
     places: list[dict[int, tuple[int, int]]],
+    renamed: set[int],
     atoms: tuple[Atom, ...],
 ) -> Atom | None:
     """Return an operand of the test as the loop has it, or None if that is not the same.
@@ -141,6 +145,7 @@ def _operand(
         following: the values of the head in the next iteration, by the paths back to it.
         places: where the operations of the test make their values, before the loop and on
             each path.
+        renamed: the numbers of what the loop, or one inside it, carries.
         atoms: the operand before the loop, and on each path.
     """
     first = atoms[0]
@@ -155,7 +160,7 @@ def _operand(
     for number, i in head.carried().items():
         if all(map(is_one, [head.initial[i], *(x[i] for x in following)], atoms)):
             return ValueRef(number)
-    is_old = first.number not in head.carried() and all(x == first for x in atoms)
+    is_old = first.number not in renamed and all(x == first for x in atoms)
     return first if is_old else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 from jax.core import ShapedArray
@@ -71,6 +70,9 @@ def _place(node: BranchNode) -> tuple[str, str] | None:
     return None
 
 
+_NO_VALUE = ValueRef(-1)
+
+
 class _Beginning(Correspondence):
     """A comparison of a loop with what the program does from an earlier branch point on."""
 
@@ -90,6 +92,7 @@ class _Beginning(Correspondence):
         self._known = known
         self._carried = head.carried_avals()
         self._initial: dict[int, Atom] = {}  # what carried values are bound to, by number
+        self._renamed: frozenset[int] = frozenset()  # numbers that inner loops carry
 
     def is_head(self, node: BranchNode) -> bool:
         """Tell whether the loop can begin at the earlier branch point.
@@ -107,6 +110,8 @@ class _Beginning(Correspondence):
         return values
 
     def is_same_older_value(self, a: ValueRef, b: Atom) -> bool:
+        if isinstance(b, ValueRef) and b.number in self._renamed:
+            return False
         if a.number not in self._carried:
             return a.number in self._known and a == b
         if a.number not in self._initial:
@@ -138,9 +143,9 @@ class _Beginning(Correspondence):
             and self.is_same_value(a.end.test, b.end.test)
         ):
             return False
-        before = self.counterparts
+        counterparts, renamed = self.counterparts, self._renamed
         for answer in (False, True):
-            self.counterparts = dict(before)
+            self.counterparts, self._renamed = dict(counterparts), renamed
             if not self._is_same_path(a.branches[answer], b.branches[answer], heads):
                 return False
         return True
@@ -153,7 +158,8 @@ class _Beginning(Correspondence):
             return False
         if isinstance(a.end, Return):
             return isinstance(b.end, Return) and all(
-                map(self.is_same_value, a.end.results, b.end.results)
+                self.is_same_value(x, y)
+                for x, y in zip(a.end.results, b.end.results, strict=True)
             )
         if isinstance(a.end, Fallback):
             return isinstance(b.end, Fallback)
@@ -169,7 +175,7 @@ class _Beginning(Correspondence):
             return a.head is b.head and self._are_same_branches(a, b, heads)
         if not self._begins_with(a.head, a.head.initial, b.head):
             return False
-        self.counterparts.update(_carried_alike(a.head, b.head))
+        self._enter(a.head, b.head)
         return self._are_same_branches(a, b, heads | {a: b})
 
     def _comes_to_loop(self, b: BranchNode, following: list[Atom]) -> bool:
@@ -183,8 +189,21 @@ class _Beginning(Correspondence):
     def _is_same_loop(self, b: BranchNode, head: LoopHead) -> bool:
         """Tell whether a loop at another node is the same, whatever it begins with."""
         pair = _Beginning(self._loop, self._head, self._known)
-        pair.counterparts.update(_carried_alike(self._head, head))
+        pair._enter(self._head, head)
         return pair._are_same_branches(self._loop, b, {self._loop: b})
+
+    def _enter(self, a: LoopHead, b: LoopHead) -> None:
+        """Pair what two loops carry, at the same positions.
+
+        From here on, what is carried has the number of what it was at first. What had that
+        number before has none: it cannot be used any more, or it would be carried, too.
+        """
+        carried = b.carried()
+        self._renamed |= carried.keys()
+        for number, x in self.counterparts.items():
+            if isinstance(x, ValueRef) and x.number in carried:
+                self.counterparts[number] = _NO_VALUE
+        self.counterparts.update(zip(a.carried(), map(ValueRef, carried), strict=True))
 
     def _begins_with(self, a: LoopHead, values: list[Atom], b: LoopHead) -> bool:
         """Tell whether a loop carries what another one does, and begins with `values`."""
@@ -197,8 +216,3 @@ class _Beginning(Correspondence):
         """Tell whether the values of a head that its loop carries are the same."""
         positions = head.carried().values()
         return all(self.is_same_value(first[i], second[i]) for i in positions)
-
-
-def _carried_alike(a: LoopHead, b: LoopHead) -> Iterator[tuple[int, ValueRef]]:
-    """Pair what two loops carry, by number; they carry the same positions."""
-    return zip(a.carried(), map(ValueRef, b.carried()), strict=True)
