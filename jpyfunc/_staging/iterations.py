@@ -117,7 +117,7 @@ class IterationPair(Correspondence):
 
 def is_same(a: Any, b: Any) -> bool:
     """Tell whether two parameters, constants or parts of them do the same."""
-    # They may lead to themselves, and to each other on many ways: each pair is compared
+    # They may lead to themselves, and share many parts: each pair is compared
     # once. The pairs are kept, so that nothing else gets their ids.
     met: dict[tuple[int, int], tuple[Any, Any]] = {}
     waiting = [(a, b)]
