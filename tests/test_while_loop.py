@@ -102,11 +102,12 @@ def test_derivatives_of_elements_that_end_apart(name):
 
     def derivative(loop, x, n):
         def growing(x):
-            return loop(n, lambda x, k: k * (x + 0.3 * jnp.sin(2 * x)), x, 1.1 * x)
+            k = 1 + 0.001 * x
+            return loop(n, lambda x, k: k * (x + 0.01 * jnp.sin(2 * x)), x, k)
 
         return DERIVATIVES[name](growing)(x)
 
-    xs, ns = jnp.array([0.5, 1.3, 2.2, 0.9]), [1, 7, 3, 0]
+    xs, ns = jnp.array([0.5, 1.3, 2.2, 0.9]), [1, 140, 300, 0]
     expected = [derivative(scanned, x, n) for x, n in zip(xs, ns, strict=True)]
     found = jax.jit(jax.vmap(lambda x, n: derivative(repeat, x, n)))(xs, jnp.array(ns))
     np.testing.assert_allclose(found, expected, rtol=1e-3)

@@ -177,6 +177,7 @@ def _split(
         free_slots=sum(kept[: sum(of_carry[:free])]),
         of_consts=sum(linear[:consts]),
         free=sum(tangents[:free]),
+        shares_total=any(of_carry[:free]),
         rank=0,
         backward=False,
     )
@@ -200,6 +201,7 @@ def _key(params: dict[str, Any]) -> tuple[Any, ...]:
 
 def _saving(split: _Split, constants: Arrays, carry: Arrays) -> tuple[Arrays, Arrays]:
     """Run the loop on the primals; return its results and what the linear loop needs."""
+    carry = [*map(jnp.asarray, carry)]  # it may be literals of a jaxpr
     size = sum(x.size * x.dtype.itemsize for x in pick(carry, split.kept))
     slots = min(max(SAVED_BYTES // max(size, 1), MIN_SLOTS), MAX_SLOTS) // 2 * 2
     saved = run_saving(

@@ -38,6 +38,8 @@ class Layout:
         free_slots: how many of these, the first, are free-running.
         of_consts: how many constants have tangents.
         free: how many of the carries that have tangents, the first, are free-running.
+        shares_total: whether the total may be that of other elements, too: the loop has
+            carries that are free-running, and changes them as often.
         rank: with how many axes of the count the tangents of constants begin.
         backward: whether the map is the transpose.
     """
@@ -47,6 +49,7 @@ class Layout:
     free_slots: int
     of_consts: int
     free: int
+    shares_total: bool
     rank: int
     backward: bool
 
@@ -219,7 +222,7 @@ class _Sweep:
         """
         new = call(self.advance, *self.consts, *c)
         free = self.layout.free_slots
-        return [*new[:free], *_chosen(i + 1 < self.count, new[free:], c[free:])]
+        return [*new[:free], *self.chosen(i + 1 < self.count, new[free:], c[free:])]
 
     def masked(self, i: jax.Array, new: Arrays, old: Arrays) -> Arrays:
         """Choose the new tangents of the elements that iteration `i` is one of.
@@ -229,9 +232,15 @@ class _Sweep:
         """
         free = self.layout.free
         return [
-            *_chosen(i < self.total, new[:free], old[:free]),
-            *_chosen(i < self.count, new[free:], old[free:]),
+            *self.chosen(i < self.total, new[:free], old[:free]),
+            *self.chosen(i < self.count, new[free:], old[free:]),
         ]
+
+    def chosen(self, goes_on: jax.Array, new: Arrays, old: Arrays) -> Arrays:
+        """Choose the new values of the elements that go on; of one alone, all."""
+        if not goes_on.ndim and not self.layout.shares_total:
+            return new
+        return [select(goes_on, x, y) for x, y in zip(new, old, strict=True)]
 
     def masked_sums(self, i: jax.Array, new: Arrays) -> Arrays:
         """Choose zeros where none of the elements that a sum is over has iteration `i`."""
@@ -240,13 +249,6 @@ class _Sweep:
         axes = tuple(range(self.layout.rank, self.count.ndim))
         goes_on = (i < self.count).any(axes)
         return [select(goes_on, x, jnp.zeros_like(x)) for x in new]
-
-
-def _chosen(goes_on: jax.Array, new: Arrays, old: Arrays) -> Arrays:
-    """Choose the new values of the elements that go on; without a batch, of all."""
-    if not goes_on.ndim:
-        return new
-    return [select(goes_on, x, y) for x, y in zip(new, old, strict=True)]
 
 
 def _cut(values: Arrays, at: int) -> tuple[Arrays, Arrays]:

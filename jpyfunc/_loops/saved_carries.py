@@ -20,7 +20,8 @@ class SavedRun:
     Attributes:
         results: its carry after the last iteration.
         count: the number of iterations, of each element of a batch.
-        total: the number of iterations until all elements were done.
+        total: the number of iterations until all elements were done; without carries that
+            are free-running, this may be the count.
         stride: slot `j` has the carry before iteration `j * stride`.
         slots: the carries that are saved, with a leading axis.
     """
@@ -100,9 +101,8 @@ def run_saving(
     state = initial_state(test, carry, free, kept, size)
     state = free_running_loop(lambda _, s: goes_on(s), until_full, [], state, ends[3])
     (i,), (stride,), slots, free_running, (count,), _, others = split(state)
-    # Free-running, `i` would be that of all elements of a batch that is made later, of the
-    # derivative that has only one element.
-    total = i if rank else count
+    # In a batch that is made later, of this run, `i` is that of all elements.
+    total = i if rank or free else count
     return SavedRun([*free_running, *others], count, total, stride, slots)
 
 
