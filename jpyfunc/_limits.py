@@ -13,8 +13,8 @@ MAX_ABSTRACT_RUNS = 32
 # Branch points of one run. A loop on an abstract condition has one in each iteration, and
 # may never end.
 MAX_BRANCH_POINTS = 64
-# Truth tests that are looked at for loops, in all runs of one exploration and each time
-# that it begins again. With the operations in between, one takes 0.4 ms.
+# Truth tests in all runs of one exploration, and each time that it begins again, after
+# which no loops are looked for. With the operations in between, one takes 0.4 ms.
 MAX_TESTS_IN_TOTAL = 4000
 # Objects that the variables at a truth test lead to, at 2 us each, and those of all tests
 # of one exploration.

@@ -28,8 +28,8 @@ class LoopFindings:
             begins, by the answers up to its head.
         numbers: about Python numbers that a loop carries as arrays.
         reasons: why a place is not the head of a loop, by place and line.
-        tests_left: how many truth tests may still be looked at.
-        objects_left: how many objects these may still lead to.
+        tests_left: after how many more truth tests no loops are looked for.
+        objects_left: how many objects may still be looked at.
     """
 
     no_loops: set[tuple[int, Answers]] = dataclasses.field(default_factory=set)

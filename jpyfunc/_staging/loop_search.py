@@ -129,6 +129,7 @@ class LoopSearch:
         """
         if self.back or self.is_to_repeat:  # the body has caught the exception
             raise RunConcluded
+        self._findings.tests_left -= 1
         points: list[BranchPoint] = trace.branch_points
         n = len(points)
         if self._pair:

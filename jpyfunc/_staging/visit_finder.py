@@ -113,9 +113,8 @@ class VisitFinder:
             )
         iterators = self.ranges.on_stack(frame, test, iterator)
         findings = self._findings
-        findings.tests_left -= 1
         if findings.tests_left < 0:
-            raise UnseenStateError("too many truth tests were looked at before")
+            raise UnseenStateError("there were too many truth tests before")
         limit = min(MAX_PICTURED_OBJECTS, findings.objects_left)
         users = [x for x in frames if not is_library_frame(x)]
         state = PythonState(users, iterators)
