@@ -159,17 +159,13 @@ def _run(
             carry,
         )
 
-    def tested(c: Arrays) -> Arrays:
-        return [*call(test, *constants, *c), *c]
-
-    def step(state: Arrays) -> Arrays:
-        goes_on, *c = state
+    def step(c: Arrays) -> Arrays:
+        (goes_on,) = call(test, *constants, *c)
         new = call(body, *constants, *c)
         kept = [select(goes_on, y, x) for x, y in zip(c[free:], new[free:], strict=True)]
-        return tested([*new[:free], *kept])
+        return [*new[:free], *kept]
 
-    # Carried, the test is computed once in an iteration.
-    return jax.lax.while_loop(lambda state: state[0].any(), step, tested(carry))[1:]
+    return jax.lax.while_loop(lambda c: call(test, *constants, *c)[0].any(), step, carry)
 
 
 def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
