@@ -134,6 +134,14 @@ class BranchNode:
         test = self.head.test if self.head else []
         return sum(equation.size for equation in (*self.equations, *test))
 
+    def made(self) -> dict[int, ShapedArray]:
+        """The avals of the values that it makes, by their numbers."""
+        return {
+            number: aval
+            for equation in self.equations
+            for number, aval in zip(equation.numbers, equation.avals, strict=True)
+        }
+
     def nodes(self) -> Iterator[BranchNode]:
         """Yield this node and all that follow it."""
         yield self
@@ -198,7 +206,7 @@ class BranchNode:
             found = [end for end in ends if isinstance(end, Fallback)]
             reasons = dict.fromkeys(reason for end in found for reason in end.reasons)
             self._fall_back(Fallback(tuple(reasons) or ("it never returns",)))
-        elif not any(self in node.goals() for node in self.branches.values()):
+        elif self.head and not any(self in x.goals() for x in self.branches.values()):
             self.head = None
 
     def limit_calls(self, limit: int) -> None:

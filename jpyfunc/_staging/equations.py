@@ -55,6 +55,11 @@ class Equation:
     size: int
     depth: int = 1
 
+    @property
+    def numbers(self) -> range:
+        """The numbers of the results."""
+        return range(self.first, self.first + len(self.avals))
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Constant:

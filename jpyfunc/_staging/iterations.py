@@ -52,15 +52,11 @@ class Correspondence:
         return len(first) == len(second) and all(map(self._is_same_equation, first, second))
 
     def _is_same_equation(self, a: Equation, b: Equation) -> bool:
-        if (
-            len(a.operands) != len(b.operands)
-            or a.avals != b.avals
-            or not all(map(self.is_same_value, a.operands, b.operands))
-            or not is_same(a.signature, b.signature)
+        if not is_same_operation(a, b) or not all(
+            map(self.is_same_value, a.operands, b.operands)
         ):
             return False
-        for i in range(len(a.avals)):
-            self.counterparts[a.first + i] = ValueRef(b.first + i)
+        self.counterparts.update(zip(a.numbers, map(ValueRef, b.numbers), strict=True))
         return True
 
     def is_same_value(self, a: Atom, b: Atom) -> bool:
@@ -113,6 +109,15 @@ class IterationPair(Correspondence):
 
     def is_same_older_value(self, a: ValueRef, b: Atom) -> bool:
         return a.number < self._oldest and a == b
+
+
+def is_same_operation(a: Equation, b: Equation) -> bool:
+    """Tell whether two operations differ at most in what they take."""
+    return (
+        a.avals == b.avals
+        and len(a.operands) == len(b.operands)
+        and is_same(a.signature, b.signature)
+    )
 
 
 def is_same(a: Any, b: Any) -> bool:

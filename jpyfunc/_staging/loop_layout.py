@@ -76,11 +76,7 @@ def _exits(
         if heads.isdisjoint(node.goals()):
             yield node, made
             return
-        made = made | {
-            equation.first + i: aval
-            for equation in node.equations
-            for i, aval in enumerate(equation.avals)
-        }
+        made = made | node.made()
         if node.head is not None:  # its loop changes what it carries
             made = node.head.carried_avals() | made
     if node.head is not None:
@@ -109,7 +105,7 @@ def _used_from(node: BranchNode) -> set[int]:
 def _go_before(equations: list[Equation], used: set[int]) -> None:
     """Replace the values used after some operations by those used before them."""
     for equation in reversed(equations):
-        used.difference_update(range(equation.first, equation.first + len(equation.avals)))
+        used.difference_update(equation.numbers)
         used.update(numbers_in(equation.operands))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jpyfunc._staging.branch_tree import Back, BranchNode, LoopHead
 from jpyfunc._staging.equations import Atom, BranchPoint, Equation, ValueRef, is_one
-from jpyfunc._staging.iterations import is_same
+from jpyfunc._staging.iterations import is_same, is_same_operation
 from jpyfunc._staging.loop_layout import LoopLayout, ends_with, initial_values, numbers_in
 
 # A body computes a test before it asks for its truth. So a loop is found between the two:
@@ -78,7 +78,7 @@ def _leading_to(
     """
     wanted, found = set(numbers_in([result])), list[Equation]()
     for equation in reversed(equations):
-        made = range(equation.first, equation.first + len(equation.avals))
+        made = equation.numbers
         if wanted.intersection(made) and not any(uses[n] for n in made):
             found.append(equation)
             uses.subtract(numbers_in(equation.operands))
@@ -110,7 +110,7 @@ def _of_carry(
         return None
     test = []
     for equations in zip(first, *later, strict=True):
-        if not all(_is_same_operation(equations[0], x) for x in equations):
+        if not all(is_same_operation(equations[0], x) for x in equations):
             return None
         operands = [
             _operand(head, following, places, renamed, atoms)
@@ -120,15 +120,6 @@ def _of_carry(
             return None
         test.append(dataclasses.replace(equations[0], operands=tuple(operands)))
     return test
-
-
-def _is_same_operation(a: Equation, b: Equation) -> bool:
-    """Tell whether two operations differ at most in what they take."""
-    return (
-        a.avals == b.avals
-        and len(a.operands) == len(b.operands)
-        and is_same(a.signature, b.signature)
-    )
 
 
 def _operand(
@@ -167,7 +158,7 @@ def _operand(
 def _places(equations: list[Equation]) -> dict[int, tuple[int, int]]:
     """The places in some operations where values are made, by number."""
     return {
-        equation.first + i: (k, i)
+        number: (k, i)
         for k, equation in enumerate(equations)
-        for i in range(len(equation.avals))
+        for i, number in enumerate(equation.numbers)
     }

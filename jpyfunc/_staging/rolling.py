@@ -38,11 +38,7 @@ def roll_up(node: BranchNode, known: dict[int, ShapedArray]) -> BranchNode:
     Returns:
         The node; or in its place the head of a loop, where the loop can begin at the node.
     """
-    known = known | {
-        equation.first + i: aval
-        for equation in node.equations
-        for i, aval in enumerate(equation.avals)
-    }
+    known = known | node.made()
     inside = known | (node.head.carried_avals() if node.head else {})
     for answer, after in node.branches.items():
         node.branches[answer] = roll_up(after, inside)
